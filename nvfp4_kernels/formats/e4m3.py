@@ -1,0 +1,16 @@
+"""E4M3 (fn: no infinity, 0x7f is NaN, largest value 448), the block scale of NVFP4 and the element of MXFP8."""
+
+import torch
+from torch import Tensor
+
+MAX = 448.0
+
+
+def encode(x: Tensor) -> Tensor:
+    """Round fp32 to float8_e4m3fn, to nearest, ties to even, saturating at +-448; NaN stays NaN."""
+    return x.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+
+
+def decode(x: Tensor) -> Tensor:
+    """float8_e4m3fn (or its bytes as uint8) to fp32, exact."""
+    return x.view(torch.float8_e4m3fn).to(torch.float32)

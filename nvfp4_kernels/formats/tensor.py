@@ -1,0 +1,130 @@
+"""NVFP4Tensor: the quantized operand. A plain container, deliberately no torch.Tensor subclass: torch ops on it fail loudly."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class QuantizedTensor:
+    """What the containers share: moving, copying and naming their tensors as one."""
+
+    def _map(self, change):
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if isinstance(part, Tensor)})
+
+    def to(self, *args, **kwargs):
+        """Move every part to another device (arguments of torch.Tensor.to). Raises TypeError on a change of dtype."""
+        if torch.empty((), dtype=torch.uint8).to(*args, **kwargs).dtype != torch.uint8:
+            raise TypeError(f"to: got a dtype in {args or kwargs}; allowed: devices. Use dequantize(dtype) for values")
+        device = torch.empty((), dtype=torch.uint8, device=self.device).to(*args, **kwargs).device
+        return self._map(lambda part: part.to(device))
+
+    def clone(self):
+        return self._map(Tensor.clone)
+
+    def detach(self):
+        return self._map(Tensor.detach)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self) if isinstance(getattr(self, f.name), Tensor))
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The parts by name, ready for safetensors; rebuild with the class and the logical shape."""
+        return {prefix + f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, [*shape] in `dtype`: exact in fp32, one rounding otherwise. Rotated forms stay rotated."""
+        rows = self.codes.flatten(0, -2)
+        values = torch.ops.nvfp4.dequantize(
+            rows, self.scales.flatten(0, -2), getattr(self, "global_scale", None), self.shape[-1], str(dtype)[6:]
+        )
+        return values.view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class NVFP4Tensor(QuantizedTensor):
+    """value[..., j] = e2m1(code[..., j]) * scales[..., j // 16] * global_scale
+
+    codes: uint8 [..., ceil16(cols) / 2], two E2M1 codes a byte, element 2j in the low nibble.
+    scales: float8_e4m3fn [..., ceil16(cols) / 16], row-major.
+    global_scale: fp32, scalar; NaN when the source held a NaN or an infinity, so that no decoded value is finite.
+    shape: the logical shape [..., cols], without padding.
+    hadamard: None, or the sign mask of the transform the values went through; a GEMM wants both operands alike.
+
+    Raises ValueError when the parts do not fit together. Layout: numerics of "Pretraining LLMs with NVFP4", appendix B.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    shape: torch.Size
+    hadamard: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        lead, blocks = self.shape[:-1], (self.shape[-1] + 15) // 16
+        wanted = {
+            "codes": (torch.uint8, (*lead, blocks * 8)),
+            "scales": (torch.float8_e4m3fn, (*lead, blocks)),
+            "global_scale": (torch.float32, ()),
+        }
+        _check_parts(self, wanted)
+
+    @property
+    def float4(self) -> Tensor:
+        """The codes as torch.float4_e2m1fn_x2, the same bytes (what torch's scaled_mm takes)."""
+        return self.codes.view(torch.float4_e2m1fn_x2)
+
+    def __repr__(self) -> str:
+        rotated = "" if self.hadamard is None else f", hadamard=0x{self.hadamard:04x}"
+        return (
+            f"NVFP4Tensor(shape={list(self.shape)}, global_scale={self.global_scale.item():.6g}{rotated}, "
+            f"device={str(self.device)!r}, bytes={self.nbytes:,})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class MXFP8Tensor(QuantizedTensor):
+    """value[..., j] = codes[..., j] * 2 ** (scales[..., j // 32] - 127)
+
+    codes: float8_e4m3fn [..., ceil32(cols)].
+    scales: uint8 [..., ceil32(cols) / 32], E8M0 (the bytes of torch.float8_e8m0fnu); 255 is NaN.
+    shape: the logical shape [..., cols].
+
+    Raises ValueError when the parts do not fit together. Source: OCP Microscaling Formats (MX) v1.0; the scale is
+    rounded up so that nothing saturates ("Recipes for Pre-training LLMs with MXFP8").
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: torch.Size
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        lead, blocks = self.shape[:-1], (self.shape[-1] + 31) // 32
+        wanted = {
+            "codes": (torch.float8_e4m3fn, (*lead, blocks * 32)),
+            "scales": (torch.uint8, (*lead, blocks)),
+        }
+        _check_parts(self, wanted)
+
+    def __repr__(self) -> str:
+        return f"MXFP8Tensor(shape={list(self.shape)}, device={str(self.device)!r}, bytes={self.nbytes:,})"
+
+
+def _check_parts(tensor: QuantizedTensor, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    for name, (dtype, shape) in wanted.items():
+        part = getattr(tensor, name)
+        if part.dtype != dtype or tuple(part.shape) != shape:
+            raise ValueError(
+                f"{name}: got {part.dtype} {list(part.shape)}; allowed: {dtype} {list(shape)} for shape {list(tensor.shape)}"
+            )
+        if part.device != tensor.codes.device:
+            raise ValueError(f"{name}: got device {part.device}; allowed: {tensor.codes.device}, where the codes are")
