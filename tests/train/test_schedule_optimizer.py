@@ -1,0 +1,72 @@
+"""The schedule's shape; which parameters decay; optimizer state by name."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nvfp4_kernels.train.optimizer import build_optimizer, load_state_tensors, state_tensors
+from nvfp4_kernels.train.schedule import Schedule, as_steps
+
+
+def test_warmup_stable_decay():
+    schedule = Schedule(1.0, steps=100, warmup=10, decay=20, floor=0.0)
+    rates = [schedule.at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:81] == [1.0] * 71       # the decay begins from the peak
+    assert all(a > b for a, b in zip(rates[80:], rates[81:], strict=False))
+    assert rates[90] == pytest.approx(1 - math.sqrt(11 / 20)) and rates[99] == 0.0
+    linear = Schedule(1.0, steps=100, decay=20, shape="linear", floor=0.1)
+    assert linear.at(0) == 1.0 and linear.at(99) == pytest.approx(0.1) and linear.at(90) == pytest.approx(1 - .9 * 11 / 20)
+
+
+def test_constant_and_beyond_the_end():
+    assert {Schedule(2.0, steps=5).at(step) for step in range(9)} == {2.0}
+    assert Schedule(2.0, steps=5, decay=5, floor=0.5).at(50) == 1.0
+
+
+def test_shares_and_steps():
+    assert as_steps(0.02, 500) == 10 and as_steps(100, 500) == 100 and as_steps(0, 500) == 0
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.proj, self.norm = nn.Embedding(4, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.A_log, self.up = nn.Parameter(torch.zeros(8, 1)), nn.Parameter(torch.randn(3, 8, 8))
+
+
+def test_only_matrices_decay():
+    model = Toy()
+    optimizer = build_optimizer(model, 0.1, 0.5)
+    decayed = {id(p) for g in optimizer.param_groups for p in g["params"] if g["weight_decay"]}
+    assert decayed == {id(model.proj.weight), id(model.up)}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_half_precision_masters_are_refused():
+    with pytest.raises(ValueError, match=r"model: got torch.bfloat16 for embed.weight; allowed: float32"):
+        build_optimizer(Toy().bfloat16(), 0.1)
+
+
+def test_state_survives_by_name():
+    torch.manual_seed(0)
+    first, second = Toy(), Toy()
+    second.load_state_dict(first.state_dict())
+    one, two = build_optimizer(first, 0.1), build_optimizer(second, 0.1)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+    step(first, one, 1)
+    second.load_state_dict(first.state_dict())
+    load_state_tensors(second, two, state_tensors(first, one))
+    step(first, one, 2)
+    step(second, two, 2)
+    assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    with pytest.raises(ValueError, match="knows a parameter other"):
+        load_state_tensors(second, two, {"exp_avg.other": torch.zeros(1)})
