@@ -122,7 +122,7 @@ def read_ids(path: Path, vocab_size: int, bin_dtype: str, separator: int | None)
         if int(chunk.max()) >= vocab_size:
             at = begin + int(np.argmax(chunk >= vocab_size))
             raise ValueError(f"data: got id {int(ids[at])} at position {at} of {path}; allowed: 0 to {vocab_size - 1},"
-                             " the model's vocabulary (do: check --bin-dtype, or use a config with a larger vocab_size)")
+                             " the model's vocabulary (do: check --bin-dtype, or choose a larger vocab_size)")
         if separator is not None:
             ends.append(begin + 1 + np.flatnonzero(chunk == separator))
     starts = np.unique(np.concatenate([[0], *ends, [len(ids)]])).astype(np.int64)
