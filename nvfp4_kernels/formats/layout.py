@@ -28,7 +28,9 @@ def swizzle_128x4(scales: Tensor) -> Tensor:
     padded_rows, padded_blocks = ceil_to(rows, 128), ceil_to(blocks, 4)
     # fp8 has no pad kernel: work on bytes
     flat = F.pad(scales.view(torch.uint8), (0, padded_blocks - blocks, 0, padded_rows - rows))
-    tiles = flat.view(padded_rows // 128, 4, 32, padded_blocks // 4, 4)  # [row tile, 32-row quarter, row, column tile, 4]
+    tiles = flat.view(
+        padded_rows // 128, 4, 32, padded_blocks // 4, 4
+    )  # [row tile, 32-row quarter, row, column tile, 4]
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)  # [row tile, column tile, row, quarter, 4]
 
 

@@ -39,11 +39,13 @@ class QuantSpec:
         if self.hadamard is not None and self.block != "1x16":
             raise ValueError(f"hadamard: got signs with block {self.block}; allowed: block 1x16")
         if self.block == "1x32" and (self.rounding != "nearest" or self.four_over_six):
-            raise ValueError("block: got 1x32 (MXFP8) with stochastic rounding or four_over_six; allowed: nearest alone")
+            raise ValueError(
+                "block: got 1x32 (MXFP8) with stochastic rounding or four_over_six; allowed: nearest alone"
+            )
 
     @property
     def format(self) -> str:
-        """"nvfp4" or "mxfp8"."""
+        """ "nvfp4" or "mxfp8"."""
         return "mxfp8" if self.block == "1x32" else "nvfp4"
 
     @property

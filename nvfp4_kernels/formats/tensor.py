@@ -37,7 +37,9 @@ class QuantizedTensor:
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """The parts by name, ready for safetensors; rebuild with the class and the logical shape."""
-        return {prefix + f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return {
+            prefix + f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [*shape] in `dtype`: exact in fp32, one rounding otherwise. Rotated forms stay rotated."""

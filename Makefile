@@ -1,0 +1,53 @@
+# Every everyday command. Each makes .venv if it is not there; PYTHON= and VENV= use your own.
+#   make demo    train the tiny hybrid model in BF16 and in NVFP4, side by side (under 6 minutes on 2 cores)
+#   make test    the whole test suite     make lint    ruff and the duplicate check     make bench   benchmarks
+#   make build   the native module in place     make sanitize   C++ tests under address and undefined-behaviour sanitizers
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+BUILT := build/.built
+
+.PHONY: demo test bench lint build sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(RUN) -m nvfp4_kernels demo $(ARGS)
+
+test: $(BUILT)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(BUILT)
+	$(RUN) -m nvfp4_kernels bench $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+build: $(BUILT)
+
+sanitize: $(VENV)/.installed
+	$(RUN) -m cmake -S . -B build/sanitize -G Ninja -DNVFP4_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
+	$(RUN) -m cmake --build build/sanitize --target native_tests
+	build/sanitize/native_tests
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lint: | $(VENV)/bin/python
+	$(RUN) -m pip install -q ruff
+	touch $@
+
+# torch first and by version: an unpinned torch may bring gigabytes of CUDA libraries to a machine without a GPU
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install -q "$(TORCH)" numpy
+	$(RUN) -m pip install -q setuptools wheel pybind11 ninja cmake
+	$(RUN) -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(BUILT): $(VENV)/.installed CMakeLists.txt setup.py $(shell find csrc -type f)
+	$(RUN) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build $(VENV) nvfp4_kernels/_native*.so

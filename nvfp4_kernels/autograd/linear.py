@@ -1,0 +1,129 @@
+"""y = x W^T with each of the three GEMMs' operands in the format that the recipe gives it.
+
+Forward keeps what backward needs and no more: the column forms of x and W, quantized, never x itself.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvfp4_kernels.autograd.saved import Operand, save, saved
+from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops._check import float_tensor, require, same_device
+from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.quantize.op import quantize_pair
+from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe, nvfp4
+
+Forms = tuple[Operand, Operand]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, noise, recipe, weight_forms):
+        # x [tokens, in], weight [out, in]
+        x_row, x_col = quantize_pair(x, recipe.fprop_x, recipe.wgrad_x, noise)
+        w_row, w_col = weight_forms or quantize_weight(weight, recipe, noise)
+        save(ctx, x_col, w_col)
+        ctx.recipe, ctx.noise, ctx.dtypes = recipe, noise, (weight.dtype, None if bias is None else bias.dtype)
+        return matmul(x_row, w_row, x.dtype, bias=bias)  # [tokens, out]
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_second_derivative()
+        x_col, w_col = saved(ctx)
+        recipe, (w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
+        dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy, later(ctx.noise, draws(*_forward(recipe))))
+        wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
+        dx = matmul(dy_row, w_col, dy.dtype) if wants_dx else None  # dy [tokens, out] @ w_col [in, out].T
+        dw = matmul(dy_col, x_col, w_dtype) if wants_dw else None  # dy_col [out, tokens] @ x_col [in, tokens].T
+        db = dy.sum(0, dtype=torch.float32).to(bias_dtype) if wants_db else None
+        advance(ctx.noise, recipe)
+        return dx, dw, db, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    recipe: "Recipe | LinearRecipe | str" = nvfp4,
+    *,
+    noise: Tensor | None = None,
+    weight_forms: Forms | None = None,
+) -> Tensor:
+    """y = x @ weight.T + bias, forward and backward by `recipe`; a drop-in for torch.nn.functional.linear.
+
+    x: [..., in], bf16, fp16 or fp32; under torch.autocast it is cast to autocast's dtype first. y [..., out] has its dtype.
+    weight: [out, in]; the fp32 master weight is the usual case. Its gradient has its dtype, summed in fp32.
+    bias: [out] or None.
+    recipe: a LinearRecipe, or a Recipe or its name ("nvfp4", "nemotron3", "bf16") of which the default is used.
+    noise: int64 [2] (seed, offset) for stochastic rounding; backward advances the offset in place, so that the next
+        step rounds afresh and a checkpointed forward, run again, rounds alike. None draws a seed from torch's generator.
+    weight_forms: the result of quantize_weight for this very weight, to quantize once a step and not once a micro-batch.
+
+    Raises TypeError or ValueError naming the argument. A second derivative (create_graph=True) is refused, since
+    quantization is piecewise constant. Source: "Pretraining LLMs with NVFP4", section 4 and figure 5.
+    """
+    recipe = recipe if isinstance(recipe, LinearRecipe) else get_recipe(recipe).default
+    _check(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not recipe.quantized or x.numel() == 0:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if noise is None and draws(*_forward(recipe), recipe.dgrad_dy, recipe.wgrad_dy):
+        noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, noise, recipe, weight_forms)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def quantize_weight(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:
+    """The two forms of weight [out, in] that the GEMMs read: row form for fprop, column form [in, out] for dgrad."""
+    after_x = later(noise, draws(recipe.fprop_x, recipe.wgrad_x))
+    return quantize_pair(weight.detach(), recipe.fprop_w, recipe.dgrad_w, after_x)
+
+
+def draws(*specs: QuantSpec | None) -> int:
+    """How many of the operands take a noise offset of their own."""
+    return sum(spec is not None and spec.stochastic for spec in specs)
+
+
+def later(noise: Tensor | None, offsets: int) -> Tensor | None:
+    """The noise `offsets` draws further on."""
+    return noise if noise is None or not offsets else noise + torch.tensor([0, offsets], device=noise.device)
+
+
+def advance(noise: Tensor | None, recipe: LinearRecipe) -> None:
+    """Move the offset past everything that one forward and backward drew."""
+    total = draws(*_forward(recipe), recipe.dgrad_dy, recipe.wgrad_dy)
+    if noise is not None and total:
+        noise[1] += total
+
+
+def _forward(recipe: LinearRecipe) -> tuple[QuantSpec | None, ...]:
+    return recipe.fprop_x, recipe.wgrad_x, recipe.fprop_w, recipe.dgrad_w
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "nk.linear: got create_graph=True; allowed: first derivatives, quantization being piecewise constant. "
+            "Use recipe='bf16' where a second derivative is needed"
+        )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    float_tensor("x", x)
+    float_tensor("weight", weight)
+    require(weight.dim() == 2, "weight", f"{weight.dim()} dimensions", "2, [out, in]")
+    require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1, [..., in]")
+    require(
+        x.shape[-1] == weight.shape[1],
+        "x",
+        f"last axis {x.shape[-1]}",
+        f"{weight.shape[1]}, the weight's input features",
+    )
+    require(weight.shape[1] > 0, "weight", f"shape {list(weight.shape)}", "at least 1 input feature")
+    same_device("weight", weight, x.device)
+    if bias is not None:
+        float_tensor("bias", bias)
+        require(tuple(bias.shape) == (weight.shape[0],), "bias", f"shape {list(bias.shape)}", f"[{weight.shape[0]}]")
+        same_device("bias", bias, x.device)

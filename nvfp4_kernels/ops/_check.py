@@ -1,0 +1,30 @@
+"""Errors in one form: "argument: got ...; allowed: ...". Used by op.py files, where every check of the package's ops is made."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def require(ok: bool, argument: str, got: object, allowed: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error` unless `ok`."""
+    if not ok:
+        raise error(f"{argument}: got {got}; allowed: {allowed}")
+
+
+def float_tensor(argument: str, x: object) -> None:
+    """`x` must be a bf16, fp16 or fp32 tensor in plain strided memory."""
+    require(isinstance(x, Tensor), argument, type(x).__name__, "a torch.Tensor", TypeError)
+    require(x.dtype in FLOATS, argument, x.dtype, "bfloat16, float16, float32", TypeError)
+    if not torch.compiler.is_compiling():  # dynamo cannot trace a layout inside a backward; eager has checked before
+        require(x.layout == torch.strided, argument, x.layout, "a strided tensor", TypeError)
+
+
+def same_device(argument: str, x: Tensor, device: torch.device) -> None:
+    require(x.device == device, argument, f"device {x.device}", f"{device}, where the other operands are")
+
+
+def no_grad(argument: str, x: Tensor, instead: str) -> None:
+    """`x` must not ask for a gradient that the op would silently drop."""
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.requires_grad
+    require(not wanted, argument, "a tensor that requires grad", f"no grad here (detach it); {instead}", RuntimeError)
