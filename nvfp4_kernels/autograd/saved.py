@@ -1,4 +1,4 @@
-"""Operands through save_for_backward: quantized ones as their parts, so that autograd owns (and hooks, offloads) each tensor."""
+"""Operands through save_for_backward: quantized ones as their parts, so that autograd owns (and can offload) each."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""NVFP4Tensor: the quantized operand. A plain container, deliberately no torch.Tensor subclass: torch ops on it fail loudly."""
+"""NVFP4Tensor: the quantized operand. A plain container, deliberately no Tensor subclass: torch ops on it fail loudly."""
 
 from dataclasses import dataclass, fields, replace
 

@@ -1,4 +1,4 @@
-"""Errors in one form: "argument: got ...; allowed: ...". Used by op.py files, where every check of the package's ops is made."""
+"""Errors in one form, "argument: got ...; allowed: ...", for op.py files, where every check of the ops is made."""
 
 import torch
 from torch import Tensor
