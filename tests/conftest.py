@@ -21,7 +21,11 @@ def poisoned_empty(monkeypatch):
             return x
         if x.dtype.is_floating_point and x.element_size() > 1:
             return x.fill_(float("nan"))
-        return x.view(torch.uint8).fill_(POISON_BYTE).view(x.dtype) if x.element_size() == 1 and x.dtype != torch.bool else x
+        return (
+            x.view(torch.uint8).fill_(POISON_BYTE).view(x.dtype)
+            if x.element_size() == 1 and x.dtype != torch.bool
+            else x
+        )
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(plain_new_empty(self, *a, **k)))

@@ -26,6 +26,12 @@ class QuantizedTensor:
     def detach(self):
         return self._map(Tensor.detach)
 
+    def __reduce__(self):
+        # plain pickle knows no fp8 storage: those parts travel as bytes
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        fp8 = [name for name, part in parts.items() if isinstance(part, Tensor) and part.dtype == torch.float8_e4m3fn]
+        return _rebuild, (type(self), parts | {name: parts[name].view(torch.uint8) for name in fp8}, fp8)
+
     @property
     def device(self) -> torch.device:
         return self.codes.device
@@ -43,11 +49,9 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [*shape] in `dtype`: exact in fp32, one rounding otherwise. Rotated forms stay rotated."""
-        rows = self.codes.flatten(0, -2)
-        values = torch.ops.nvfp4.dequantize(
-            rows, self.scales.flatten(0, -2), getattr(self, "global_scale", None), self.shape[-1], str(dtype)[6:]
-        )
-        return values.view(self.shape)
+        codes, scales = (part.view(torch.uint8).flatten(0, -2) for part in (self.codes, self.scales))
+        global_scale = getattr(self, "global_scale", None)
+        return torch.ops.nvfp4.dequantize(codes, scales, global_scale, self.shape[-1], str(dtype)[6:]).view(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,10 @@ class MXFP8Tensor(QuantizedTensor):
 
     def __repr__(self) -> str:
         return f"MXFP8Tensor(shape={list(self.shape)}, device={str(self.device)!r}, bytes={self.nbytes:,})"
+
+
+def _rebuild(kind: type, parts: dict, fp8: list[str]) -> QuantizedTensor:
+    return kind(**parts | {name: parts[name].view(torch.float8_e4m3fn) for name in fp8})
 
 
 def _check_parts(tensor: QuantizedTensor, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -53,7 +53,7 @@ def convert(
 def depth(model: nn.Module, name: str) -> float | None:
     """(index + 0.5) / length of the module's place in the first nn.ModuleList on its path; None outside of one."""
     module: nn.Module = model
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         if isinstance(module, nn.ModuleList):
             return (int(part) + 0.5) / len(module)
         module = getattr(module, part)

@@ -54,7 +54,9 @@ def test_reference_equals_brute_force(rounding, scale):
     noise = torch.tensor([0x1234_5678_9ABC_DEF0, 7 << 33 | 5])
     with nk.backend("reference"):
         q = nk.quantize(x, rounding=rounding, seed=noise)
-    codes, scales, global_scale = brute.quantize_1x16(x.numpy(), None if rounding == "nearest" else tuple(noise.tolist()))
+    codes, scales, global_scale = brute.quantize_1x16(
+        x.numpy(), None if rounding == "nearest" else tuple(noise.tolist())
+    )
     np.testing.assert_array_equal(e2m1.unpack(q.codes).numpy(), codes)
     np.testing.assert_array_equal(q.scales.view(torch.uint8).numpy(), scales)
     assert q.global_scale.item() == global_scale
@@ -148,9 +150,14 @@ def test_pair_is_its_parts(backend):
     noise = torch.tensor([5, 11])
     with nk.backend(backend):
         row, col = nk.quantize_pair(x, row_spec, col_spec, noise)
-        alone = nk.quantize(x, row_spec, seed=noise), nk.quantize(x, col_spec, transpose=True, seed=noise + torch.tensor([0, 1]))
+        alone = (
+            nk.quantize(x, row_spec, seed=noise),
+            nk.quantize(x, col_spec, transpose=True, seed=noise + torch.tensor([0, 1])),
+        )
         for one, other in zip((row, col), alone, strict=True):
-            assert torch.equal(one.codes, other.codes) and torch.equal(one.scales.view(torch.uint8), other.scales.view(torch.uint8))
+            assert torch.equal(one.codes, other.codes) and torch.equal(
+                one.scales.view(torch.uint8), other.scales.view(torch.uint8)
+            )
         turned = nk.quantize(x.t().contiguous(), col_spec, seed=noise + torch.tensor([0, 1]))
         assert torch.equal(turned.codes, col.codes) and turned.shape == col.shape
 
@@ -191,11 +198,23 @@ def test_options_give_the_specified_shapes():
         (lambda: nk.quantize(torch.ones(2, 0)), ValueError, "x: got shape"),
         (lambda: nk.quantize(torch.tensor(1.0)), ValueError, "x: got 0 dimensions"),
         (lambda: nk.quantize(torch.ones(2, 16, 16), block="16x16"), ValueError, "x: got 3 dimensions; allowed: 2"),
-        (lambda: nk.quantize(torch.ones(2, 16), block="1x8"), ValueError, "block: got '1x8'; allowed: 1x16, 16x16, 1x32"),
+        (
+            lambda: nk.quantize(torch.ones(2, 16), block="1x8"),
+            ValueError,
+            "block: got '1x8'; allowed: 1x16, 16x16, 1x32",
+        ),
         (lambda: nk.quantize(torch.ones(2, 16), block="16x16", hadamard=1), ValueError, "hadamard: got signs"),
         (lambda: nk.quantize(torch.ones(2, 16), hadamard=[1] * 15), ValueError, "signs: got"),
-        (lambda: nk.quantize(torch.ones(2, 16), rounding="stochastic", seed=torch.ones(2)), TypeError, "seed: got torch.float32"),
-        (lambda: nk.quantize(torch.ones(2, 16, requires_grad=True)), RuntimeError, "x: got a tensor that requires grad"),
+        (
+            lambda: nk.quantize(torch.ones(2, 16), rounding="stochastic", seed=torch.ones(2)),
+            TypeError,
+            "seed: got torch.float32",
+        ),
+        (
+            lambda: nk.quantize(torch.ones(2, 16, requires_grad=True)),
+            RuntimeError,
+            "x: got a tensor that requires grad",
+        ),
         (lambda: nk.quantize(torch.ones(4, 32), block="1x32", rounding="stochastic"), ValueError, "MXFP8"),
     ],
 )
@@ -213,5 +232,10 @@ def test_spec_text_round_trip(spec):
 def test_opcheck():
     x = torch.randn(17, 40)
     noise = torch.tensor([1, 2])
-    for row, col in (("1x16:nearest", ""), ("1x16:stochastic", "1x16:stochastic:hadamard=d7e8"), ("", "16x16:nearest"), ("1x32:nearest",) * 2):
+    for row, col in (
+        ("1x16:nearest", ""),
+        ("1x16:stochastic", "1x16:stochastic:hadamard=d7e8"),
+        ("", "16x16:nearest"),
+        ("1x32:nearest",) * 2,
+    ):
         torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise))

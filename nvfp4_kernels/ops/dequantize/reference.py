@@ -21,4 +21,4 @@ def run(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, d
         decode = e4m3.decode(scales) * global_scale
         values = e2m1.values(codes.device)[e2m1.unpack(codes).long()]
     blocks = values.unflatten(-1, (scales.shape[-1], -1)) * decode.unsqueeze(-1)
-    return blocks.flatten(-2)[..., :cols].to(dtype)
+    return blocks.flatten(-2)[..., :cols].to(dtype).contiguous()

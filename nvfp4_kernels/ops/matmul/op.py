@@ -108,18 +108,19 @@ def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 def _flat(x: Operand) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """An operand as (values or codes [rows, K], scales, global_scale)."""
+    """An operand as (values or codes [rows, K], scales, global_scale); fp8 as bytes, for which torch's tools have kernels."""
     if isinstance(x, Tensor):
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), None, None
-    return x.codes.flatten(0, -2), x.scales.flatten(0, -2), getattr(x, "global_scale", None)
+    codes, scales = x.codes.view(torch.uint8), x.scales.view(torch.uint8)
+    return codes.flatten(0, -2), scales.flatten(0, -2), getattr(x, "global_scale", None)
 
 
 def _operand(values: Tensor, scales: Tensor | None, global_scale: Tensor | None) -> Operand:
     if scales is None:
         return values
     if global_scale is None:
-        return MXFP8Tensor(values, scales, values.shape)
-    return NVFP4Tensor(values, scales, global_scale, (values.shape[0], 2 * values.shape[1]))
+        return MXFP8Tensor(values.view(torch.float8_e4m3fn), scales, values.shape)
+    return NVFP4Tensor(values, scales.view(torch.float8_e4m3fn), global_scale, (values.shape[0], 2 * values.shape[1]))
 
 
 def _run(a, a_scales, a_global, b, b_scales, b_global, bias, out_dtype: str) -> Tensor:

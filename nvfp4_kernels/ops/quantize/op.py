@@ -34,7 +34,8 @@ def quantize(
     seed: for stochastic rounding, an int or an int64 tensor [2] (seed, offset); None draws one from torch's generator.
 
     Returns an NVFP4Tensor or MXFP8Tensor of the shape of x (of x.T). cols need be no multiple of anything: blocks are
-    padded with zeros inside. A NaN or an infinity anywhere makes every decoded value NaN.
+    padded with zeros inside (a rotated form keeps its padding: the transform mixes it in, so cols becomes ceil16(cols)).
+    A NaN or an infinity anywhere makes every decoded value NaN.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when x requires grad.
     Source: "Pretraining LLMs with NVFP4", appendices B to D; OCP MX v1.0 for "1x32".
@@ -101,7 +102,9 @@ def _form(parts: tuple[Tensor, ...], spec: QuantSpec, shape) -> Quantized:
     codes, scales = codes.view(*lead, codes.shape[-1]), scales.view(*lead, scales.shape[-1])
     if spec.format == "mxfp8":
         return MXFP8Tensor(codes, scales, shape)
-    return NVFP4Tensor(codes, scales, global_scale, shape, spec.hadamard)
+    # the transform spreads the last values of an axis into its padding, which therefore belongs to the operand
+    cols = shape[-1] if spec.hadamard is None else ceil_to(shape[-1], 16)
+    return NVFP4Tensor(codes, scales, global_scale, (*lead, cols), spec.hadamard)
 
 
 def _call(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,0 +1,132 @@
+"""nn.Linear and convert: caching, state, compiling, patterns."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.ops.quantize import op as quantize_op
+from nvfp4_kernels.recipe import HIGH, NVFP4
+
+
+def count_quantized_weights(monkeypatch):
+    calls = []
+    import nvfp4_kernels.autograd.linear as module
+
+    plain = quantize_op.quantize_pair
+    monkeypatch.setattr(
+        module, "quantize_pair", lambda x, row, col, noise=None: calls.append(row) or plain(x, row, col, noise)
+    )
+    return lambda: sum(spec is not None and spec.block == "16x16" for spec in calls)
+
+
+def test_weight_is_quantized_once_a_step(monkeypatch):
+    layer = nk.Linear(32, 48, recipe=NVFP4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    counted = count_quantized_weights(monkeypatch)
+    for step in range(3):
+        for _ in range(4):
+            layer(torch.randn(5, 32)).square().sum().backward()
+        assert counted() == step + 1
+        optimizer.step()
+    before = layer(torch.ones(1, 32))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert not torch.equal(layer(torch.ones(1, 32)), before)
+    layer.recipe = NVFP4.switch(two_dimensional=False)
+    assert layer(torch.ones(1, 32)).isfinite().all()
+
+
+def test_state_holds_the_noise_and_resumes_bitwise():
+    torch.manual_seed(5)
+    layer = nk.Linear(32, 48, bias=True, recipe=NVFP4)
+
+    def step(module):
+        generator = torch.Generator().manual_seed(int(module.noise[1]))
+        module.zero_grad()
+        module(torch.randn(19, 32, generator=generator)).square().sum().backward()
+        return module.weight.grad.clone()
+
+    step(layer)
+    state = copy.deepcopy(layer.state_dict())
+    assert set(state) == {"weight", "bias", "noise"} and state["noise"][1] == 2
+    continued = [step(layer) for _ in range(3)]
+    torch.manual_seed(77)
+    other = nk.Linear(32, 48, bias=True, recipe=NVFP4)
+    other.load_state_dict(state)
+    resumed = [step(other) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(continued, resumed, strict=True))
+    assert not torch.equal(continued[0], continued[1])
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nemotron3", "bf16"])
+def test_compiles_to_one_graph(name):
+    layer = nk.Linear(48, 32, bias=True, recipe=nk.recipes.RECIPES[name].for_module("layers.0.mixer.out_proj", 0.1))
+    x = torch.randn(2, 17, 48, dtype=torch.bfloat16, requires_grad=True)
+    state, results = copy.deepcopy(layer.state_dict()), []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.load_state_dict(state)
+        layer.zero_grad()
+        x.grad = None
+        y = call(x)
+        y.float().square().sum().backward()
+        results.append((y, x.grad, layer.weight.grad, layer.noise.clone()))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_copies_and_pickles():
+    layer = nk.Linear(32, 16, recipe=NVFP4)
+    layer(torch.randn(2, 32))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(torch.ones(3, 32)), layer(torch.ones(3, 32)))
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert twin(torch.ones(3, 32)).abs().max() == 0 and layer(torch.ones(3, 32)).abs().max() > 0
+    import pickle
+
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(torch.ones(3, 32)), layer(torch.ones(3, 32)))
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 32)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(10)
+        )
+        self.lm_head = nn.Linear(32, 10)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](x)))
+        return self.lm_head(x)
+
+
+def test_convert_follows_names_and_depth():
+    model = Toy()
+    weights = {name: p for name, p in model.named_parameters()}
+    assert nk.convert(model, "nvfp4") is model
+    assert all(p is weights[name] for name, p in model.named_parameters())
+    formats = {name: m.recipe.format for name, m in model.named_modules() if isinstance(m, nk.Linear)}
+    assert formats.pop("lm_head") == "high"
+    assert {name for name, f in formats.items() if f == "high"} == {
+        f"layers.{i}.{n}" for i in (9,) for n in ("up", "down")
+    } | {f"layers.8.{n}" for n in ("up", "down") if 8.5 / 10 > 0.85}
+    model(torch.randint(10, (2, 7))).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_convert_include_exclude():
+    model = nk.convert(Toy(), NVFP4, include=["layers.*.up"], exclude=["layers.0.*"])
+    made = {name for name, m in model.named_modules() if isinstance(m, nk.Linear)}
+    assert made == {f"layers.{i}.up" for i in range(1, 10)}
+    assert not any(isinstance(m, nk.Linear) for m in nk.convert(Toy(), include=[]).modules())
+    with pytest.raises(ValueError, match="include, exclude: got 'layer.\\*'"):
+        nk.convert(Toy(), exclude=["layer.*"])
+    assert isinstance(nk.convert(nn.Linear(16, 16), NVFP4), nk.Linear)
+    again = nk.convert(model, "bf16")
+    assert all(m.recipe == HIGH for m in again.modules() if isinstance(m, nk.Linear))
