@@ -1,0 +1,134 @@
+"""The experts' two matrices over tokens sorted by expert: each expert is a linear layer of its own, with its own global scales.
+
+Forward and backward are those of autograd/linear, expert after expert, written into one tensor; an expert without tokens
+costs nothing and gets a gradient of zero.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.autograd.linear import Forms, advance, draws, later, quantize_weight
+from nvfp4_kernels.autograd.saved import save, saved
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.quantize.op import quantize_pair
+from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.recipe import HIGH, LinearRecipe
+
+
+def experts(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    sizes: list[int],
+    weights: Tensor | None = None,
+    recipes: tuple[LinearRecipe, LinearRecipe] = (HIGH, HIGH),
+    noises: tuple[Tensor | None, Tensor | None] = (None, None),
+    forms: tuple[list[Forms] | None, list[Forms] | None] = (None, None),
+) -> Tensor:
+    """y[row] = down[e] @ (relu(up[e] @ x[row])^2 * weights[row]) for the expert e of each row.
+
+    x: [rows, in], sorted by expert. up: [experts, width, in]. down: [experts, in, width]. sizes: rows of each expert.
+    weights: float [rows], put before the second matrix as training does, or None. recipes, noises, forms: of up and down.
+    Returns [rows, in] of x's dtype; differentiable in x, up, down and weights. Raises ValueError naming the argument.
+    """
+    require(
+        len(sizes) == up.shape[0] and sum(sizes) == x.shape[0],
+        "sizes",
+        sizes,
+        f"{up.shape[0]} sizes that sum to {x.shape[0]}",
+    )
+    hidden = expert_linear(x, up, sizes, recipes[0], noises[0], forms[0])
+    return expert_linear(relu2(hidden, weights), down, sizes, recipes[1], noises[1], forms[1])
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    sizes: list[int],
+    recipe: LinearRecipe = HIGH,
+    noise: Tensor | None = None,
+    forms: list[Forms] | None = None,
+) -> Tensor:
+    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, weight [experts, out, in], y [rows, out]."""
+    if not recipe.quantized:
+        return _Plain.apply(x, weight, sizes)
+    if noise is None and draws(*_operands(recipe)):
+        noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
+    return _Quantized.apply(x, weight, sizes, recipe, noise, forms)
+
+
+def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> list[Forms]:
+    """The forms of each expert's matrix, weight [experts, out, in]: made once a step, as autograd.linear.quantize_weight."""
+    weight = weight.detach()
+    return [quantize_weight(weight[e], recipe, _noise_of(noise, recipe, e)) for e in range(weight.shape[0])]
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, sizes):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        w = weight.to(x.dtype)
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for e, rows in _spans(sizes):
+            torch.mm(x[rows], w[e].t(), out=y[rows])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        w, dy = weight.to(x.dtype), dy.contiguous()
+        dx, dw = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(w)
+        for e, rows in _spans(ctx.sizes):
+            torch.mm(dy[rows], w[e], out=dx[rows])
+            torch.mm(dy[rows].t(), x[rows], out=dw[e])
+        return dx, dw.to(weight.dtype), None
+
+
+class _Quantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, sizes, recipe, noise, forms):
+        forms = forms or quantize_experts(weight, recipe, noise)
+        y, kept = x.new_empty(x.shape[0], weight.shape[1]), []
+        for e, rows in _spans(sizes):
+            x_row, x_col = quantize_pair(x[rows], recipe.fprop_x, recipe.wgrad_x, _noise_of(noise, recipe, e))
+            matmul(x_row, forms[e][0], out=y[rows])
+            kept += [x_col, forms[e][1]]
+        save(ctx, *kept)
+        ctx.sizes, ctx.recipe, ctx.noise, ctx.shape, ctx.dtype = sizes, recipe, noise, weight.shape, weight.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        recipe, kept, dy = ctx.recipe, saved(ctx), dy.contiguous()
+        dx = dy.new_empty(dy.shape[0], ctx.shape[2])
+        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device)
+        for (e, rows), x_col, w_col in zip(_spans(ctx.sizes), kept[::2], kept[1::2], strict=True):
+            noise = later(_noise_of(ctx.noise, recipe, e), draws(*_operands(recipe)[:4]))
+            dy_row, dy_col = quantize_pair(dy[rows], recipe.dgrad_dy, recipe.wgrad_dy, noise)
+            matmul(dy_row, w_col, out=dx[rows])
+            matmul(dy_col, x_col, out=dw[e])
+        for _ in range(ctx.shape[0]):
+            advance(ctx.noise, recipe)
+        return dx, dw, None, None, None, None
+
+
+def _operands(recipe: LinearRecipe):
+    return recipe.fprop_x, recipe.wgrad_x, recipe.fprop_w, recipe.dgrad_w, recipe.dgrad_dy, recipe.wgrad_dy
+
+
+def _noise_of(noise: Tensor | None, recipe: LinearRecipe, expert: int) -> Tensor | None:
+    """Each expert draws from a stretch of offsets of its own, as long as one forward and backward needs."""
+    return later(noise, expert * draws(*_operands(recipe)))
+
+
+def _spans(sizes: list[int]):
+    """(expert, its rows) for the experts that have any."""
+    start = 0
+    for e, size in enumerate(sizes):
+        if size:
+            yield e, slice(start, start + size)
+        start += size

@@ -1,0 +1,53 @@
+"""Grouped-query attention, causal, without positions of any kind; documents packed into one row never see each other."""
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp4_kernels.nn.linear import Linear
+
+
+class Attention(nn.Module):
+    """o_proj(softmax(q k^T / sqrt(head_dim)) v), num_kv_heads shared by num_heads / num_kv_heads query heads each."""
+
+    def __init__(self, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.q_proj = Linear(hidden, num_heads * head_dim, bias)
+        self.k_proj = Linear(hidden, num_kv_heads * head_dim, bias)
+        self.v_proj = Linear(hidden, num_kv_heads * head_dim, bias)
+        self.o_proj = Linear(num_heads * head_dim, hidden, bias)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        y = attend(q, k, v) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens.tolist())
+        return self.o_proj(y.flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of [batch, length, heads, head_dim], each row by itself."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """The same for documents at `bounds` of the batch * length tokens: one call for all documents of one length."""
+    by_length = defaultdict(list)
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        by_length[end - start].append(start)
+    by_length.pop(0, None)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    places, parts = [], []
+    for length, starts in by_length.items():
+        rows = (torch.tensor(starts)[:, None] + torch.arange(length)).to(q.device)
+        parts.append(attend(*(t[rows] for t in flat)).flatten(0, 1))
+        places.append(rows.flatten())
+    if len(parts) == 1 and bounds[1] - bounds[0] == q.shape[1]:
+        return parts[0].view_as(q)
+    back = torch.cat(places).argsort()
+    return torch.cat(parts).index_select(0, back).view_as(q)

@@ -1,0 +1,64 @@
+"""The Mamba-2 mixer: one projection in, short convolution, selective scan, gated norm, one projection out."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_kernels.nn.linear import Linear
+from nvfp4_kernels.nn.norm import RMSNorm
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.selective_scan.op import selective_scan
+
+
+class Mamba2(nn.Module):
+    """Rows of in_proj: gate z [inner], x [inner], B and C [groups * state] each, dt [heads]; inner = heads * head_dim.
+
+    A_log, D and dt_bias stay fp32. The norm's groups are those of B and C; the gate comes before the norm.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        head_dim: int,
+        state: int,
+        groups: int,
+        conv_width: int = 4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        eps: float = 1e-5,
+        chunk_size: int = 128,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+    ):
+        super().__init__()
+        self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
+        self.chunk_size, self.dt_limit = chunk_size, dt_limit
+        inner, conv = heads * head_dim, heads * head_dim + 2 * groups * state
+        self.split = (inner, conv, heads)
+        self.in_proj = Linear(hidden, sum(self.split), bias)
+        self.conv1d = nn.Conv1d(
+            conv, conv, conv_width, groups=conv, bias=conv_bias
+        )  # holds the parameters, is never called
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.norm = RMSNorm(inner, eps, inner // groups)
+        self.out_proj = Linear(inner, hidden, bias)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included."""
+        z, xBC, dt = self.in_proj(x).split(self.split, -1)
+        xBC = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", cu_seqlens=cu_seqlens)
+        inner, shared = self.split[0], self.groups * self.state
+        x, B, C = xBC.split((inner, shared, shared), -1)
+        x, B, C = (
+            x.unflatten(-1, (self.heads, -1)),
+            B.unflatten(-1, (self.groups, -1)),
+            C.unflatten(-1, (self.groups, -1)),
+        )
+        y = selective_scan(
+            x, dt, -torch.exp(self.A_log), B, C, self.D,
+            dt_bias=self.dt_bias, dt_limit=self.dt_limit, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        return self.out_proj(self.norm(y.flatten(-2), z))

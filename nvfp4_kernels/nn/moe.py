@@ -1,0 +1,152 @@
+"""Mixture of experts, with or without a latent space, and the dense MLP: matrices with a squared ReLU between them."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp4_kernels.autograd.experts import experts, quantize_experts
+from nvfp4_kernels.nn.linear import Linear, new_noise
+from nvfp4_kernels.ops.permute.op import permute, unpermute
+from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.recipe import HIGH, LinearRecipe
+
+
+class Balance(NamedTuple):
+    """What a layer reports on its load: the auxiliary loss (unscaled), and how many slots each expert got."""
+
+    loss: Tensor
+    load: Tensor
+
+
+class MLP(nn.Module):
+    """down_proj(relu(up_proj(x))^2)."""
+
+    def __init__(self, hidden: int, width: int, bias: bool = False):
+        super().__init__()
+        self.up_proj = Linear(hidden, width, bias)
+        self.down_proj = Linear(width, hidden, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(relu2(self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Scores in fp32 from the full-width input. The bias sways the choice alone; `balance` moves it against the load."""
+
+    def __init__(
+        self, hidden: int, num_experts: int, top_k: int, scale: float, n_group: int, topk_group: int, normalize: bool
+    ):
+        super().__init__()
+        self.options = (top_k, scale, n_group, topk_group, normalize)
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
+        self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
+
+    def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
+        """x: [tokens, hidden]. Returns the routing and the scores [tokens, experts]."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        logits = F.linear(wide, self.weight.to(wide.dtype))
+        return route(logits, self.e_score_correction_bias, *self.options), torch.sigmoid(logits)
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> None:
+        """bias += rate * sign(mean load - load), and forget the load. Source: arXiv 2408.15664."""
+        self.e_score_correction_bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+
+
+class Experts(nn.Module):
+    """The stacked matrices of all experts, each expert quantized by itself; `recipes` of the two may be replaced any time."""
+
+    def __init__(self, num_experts: int, size: int, width: int):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(num_experts, width, size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, size, width))
+        self.register_buffer("up_noise", new_noise(self.up_proj.device))
+        self.register_buffer("down_noise", new_noise(self.up_proj.device))
+        self.recipes: dict[str, LinearRecipe] = {"up_proj": HIGH, "down_proj": HIGH}
+        self._forms: dict[str, tuple] = {}
+
+    def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
+        """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
+        return experts(
+            x, self.up_proj, self.down_proj, sizes, weights,
+            (self.recipes["up_proj"], self.recipes["down_proj"]), (self.up_noise, self.down_noise),
+            (self._quantized("up_proj", self.up_noise), self._quantized("down_proj", self.down_noise)),
+        )  # fmt: skip
+
+    def refresh(self) -> None:
+        """Forget the quantized weights; needed only after writing through `.data`."""
+        self._forms.clear()
+
+    def _quantized(self, name: str, noise: Tensor) -> list | None:
+        """The forms of each expert's matrix, kept until the matrix or its recipe changes."""
+        weight, recipe = getattr(self, name), self.recipes[name]
+        if not recipe.quantized:
+            return None
+        key = (weight._version, weight.data_ptr(), recipe)
+        if self._forms.get(name, (None,))[0] != key:
+            self._forms[name] = (key, quantize_experts(weight, recipe, noise))
+        return self._forms[name][1]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_forms": {}}  # copies and pickles quantize anew
+
+
+class MoE(nn.Module):
+    """shared_experts(x) + fc2(sum_e w_e expert_e(fc1(x))), fc1 and fc2 only where there is a latent width.
+
+    Router and shared experts read the full width.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        width: int,
+        shared_width: int | None,
+        latent: int | None = None,
+        scale: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        normalize: bool = True,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.gate = Router(hidden, num_experts, top_k, scale, n_group, topk_group, normalize)
+        self.experts = Experts(num_experts, latent or hidden, width)
+        self.shared_experts = MLP(hidden, shared_width, bias) if shared_width else None
+        self.fc1_latent_proj = Linear(hidden, latent, bias) if latent else None
+        self.fc2_latent_proj = Linear(latent, hidden, bias) if latent else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
+        """x: [batch, length, hidden]. Training puts the routing weights before down_proj, as Megatron-LM; otherwise after."""
+        tokens = x.flatten(0, 1)
+        routing, scores = self.gate(tokens)
+        inner = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        rows = permute(inner, routing)
+        if self.training:
+            sorted_weights = routing.weights.flatten().index_select(0, routing.order)
+            y = unpermute(self.experts(rows, routing.sizes(), sorted_weights), routing)
+        else:
+            y = unpermute(self.experts(rows, routing.sizes()), routing, routing.weights)
+        y = (y if self.fc2_latent_proj is None else self.fc2_latent_proj(y)).view_as(x)
+        y = y if self.shared_experts is None else y + self.shared_experts(x)
+        return y, Balance(sequence_balance_loss(scores, routing.indices, x.shape[0]), routing.offsets.diff())
+
+
+def sequence_balance_loss(scores: Tensor, indices: Tensor, batch: int) -> Tensor:
+    """Mean over sequences of sum_e f_e P_e: f_e the share of slots times the number of experts, P_e the mean normalised score.
+
+    1 when balanced, more when not. Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20.
+    """
+    experts_, top_k = scores.shape[1], indices.shape[1]
+    share = (scores / (scores.sum(1, keepdim=True) + 1e-20)).view(batch, -1, experts_).mean(1)
+    picked = torch.zeros_like(share).scatter_add_(
+        1, indices.view(batch, -1), torch.ones_like(scores[:1, :1]).expand(batch, indices.numel() // batch)
+    )
+    return (picked * (experts_ / (top_k * (scores.shape[0] // batch))) * share).sum(1).mean()

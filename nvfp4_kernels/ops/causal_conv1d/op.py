@@ -1,0 +1,71 @@
+"""causal_conv1d: the short depthwise convolution over time in front of Mamba-2's scan, with its SiLU."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._dispatch import select
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = "silu",
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y[t] = activation(bias + sum_k weight[:, k] * x[t - width + 1 + k]), each channel by itself; zeros before the start.
+
+    x: float [batch, length, channels], any strides. weight: [channels, width], width 2 to 4; its last column meets the
+    current token. bias: [channels] or None. activation: "silu" or None.
+    initial_state: [sequences, channels, width - 1], the inputs before the first, oldest first.
+    cu_seqlens: int [sequences + 1], ascending from 0 to batch * length: where sequences start in the batch * length tokens
+        taken row after row; no sequence sees another. None: each row is one.
+    Returns y of the shape and dtype of x; with return_state also the state after each sequence, as initial_state.
+    Differentiable in x, weight, bias and initial_state. Sums in fp32; bf16 and fp16 round once before the activation.
+    Raises TypeError or ValueError naming the argument.
+    """
+    require(
+        isinstance(x, Tensor) and x.is_floating_point(),
+        "x",
+        getattr(x, "dtype", type(x).__name__),
+        "a floating-point tensor",
+        TypeError,
+    )
+    require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, length, channels]")
+    channels = x.shape[2]
+    require(
+        weight.dim() == 2 and weight.shape[0] == channels,
+        "weight",
+        f"shape {list(weight.shape)}",
+        f"[{channels}, width]",
+    )
+    require(2 <= weight.shape[1] <= 4, "weight", f"width {weight.shape[1]}", "2, 3, 4")
+    if bias is not None:
+        require(tuple(bias.shape) == (channels,), "bias", f"shape {list(bias.shape)}", f"[{channels}]")
+    require(activation in ("silu", None), "activation", repr(activation), "'silu', None")
+    sequences = x.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, x)
+        sequences = cu_seqlens.numel() - 1
+    if initial_state is not None:
+        shape = (sequences, channels, weight.shape[1] - 1)
+        require(
+            tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
+        )
+    arguments = (x, weight, bias, activation, initial_state, return_state, cu_seqlens)
+    return select("causal_conv1d", *arguments).run(*arguments)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
+    """`cu_seqlens` must be boundaries of the batch * length tokens of x [batch, length, ...]. Values are not read."""
+    require(cu_seqlens.dtype in (torch.int32, torch.int64), "cu_seqlens", cu_seqlens.dtype, "int32, int64", TypeError)
+    require(
+        cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2,
+        "cu_seqlens",
+        f"shape {list(cu_seqlens.shape)}",
+        "[sequences + 1]",
+    )
+    require(cu_seqlens.device == x.device, "cu_seqlens", f"device {cu_seqlens.device}", f"{x.device}, where x is")

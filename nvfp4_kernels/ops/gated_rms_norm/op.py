@@ -1,0 +1,45 @@
+"""gated_rms_norm: Mamba-2's output norm, RMS over groups of channels, of the gated scan."""
+
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._dispatch import select
+
+
+def gated_rms_norm(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+) -> Tensor:
+    """weight * rms_norm(x * silu(z)) over each group of channels; norm_before_gate: weight * rms_norm(x) * silu(z).
+
+    x: float [..., channels], any strides. z: as x, or None for no gate. weight: float [channels].
+    group_size: channels that share one mean square; None for all. All math in fp32 (fp64 for fp64 x), one rounding at the end.
+    Returns the shape and dtype of x; differentiable in x, z and weight. Raises TypeError or ValueError naming the argument.
+    Source: Mamba-2 (arXiv 2405.21060), section 7; mamba_ssm's layernorm_gated.
+    """
+    require(
+        isinstance(x, Tensor) and x.is_floating_point(),
+        "x",
+        getattr(x, "dtype", type(x).__name__),
+        "a floating-point tensor",
+        TypeError,
+    )
+    require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1")
+    channels = x.shape[-1]
+    group_size = channels if group_size is None else group_size
+    require(
+        group_size >= 1 and channels % group_size == 0,
+        "group_size",
+        group_size,
+        f"a divisor of {channels}, the channels of x",
+    )
+    require(tuple(weight.shape) == (channels,), "weight", f"shape {list(weight.shape)}", f"[{channels}]")
+    if z is not None:
+        require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
+        require(z.dtype == x.dtype, "z", z.dtype, f"{x.dtype}, as x", TypeError)
+    arguments = (x, z, weight, eps, group_size, norm_before_gate)
+    return select("gated_rms_norm", *arguments).run(*arguments)

@@ -1,0 +1,38 @@
+"""permute and unpermute: token rows to rows sorted by expert, and back with each token's rows summed."""
+
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops.route.op import Routing
+
+
+def permute(x: Tensor, routing: Routing) -> Tensor:
+    """Row r of the result is the token of the r-th slot in expert order.
+
+    x: [tokens, features]. Returns [tokens * top_k, features] of x's dtype; differentiable in x.
+    Raises ValueError naming the argument.
+    """
+    tokens, top_k = routing.indices.shape
+    require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, features], as routed")
+    arguments = (x, routing.order, routing.inverse)
+    return select("permute", *arguments).run(*arguments)
+
+
+def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
+    """Each token's sum over its slots of y's rows, times weights[token, choice] where given.
+
+    y: [tokens * top_k, features], sorted by expert. weights: float [tokens, top_k] or None.
+    Returns [tokens, features] of y's dtype; differentiable in y and weights. The sum over a token's slots runs in a fixed
+    order, in fp32 when weighted. Raises ValueError naming the argument.
+    """
+    tokens, top_k = routing.indices.shape
+    require(
+        y.dim() == 2 and y.shape[0] == tokens * top_k, "y", f"shape {list(y.shape)}", f"[{tokens * top_k}, features]"
+    )
+    if weights is not None:
+        require(
+            tuple(weights.shape) == (tokens, top_k), "weights", f"shape {list(weights.shape)}", f"[{tokens}, {top_k}]"
+        )
+    arguments = (y, routing.order, routing.inverse)
+    return select("permute", *arguments).combine(*arguments, weights)

@@ -1,0 +1,69 @@
+"""route: which experts serve each token, with what weight, and where their rows lie once sorted by expert."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._dispatch import select
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The slots (token, choice) of a batch of tokens, and their order once sorted by expert, tokens in order within one."""
+
+    indices: Tensor  # int64 [tokens, top_k]: the experts of each token
+    weights: Tensor  # float [tokens, top_k]: their weights, differentiable in the logits
+    offsets: Tensor  # int64 [experts + 1]: expert e has the sorted rows offsets[e] : offsets[e + 1]
+    inverse: Tensor  # int64 [tokens, top_k]: the sorted row of each slot
+    order: Tensor  # int64 [tokens * top_k]: the slot (token * top_k + choice) of each sorted row
+
+    def sizes(self) -> list[int]:
+        """Rows of each expert, on the host."""
+        return self.offsets.diff().tolist()
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalize: bool = True,
+) -> Routing:
+    """Choose `top_k` experts for each token by sigmoid(logits) + bias; weigh them by sigmoid(logits) alone.
+
+    logits: float [tokens, experts]; the scores are fp32 (fp64 for fp64 logits).
+    bias: float [experts] or None; it sways the choice, never the weights, and gets no gradient.
+    n_group, topk_group: with n_group > 1 only the topk_group groups with the best sum of their two best scores may be
+        chosen from. normalize: divide the weights by their sum. scale: multiply them by this.
+    Returns a Routing. Raises TypeError or ValueError naming the argument.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; as Nemotron 3 uses it.
+    """
+    require(
+        isinstance(logits, Tensor) and logits.is_floating_point(),
+        "logits",
+        getattr(logits, "dtype", type(logits).__name__),
+        "a floating-point tensor",
+        TypeError,
+    )
+    require(logits.dim() == 2, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
+    experts = logits.shape[1]
+    require(1 <= top_k <= experts, "top_k", top_k, f"1 to {experts}, the number of experts")
+    require(
+        n_group >= 1 and experts % n_group == 0, "n_group", n_group, f"a divisor of {experts}, the number of experts"
+    )
+    require(1 <= topk_group <= n_group, "topk_group", topk_group, f"1 to n_group ({n_group})")
+    require(
+        top_k <= experts // n_group * topk_group,
+        "topk_group",
+        topk_group,
+        f"groups with at least top_k ({top_k}) experts together",
+    )
+    if bias is not None:
+        require(tuple(bias.shape) == (experts,), "bias", f"shape {list(bias.shape)}", f"[{experts}]")
+        require(torch.is_floating_point(bias), "bias", bias.dtype, "a floating-point tensor", TypeError)
+    arguments = (logits, bias, top_k, scale, n_group, topk_group, normalize)
+    return Routing(*select("route", *arguments).run(*arguments))
