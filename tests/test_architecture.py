@@ -1,4 +1,4 @@
-"""The house rules, checked: imports run down, the dispatch table equals the tree, files stay short, facts stay in their rooms."""
+"""The house rules, checked: imports run down, the dispatch table equals the tree, files stay short."""
 
 import ast
 import re

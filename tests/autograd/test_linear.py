@@ -113,15 +113,13 @@ def test_checkpointing_replays_the_noise(name):
 
     def gradients(wrap, own_noise):
         torch.manual_seed(1)
-        x, w, _, dy = tensors()
-        noise = torch.tensor([9, 0]) if own_noise else None
-        layer = lambda t: nk.linear(
-            torch.tanh(nk.linear(t, w, recipe=RECIPES[name], noise=noise)), w.t(), recipe=RECIPES[name]
-        )  # noqa: E731
-        layer_noise = torch.tensor([4, 0])
+        recipe, (x, w, _, dy) = RECIPES[name], tensors()
+        noises = [torch.tensor([seed, 0]) if own_noise else None for seed in (9, 4, 5)]
 
         def block(t):
-            return nk.linear(torch.tanh(layer(t)), w, recipe=RECIPES[name], noise=layer_noise if own_noise else None)
+            for weight, noise in zip((w, w.t(), w), noises, strict=True):
+                t = nk.linear(torch.tanh(t), weight, recipe=recipe, noise=noise)
+            return t
 
         y = checkpoint(block, x, use_reentrant=False) if wrap else block(x)
         y.backward(dy)

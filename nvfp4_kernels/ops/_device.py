@@ -1,0 +1,44 @@
+"""What each chip is and can do, as data: the only place that asks a device for its capabilities."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Compute capability -> (FP4 tensor cores by instruction, stochastic-rounding conversion). Sources: PTX ISA 9, sections
+# tcgen05.mma, mma.sync and cvt: cvt.rs exists on sm_100a and sm_103a alone, so that every other chip rounds in software.
+FP4_TENSOR_CORES = {(10, 0): "tcgen05", (10, 3): "tcgen05", (11, 0): "tcgen05", (12, 0): "mma.sync", (12, 1): "mma.sync"}
+HARDWARE_STOCHASTIC = {(10, 0), (10, 3)}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device of this machine. arch: "cpu" or "sm_90"; notes: what matters to NVFP4 on it."""
+
+    device: str
+    name: str
+    arch: str
+    notes: str
+
+
+def chips() -> list[Chip]:
+    """The CPU, then every CUDA device."""
+    found = [Chip("cpu", _cpu_name(), "cpu", "exact decoding to bf16 or fp32, stochastic rounding in software")]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(index)
+        cores = FP4_TENSOR_CORES.get(capability)
+        notes = f"FP4 tensor cores by {cores}" if cores else "no FP4 tensor cores: exact decoding to bf16"
+        rounding = "hardware" if capability in HARDWARE_STOCHASTIC else "software"
+        arch = f"sm_{capability[0]}{capability[1]}"
+        name = torch.cuda.get_device_name(index)
+        found.append(Chip(f"cuda:{index}", name, arch, f"{notes}, stochastic rounding in {rounding}"))
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()

@@ -1,0 +1,51 @@
+"""Who runs what: forcing, refusing, the environment variable."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.ops import _dispatch
+
+
+def test_the_first_that_does_not_refuse_serves(monkeypatch):
+    x = torch.randn(4, 32)
+    ran = []
+    for name in _dispatch.TABLE["quantize"]:
+        module = _dispatch.implementation("quantize", name)
+        monkeypatch.setattr(module, "run", lambda *a, run=module.run, name=name: ran.append(name) or run(*a))
+    nk.quantize(x)
+    first = _dispatch.implementation("quantize", _dispatch.TABLE["quantize"][0])
+    monkeypatch.setattr(first, "refuses", lambda *a: "out of order today")
+    nk.quantize(x)
+    assert ran == list(_dispatch.TABLE["quantize"][:2])
+    with nk.backend(_dispatch.TABLE["quantize"][0]), pytest.raises(nk.Refused, match="native: out of order today"):
+        nk.quantize(x)
+
+
+def test_backend_nests_and_restores():
+    before = _dispatch.candidates("matmul")
+    with nk.backend("reference"):
+        assert _dispatch.candidates("matmul") == ("reference",)
+        with nk.backend("native", "reference"):
+            assert _dispatch.candidates("matmul") == ("native", "reference")
+        assert _dispatch.candidates("matmul") == ("reference",)
+    assert _dispatch.candidates("matmul") == before
+    with pytest.raises(ValueError, match="backend: got cuda2; allowed: "), nk.backend("cuda2"):
+        pass
+
+
+def test_a_backend_that_an_op_lacks_is_named():
+    with nk.backend("native"), pytest.raises(nk.Refused, match="selective_scan has no native implementation"):
+        _dispatch.select("selective_scan")
+
+
+def test_environment_variable():
+    code = "import nvfp4_kernels as nk, torch; from nvfp4_kernels.ops._dispatch import candidates; print(*candidates('quantize'))"
+    for value, expected in (("reference", "reference"), ("native,reference", "native reference")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={"NVFP4_BACKEND": value, "PYTHONPATH": ":".join(sys.path)}, capture_output=True
+        )
+        assert done.stdout.decode().strip() == expected, done.stderr
