@@ -41,11 +41,18 @@ class Snapshot:
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of `name`.safetensors, on the CPU."""
         from safetensors.torch import load_file
+
         return load_file(self.path / f"{name}.safetensors")
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict,
-         texts: Mapping[str, str] | None = None, keep: int = 2) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    state: dict,
+    texts: Mapping[str, str] | None = None,
+    keep: int = 2,
+) -> Path:
     """Writes snapshot `step` below `folder`, then drops all but the newest `keep`.
 
     tensors: file name without its ending -> named tensors; state: anything JSON holds; texts: further small files.
@@ -65,7 +72,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tenso
         manifest = {"format": FORMAT, "step": step, "files": files}
         _write(part / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         _sync_folder(part)
-        if final.exists():      # the same step again, after a resume
+        if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
         part.rename(final)
         _sync_folder(folder)
@@ -95,8 +102,10 @@ def load(path: Path) -> Snapshot:
     path = Path(path)
     manifest = _json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise SnapshotError(f"checkpoint: {path} has format {manifest.get('format')}; allowed: {FORMAT} "
-                            "(do: read it with the version of this package that wrote it)")
+        raise SnapshotError(
+            f"checkpoint: {path} has format {manifest.get('format')}; allowed: {FORMAT} "
+            "(do: read it with the version of this package that wrote it)"
+        )
     for name, known in manifest["files"].items():
         size, crc = _measure(path / name)
         if size != known["bytes"]:
@@ -141,7 +150,7 @@ def _safetensors(group: Mapping[str, torch.Tensor]):
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)     # the data begins at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     yield len(text).to_bytes(8, "little") + text
     for tensor in group.values():
         yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -184,13 +193,16 @@ def _json(path: Path) -> dict:
     except FileNotFoundError:
         raise SnapshotError(f"checkpoint: {path} does not exist; do: name a folder with a whole snapshot") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
-        raise SnapshotError(f"checkpoint: {path} is corrupt, it is no JSON; do: delete {path.parent} and resume from "
-                            "the one before it") from None
+        raise SnapshotError(
+            f"checkpoint: {path} is corrupt, it is no JSON; do: delete {path.parent} and resume from the one before it"
+        ) from None
 
 
 def _explain(error: OSError, folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"checkpoint: the disk of {folder} is full, a snapshot needs {needed / 1e6:.1f} MB; do: free some "
-                "space and --resume (earlier snapshots are whole)")
+        return (
+            f"checkpoint: the disk of {folder} is full, a snapshot needs {needed / 1e6:.1f} MB; do: free some "
+            "space and --resume (earlier snapshots are whole)"
+        )
     return f"checkpoint: {folder} cannot be written ({error.strerror}); do: check the path and its permissions"

@@ -13,7 +13,7 @@ import numpy as np
 # Tests are left out of the default corpus because not every distribution of Python ships them.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 ID_DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}
-CHUNK = 1 << 24     # tokens looked at together, so that a memory-mapped corpus never has to fit in memory
+CHUNK = 1 << 24  # tokens looked at together, so that a memory-mapped corpus never has to fit in memory
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read_text(files: list[Path], tokenizer, source: str, folder: bool) -> Corpus
             text = file.read_bytes()
         except OSError as error:
             raise ValueError(f"data: {file} cannot be read ({error.strerror}); do: check its permissions") from error
-        if looks_binary(text[:1 << 16]):
+        if looks_binary(text[: 1 << 16]):
             if not folder:
                 raise ValueError(f"data: {file} is binary, not text; do: give text, or ids as .npy or .bin")
             skipped += 1
@@ -106,23 +106,29 @@ def read_ids(path: Path, vocab_size: int, bin_dtype: str, separator: int | None)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"data: {path} is no .npy of numbers; do: write it with numpy.save(path, ids)") from error
         if ids.ndim != 1 or ids.dtype.name not in ID_DTYPES:
-            raise ValueError(f"data: got {ids.dtype} {list(ids.shape)} in {path}; allowed: one axis of uint8, uint16"
-                             " or uint32 (do: numpy.save(path, ids.reshape(-1).astype('uint16')))")
+            raise ValueError(
+                f"data: got {ids.dtype} {list(ids.shape)} in {path}; allowed: one axis of uint8, uint16"
+                " or uint32 (do: numpy.save(path, ids.reshape(-1).astype('uint16')))"
+            )
     else:
         dtype = np.dtype(ID_DTYPES[bin_dtype])
         if path.stat().st_size % dtype.itemsize:
-            raise ValueError(f"data: {path} has {path.stat().st_size} bytes, no whole number of {bin_dtype};"
-                             " do: name its dtype with --bin-dtype uint8, uint16 or uint32")
+            raise ValueError(
+                f"data: {path} has {path.stat().st_size} bytes, no whole number of {bin_dtype};"
+                " do: name its dtype with --bin-dtype uint8, uint16 or uint32"
+            )
         ids = np.memmap(path, dtype.newbyteorder("<"), "r")
     if len(ids) == 0:
         raise ValueError(f"data: {path} holds no ids; do: give a file with token ids in it")
     ends = []
     for begin in range(0, len(ids), CHUNK):
-        chunk = ids[begin:begin + CHUNK]
+        chunk = ids[begin : begin + CHUNK]
         if int(chunk.max()) >= vocab_size:
             at = begin + int(np.argmax(chunk >= vocab_size))
-            raise ValueError(f"data: got id {int(ids[at])} at position {at} of {path}; allowed: 0 to {vocab_size - 1},"
-                             " the model's vocabulary (do: check --bin-dtype, or choose a larger vocab_size)")
+            raise ValueError(
+                f"data: got id {int(ids[at])} at position {at} of {path}; allowed: 0 to {vocab_size - 1},"
+                " the model's vocabulary (do: check --bin-dtype, or choose a larger vocab_size)"
+            )
         if separator is not None:
             ends.append(begin + 1 + np.flatnonzero(chunk == separator))
     starts = np.unique(np.concatenate([[0], *ends, [len(ids)]])).astype(np.int64)
@@ -139,7 +145,7 @@ def entropies(corpus: Corpus) -> dict[str, float]:
     bytes_only = corpus.ids.dtype.itemsize == 1 or int(corpus.ids.max()) < 256
     counts = [unigram, np.zeros(1 << 16, np.int64), np.zeros(1 << 24, np.int64)] if bytes_only else [unigram]
     for begin in range(0, len(corpus.ids), CHUNK):
-        ids = np.asarray(corpus.ids[begin:begin + CHUNK + 2]).astype(np.int32)     # 2 more: runs across the chunk's end
+        ids = np.asarray(corpus.ids[begin : begin + CHUNK + 2]).astype(np.int32)  # 2 more: runs across the chunk's end
         keys = ids
         for order in range(len(counts)):
             if order:
@@ -147,7 +153,7 @@ def entropies(corpus: Corpus) -> dict[str, float]:
             add = np.bincount(keys[:CHUNK], minlength=len(counts[order]))
             counts[order] = add + np.pad(counts[order], (0, len(add) - len(counts[order])))
     joint = [0.0] + [entropy_of(count) for count in counts]
-    names = ("unigram", "bigram", "trigram")[:len(counts)]
+    names = ("unigram", "bigram", "trigram")[: len(counts)]
     return {name: (joint[i + 1] - joint[i]) * corpus.tokens_per_byte for i, name in enumerate(names)}
 
 

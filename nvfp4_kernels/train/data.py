@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-IGNORED = -100      # the label of a token that has nothing to predict: a document's last one, without an end_label
+IGNORED = -100  # the label of a token that has nothing to predict: a document's last one, without an end_label
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def plan_epoch(starts: np.ndarray, ends: np.ndarray, length: int, seed: int, epo
     size = np.minimum(first[document] + index * length, tokens[document]) - begin
 
     order = random.permutation(len(size))
-    order = order[np.argsort(size[order] != length, kind="stable")]     # full pieces first: each falls on a row exactly
+    order = order[np.argsort(size[order] != length, kind="stable")]  # full pieces first: each falls on a row exactly
     place = np.concatenate([[0], np.cumsum(size[order])])
     count = int(place[-1]) // length
     cuts = np.unique(np.concatenate([place[place < count * length], np.arange(count + 1) * length]))
@@ -69,13 +69,15 @@ class Packer:
     def __init__(
         self, ids: np.ndarray, spans: np.ndarray, batch: int, length: int, seed: int, end_label: int | None = None
     ):
-        self.ids, (self.starts, self.ends) = ids, spans[spans[:, 1] - spans[:, 0] >= 2].T   # one token predicts nothing
+        self.ids, (self.starts, self.ends) = ids, spans[spans[:, 1] - spans[:, 0] >= 2].T  # one token predicts nothing
         self.batch, self.length, self.seed = batch, length, seed
         self.end_label = IGNORED if end_label is None else end_label
         tokens = int((self.ends - self.starts).sum())
         if tokens < length:
-            raise ValueError(f"data: got {tokens} tokens; allowed: at least one sequence of {length} "
-                             "(do: give more text, or a smaller --length)")
+            raise ValueError(
+                f"data: got {tokens} tokens; allowed: at least one sequence of {length} "
+                "(do: give more text, or a smaller --length)"
+            )
         self.epoch, self.cursor, self.planned = 0, 0, None
 
     def __iter__(self) -> "Packer":
@@ -105,14 +107,17 @@ class Packer:
         bounds = [0]
         for _ in range(self.batch):
             for start, size, end in self.next_row():
-                at, known = bounds[-1], min(size, end - start - 1)      # all but the document's last token
-                ids[at:at + size] = self.ids[start:start + size]
-                labels[at:at + known] = self.ids[start + 1:start + 1 + known]
-                labels[at + known:at + size] = self.end_label
+                at, known = bounds[-1], min(size, end - start - 1)  # all but the document's last token
+                ids[at : at + size] = self.ids[start : start + size]
+                labels[at : at + known] = self.ids[start + 1 : start + 1 + known]
+                labels[at + known : at + size] = self.end_label
                 bounds.append(at + int(size))
         shape = (self.batch, self.length)
-        return Batch(torch.from_numpy(ids).view(shape), torch.from_numpy(labels).view(shape),
-                     torch.tensor(bounds, dtype=torch.int32))
+        return Batch(
+            torch.from_numpy(ids).view(shape),
+            torch.from_numpy(labels).view(shape),
+            torch.tensor(bounds, dtype=torch.int32),
+        )
 
 
 def split_documents(starts: np.ndarray, fraction: float, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,16 +131,20 @@ def split_documents(starts: np.ndarray, fraction: float, least: int) -> tuple[np
     if fraction <= 0:
         return spans, spans[:0]
     if wanted * 2 > total:
-        raise ValueError(f"data: got {total} tokens; allowed: at least {2 * wanted}, twice what validation holds out "
-                         "(do: give more text, a smaller --length, or --validation 0)")
+        raise ValueError(
+            f"data: got {total} tokens; allowed: at least {2 * wanted}, twice what validation holds out "
+            "(do: give more text, a smaller --length, or --validation 0)"
+        )
     order = np.random.default_rng(0).permutation(len(spans))
     size = (spans[:, 1] - spans[:, 0])[order]
-    order = order[size <= wanted]       # one huge document must not swallow the training set
-    held = order[:int(np.searchsorted(np.cumsum((spans[:, 1] - spans[:, 0])[order]), wanted)) + 1]
+    order = order[size <= wanted]  # one huge document must not swallow the training set
+    held = order[: int(np.searchsorted(np.cumsum((spans[:, 1] - spans[:, 0])[order]), wanted)) + 1]
     if int((spans[held, 1] - spans[held, 0]).sum()) >= wanted:
         keep = np.ones(len(spans), bool)
         keep[held] = False
         return spans[keep], spans[np.sort(held)]
     cut = total - wanted
-    return (np.stack([starts[:-1], np.minimum(starts[1:], cut)], axis=1)[starts[:-1] < cut],
-            np.stack([np.maximum(starts[:-1], cut), starts[1:]], axis=1)[starts[1:] > cut])
+    return (
+        np.stack([starts[:-1], np.minimum(starts[1:], cut)], axis=1)[starts[:-1] < cut],
+        np.stack([np.maximum(starts[:-1], cut), starts[1:]], axis=1)[starts[1:] > cut],
+    )

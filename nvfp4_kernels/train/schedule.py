@@ -19,7 +19,7 @@ class Schedule:
     warmup: int = 0
     decay: int = 0
     shape: str = "minus-sqrt"
-    floor: float = 0.01     # of the peak, at the last step: 1e-3 to 1e-5 in Nano, 4.5e-4 to 4.5e-6 in Super
+    floor: float = 0.01  # of the peak, at the last step: 1e-3 to 1e-5 in Nano, 4.5e-4 to 4.5e-6 in Super
 
     def at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""

@@ -62,6 +62,8 @@ def load_tokenizer(name: str, model_vocab: int, model_eos: int | list[int] | Non
     special = isinstance(model_eos, int) and 256 <= model_eos < model_vocab
     tokenizer = ByteTokenizer(model_eos if special else None) if name == "bytes" else JsonTokenizer(name)
     if tokenizer.vocab_size > model_vocab:
-        raise ValueError(f"tokenizer: got {tokenizer.vocab_size} ids in {name}; allowed: at most the model's vocab_size"
-                         f" {model_vocab} (choose a smaller tokenizer, or a config with a larger vocab_size)")
+        raise ValueError(
+            f"tokenizer: got {tokenizer.vocab_size} ids in {name}; allowed: at most the model's vocab_size"
+            f" {model_vocab} (choose a smaller tokenizer, or a config with a larger vocab_size)"
+        )
     return tokenizer

@@ -15,7 +15,8 @@ from nvfp4_kernels.checkpoint import snapshot
 
 TENSORS = {"model": {
     "w": torch.randn(3, 5), "half": torch.randn(4).bfloat16(), "noise": torch.tensor([2**40, -1]),
-    "step": torch.tensor(3.0), "none": torch.zeros(0, 4), "turned": torch.randn(4, 3).t(), "flag": torch.tensor([True, False]),
+    "step": torch.tensor(3.0), "none": torch.zeros(0, 4), "turned": torch.randn(4, 3).t(),
+    "flag": torch.tensor([True, False]),
     "fp8": torch.randn(8).to(torch.float8_e4m3fn),
 }, "rng": {"torch": torch.get_rng_state()}}  # fmt: skip
 
@@ -30,12 +31,17 @@ def test_round_trip_is_bitwise_and_plain_safetensors(tmp_path):
     got, damaged = snapshot.newest(tmp_path)
     assert got.step == 12 and got.path == path and got.state == state and damaged == []
     for name, group in TENSORS.items():
-        read = load_file(path / f"{name}.safetensors")      # the library's own reader
+        read = load_file(path / f"{name}.safetensors")  # the library's own reader
         assert read.keys() == group.keys() == got.tensors(name).keys()
         for key, tensor in group.items():
             assert read[key].dtype == tensor.dtype and read[key].shape == tensor.shape
-            assert read[key].contiguous().reshape(-1).view(torch.uint8).equal(
-                tensor.contiguous().reshape(-1).view(torch.uint8))
+            assert (
+                read[key]
+                .contiguous()
+                .reshape(-1)
+                .view(torch.uint8)
+                .equal(tensor.contiguous().reshape(-1).view(torch.uint8))
+            )
     assert (path / "config.json").read_text() == "{}"
     assert not [f for f in tree(tmp_path) if f.endswith((".pt", ".pkl", ".bin"))]
 
@@ -126,8 +132,13 @@ print(sorted(p.name for p in folder.iterdir()), snapshot.newest(folder)[0].step)
 def test_a_disk_that_is_really_full(tmp_path):
     """A 1 MB file system in a mount namespace of its own; skipped where the machine allows none."""
     mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1" {tmp_path}'
-    got = subprocess.run(["unshare", "-Urm", "sh", "-c", mount, sys.executable, FULL], capture_output=True, text=True,
-                         check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    got = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", mount, sys.executable, FULL],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     if got.returncode and "Error" not in got.stderr:
         pytest.skip("no unprivileged mount namespace here")
     assert "is full, a snapshot needs 40.0 MB" in got.stdout

@@ -81,19 +81,20 @@ def test_folders_without_text(tmp_path):
 
 def brute_force_entropy(data: bytes, order: int) -> float:
     def joint(n):
-        counts = collections.Counter(data[i:i + n] for i in range(len(data) - n + 1))
+        counts = collections.Counter(data[i : i + n] for i in range(len(data) - n + 1))
         total = sum(counts.values())
         return -sum(c / total * math.log(c / total) for c in counts.values())
+
     return joint(order) - (joint(order - 1) if order > 1 else 0.0)
 
 
 def test_entropies_against_counting(monkeypatch):
-    data = np.random.default_rng(0).choice(list(b"abcd \n"), 5000, p=[.4, .2, .1, .1, .1, .1]).astype(np.uint8)
+    data = np.random.default_rng(0).choice(list(b"abcd \n"), 5000, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]).astype(np.uint8)
     data[1:] = np.where(data[:-1] == ord("a"), ord("b"), data[1:])
     corpus = Corpus(data, np.array([0, len(data)]), "", len(data))
     want = {name: brute_force_entropy(data.tobytes(), n + 1) for n, name in enumerate(("unigram", "bigram", "trigram"))}
     assert entropies(corpus) == pytest.approx(want, abs=1e-12)
-    monkeypatch.setattr("nvfp4_kernels.train.corpus.CHUNK", 701)       # runs across the chunks' ends are counted once
+    monkeypatch.setattr("nvfp4_kernels.train.corpus.CHUNK", 701)  # runs across the chunks' ends are counted once
     assert entropies(corpus) == pytest.approx(want, abs=1e-12)
     assert CHUNK > 701
 

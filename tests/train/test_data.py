@@ -47,13 +47,13 @@ def test_labels_and_boundaries(lengths, length, batch, end_label):
         got = next(packer)
         flat, labels, cuts = got.ids.flatten().tolist(), got.labels.flatten().tolist(), got.cu_seqlens.tolist()
         assert cuts[0] == 0 and cuts[-1] == batch * length and all(a < b for a, b in zip(cuts, cuts[1:], strict=False))
-        assert set(range(0, batch * length + 1, length)) <= set(cuts)      # a row never continues the one before
+        assert set(range(0, batch * length + 1, length)) <= set(cuts)  # a row never continues the one before
         for token, label in zip(flat, labels, strict=True):
             last = IGNORED if end_label is None else end_label
             assert label == (last if token in ends else token + 1)
-        for a, b in zip(cuts, cuts[1:], strict=False):      # a piece is contiguous text of one document
+        for a, b in zip(cuts, cuts[1:], strict=False):  # a piece is contiguous text of one document
             assert flat[a:b] == list(range(flat[a], flat[a] + b - a))
-            assert not ends & set(flat[a:b - 1])
+            assert not ends & set(flat[a : b - 1])
         assert got.targets == sum(label != IGNORED for label in labels)
 
 

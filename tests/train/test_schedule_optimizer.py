@@ -14,7 +14,7 @@ def test_warmup_stable_decay():
     schedule = Schedule(1.0, steps=100, warmup=10, decay=20, floor=0.0)
     rates = [schedule.at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert rates[10:81] == [1.0] * 71       # the decay begins from the peak
+    assert rates[10:81] == [1.0] * 71  # the decay begins from the peak
     assert all(a > b for a, b in zip(rates[80:], rates[81:], strict=False))
     assert rates[90] == pytest.approx(1 - math.sqrt(11 / 20)) and rates[99] == 0.0
     linear = Schedule(1.0, steps=100, decay=20, shape="linear", floor=0.1)
@@ -43,6 +43,17 @@ def test_only_matrices_decay():
     decayed = {id(p) for g in optimizer.param_groups for p in g["params"] if g["weight_decay"]}
     assert decayed == {id(model.proj.weight), id(model.up)}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_step_counts_the_versions_up():
+    """Caches of quantized weights go by it; torch's fused step does not do it by itself."""
+    model = Toy()
+    optimizer = build_optimizer(model, 0.1)
+    before = {name: p._version for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(p._version > before[name] for name, p in model.named_parameters())
 
 
 def test_half_precision_masters_are_refused():

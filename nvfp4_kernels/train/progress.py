@@ -1,0 +1,125 @@
+"""What a run tells while it runs: metrics.jsonl always; a bar on a terminal, plain lines into a pipe."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nvfp4_kernels.train.loop import StepReport
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each with its step."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0):
+        """keep_bytes: how much of an existing file stays, at a resume: what was written up to the resumed step."""
+        self.file = open(path, "ab")
+        self.file.truncate(min(keep_bytes, os.path.getsize(path)))
+        self.file.seek(0, os.SEEK_END)
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values).encode() + b"\n")
+        self.file.flush()
+
+    def position(self) -> int:
+        """Bytes so far, safe on disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def health_text(summary: dict) -> str:
+    if "worst_db" not in summary:
+        return "q: none"
+    return (
+        f"q: min {summary['worst_db']:.1f} dB {summary['worst_layer']} {summary['worst_operand']} "
+        f"clip {summary['clipped']:.2%} zero {summary['flushed']:.1%}"
+    )
+
+
+class Progress:
+    """A tqdm bar on a terminal; otherwise a line every ten seconds and one at every event."""
+
+    EVERY = 10.0
+
+    def __init__(self, label: str, steps: int, done: int, quiet: bool = False):
+        self.label, self.steps, self.quiet, self.bar = label, steps, quiet, None
+        self.health, self.load, self.rate, self.said = {}, None, None, 0.0
+        if sys.stderr.isatty() and not quiet:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=steps,
+                initial=done,
+                desc=label,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:12}| {postfix} · {remaining}",
+            )
+
+    def step(self, report: StepReport, device: torch.device) -> None:
+        rate = report.tokens / report.seconds
+        self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
+        self.health = report.health.summary() if report.health else self.health
+        self.load = report.expert_load.get("max_violation", self.load)
+        parts = [
+            f"loss {report.losses['lm']:.4f}",
+            f"gnorm {report.gradient_norm:.2f}",
+            f"lr {report.lr:.1e}",
+            f"{self.rate:,.0f} tok/s",
+            f"mem {memory_bytes(device) / 1e9:.1f} GB",
+            health_text(self.health),
+        ]
+        if self.load is not None:
+            parts.append(f"load +{self.load:.2f}")
+        if self.bar is not None:
+            self.bar.set_postfix_str(" · ".join(parts), refresh=False)
+            self.bar.update()
+        elif not self.quiet and (time.monotonic() - self.said >= self.EVERY or report.step == self.steps):
+            left = (self.steps - report.step) * report.tokens / self.rate
+            head = f"{self.label} step {report.step}/{self.steps} {report.step / self.steps:.1%}"
+            self.say(" | ".join([head, *parts, f"eta {clock(left)}"]))
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self.said = time.monotonic()
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,71 @@
+"""What a run is built from: settings to config, model, corpus and batches; and a finished run back to a model."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from nvfp4_kernels.checkpoint import snapshot
+from nvfp4_kernels.model.config import HybridConfig
+from nvfp4_kernels.model.hybrid import HybridModel
+from nvfp4_kernels.model.presets import preset
+from nvfp4_kernels.recipe import Recipe, get_recipe
+from nvfp4_kernels.train.corpus import Corpus, load_corpus
+from nvfp4_kernels.train.data import Batch, Packer, split_documents
+from nvfp4_kernels.train.loop import Trainer
+from nvfp4_kernels.train.settings import Settings
+from nvfp4_kernels.train.tokenizer import load_tokenizer
+
+
+def build_config(settings: Settings) -> HybridConfig:
+    return HybridConfig.load(settings.config) if settings.config else preset(settings.preset)
+
+
+def build_model(config: HybridConfig, settings: Settings, recipe: Recipe | None = None) -> HybridModel:
+    """The same weights for the same seed, whatever the recipe."""
+    torch.manual_seed(settings.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HybridModel(config, recipe=recipe or get_recipe(settings.recipe)).to(device)
+    model.checkpoint_activations = settings.checkpoint_activations
+    return model
+
+
+def load_data(settings: Settings, config: HybridConfig):
+    """(corpus, tokenizer) of the settings."""
+    tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
+    data = None if settings.data is None else Path(settings.data)
+    return load_corpus(data, tokenizer, config.vocab_size, settings.bin_dtype), tokenizer
+
+
+def split(settings: Settings, corpus: Corpus) -> tuple[Packer, list[Batch]]:
+    """The training packer and the fixed validation batches, the same for every recipe and seed."""
+    train, held = split_documents(corpus.starts, settings.validation, settings.batch * settings.length)
+    packer = Packer(corpus.ids, train, settings.batch, settings.length, settings.seed, corpus.end_label)
+    if len(held) == 0:
+        return packer, []
+    wanted = max(
+        1, min(settings.validation_tokens, int((held[:, 1] - held[:, 0]).sum())) // (settings.batch * settings.length)
+    )
+    checks = Packer(corpus.ids, held, settings.batch, settings.length, 0, corpus.end_label)
+    return packer, list(islice(checks, wanted))
+
+
+def steps_that_fit(trainer: Trainer, validation: list[Batch], minutes: float) -> int:
+    """How many steps `minutes` hold on this machine, from a few that are timed and undone.
+
+    A tenth more is allowed for the optimizer, probes and logs, and validation counts as a third of a step's work."""
+    pace = trainer.seconds_a_step() * 1.1
+    aside = len(validation) * pace / trainer.accumulate / 3
+    return max(1, int((minutes * 60 - aside) / pace))
+
+
+def load_run(run: Path):
+    """(model, tokenizer, step) of a run's newest whole snapshot. Raises ValueError where there is none."""
+    settings = Settings.load(run)
+    found, damaged = snapshot.newest(Path(run) / "checkpoints")
+    if found is None:
+        raise ValueError(damaged[0] if damaged else f"model: {run} holds no checkpoint yet; do: let it train further")
+    config = HybridConfig.load(found.path)
+    model = HybridModel(config, recipe=get_recipe(settings.recipe))
+    model.load_state_dict(found.tensors("model"))
+    return model.eval(), load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id), found.step
