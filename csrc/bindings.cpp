@@ -1,0 +1,80 @@
+// The Python face of csrc: one function an op; pointers as integers, sizes, strides; the status comes back (0, or 1 when
+// memory ran out). nvfp4_kernels/ops/<op>/native.py calls these after op.py has checked everything.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+#include "dequantize/params.h"
+#include "hadamard/params.h"
+#include "matmul/params.h"
+#include "quantize/params.h"
+
+namespace py = pybind11;
+using namespace nvfp4;
+
+namespace {
+
+template <class T>
+T* pointer(u64 address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (block, stochastic, four_over_six, hadamard, codes, scales, global_scale)
+QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
+    return {static_cast<Block>(t[0].cast<int>()), t[1].cast<bool>(), static_cast<FourOverSix>(t[2].cast<int>()),
+            t[3].cast<i32>(), pointer<u8>(t[4].cast<u64>()), pointer<u8>(t[5].cast<u64>()),
+            pointer<float>(t[6].cast<u64>()), seed, offset};
+}
+
+// noise: pointer to int64 [2], (seed, offset), or 0. The column form's draws come after the row form's.
+int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, const py::tuple& row,
+                  const py::tuple& col, u64 noise, int threads) {
+    const u64* state = pointer<const u64>(noise);
+    const u64 seed = state ? state[0] : 0, offset = state ? state[1] : 0;
+    QuantizeParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, form(row, seed, offset),
+                     form(col, seed, offset), threads};
+    p.col.offset += p.row.stochastic ? 1 : 0;
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(quantize, p);
+}
+
+int call_dequantize(u64 codes, u64 scales, u64 global_scale, u64 out, int out_dtype, i64 rows, i64 cols, int threads) {
+    const DequantizeParams p{pointer<const u8>(codes), pointer<const u8>(scales), pointer<const float>(global_scale),
+                             pointer<void>(out), out_dtype, rows, cols, threads};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(dequantize, p);
+}
+
+int call_hadamard(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, u32 signs, u64 out, int threads) {
+    const HadamardParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, signs, pointer<u16>(out), threads};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(hadamard, p);
+}
+
+// (kind, data, scales, global_scale, rows, cols, row_stride, col_stride)
+Operand operand(const py::tuple& t) {
+    return {static_cast<Kind>(t[0].cast<int>()), pointer<const void>(t[1].cast<u64>()), pointer<const u8>(t[2].cast<u64>()),
+            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), t[5].cast<i64>(), t[6].cast<i64>(), t[7].cast<i64>()};
+}
+
+int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype, u64 out, int out_dtype, bool accumulate,
+                int threads) {
+    const MatmulParams p{operand(a), operand(b), pointer<const void>(bias), bias_dtype, pointer<void>(out), out_dtype,
+                         accumulate, threads};
+    const py::gil_scoped_release release;
+#if defined(NVFP4_X86)
+    if (isa() == Isa::avx512bf16) return avx512bf16::matmul(p);
+#endif
+    return NVFP4_CALL(matmul, p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "CPU kernels of nvfp4_kernels: plain pointers, no torch. Call them through nvfp4_kernels.ops.";
+    m.def("quantize", &call_quantize);
+    m.def("dequantize", &call_dequantize);
+    m.def("hadamard", &call_hadamard);
+    m.def("matmul", &call_matmul);
+    m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
+    m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
+}

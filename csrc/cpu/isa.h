@@ -1,0 +1,25 @@
+// Which of the compiled instruction sets runs. Each <op>/cpu.cpp is compiled once for each of them, in a namespace of that
+// name (NVFP4_ISA); NVFP4_CALL picks one at run time.
+#pragma once
+
+namespace nvfp4 {
+
+enum class Isa { scalar, avx2, avx512, avx512bf16 };
+
+// The best this CPU can run, or what NVFP4_CPU_ISA or set_isa asked for, if the CPU has it.
+Isa isa();
+const char* isa_name();
+// False, and no change, for a name that is unknown or that this CPU cannot run.
+bool set_isa(const char* name);
+bool isa_available(Isa isa);
+
+}  // namespace nvfp4
+
+#if defined(NVFP4_X86)
+#define NVFP4_CALL(function, params)                                            \
+    (isa() == Isa::scalar ? scalar::function(params)                            \
+     : isa() == Isa::avx2 ? avx2::function(params)                              \
+                          : avx512::function(params))
+#else
+#define NVFP4_CALL(function, params) scalar::function(params)
+#endif

@@ -1,0 +1,28 @@
+// One parallel loop over thread numbers, on the OpenMP pool the process already has.
+#pragma once
+#include "numerics/lane.h"
+
+namespace nvfp4 {
+
+using ThreadBody = void (*)(void* context, int thread, int threads);
+
+// Calls body(context, t, n) for t = 0 .. n - 1 with some n <= threads: a pool may grant fewer (inside another parallel
+// region it grants one). Bodies must cover all work for any n and give the same bytes for any n; they must not throw.
+void run_threads(int threads, ThreadBody body, void* context);
+
+template <class Body>
+inline void parallel(int threads, Body& body) {
+    run_threads(threads, [](void* context, int t, int n) { (*static_cast<Body*>(context))(t, n); }, &body);
+}
+
+// Part t of n of the range [0, count), in multiples of `grain`.
+struct Range {
+    i64 begin, end;
+};
+inline Range part(i64 count, i64 grain, int t, int n) {
+    const i64 units = (count + grain - 1) / grain;
+    const i64 begin = units * t / n * grain, end = units * (t + 1) / n * grain;
+    return {begin < count ? begin : count, end < count ? end : count};
+}
+
+}  // namespace nvfp4

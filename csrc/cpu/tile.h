@@ -1,0 +1,65 @@
+// A 16x16 tile of a matrix in fp32, the unit the row and the column form share: columns of the tile are blocks of the
+// column form, its rows, after one transposition, blocks of the row form.
+#pragma once
+#include "numerics/hadamard.h"
+#include "simd.h"
+
+namespace nvfp4 {
+namespace NVFP4_ISA {
+
+struct alignas(64) Tile {
+    float v[16][16];  // [element of a block][block]
+};
+
+struct Matrix {
+    const void* data;
+    int dtype;
+    i64 rows, cols, row_stride, col_stride;  // strides in elements
+};
+
+// x[row .. row + 16, col .. col + 16], zero outside the matrix; t.v[i][j] = x[row + i, col + j].
+template <class T>
+static inline void load_tile(const Matrix& x, i64 row, i64 col, Tile& t) {
+    const T* from = static_cast<const T*>(x.data) + row * x.row_stride + col * x.col_stride;
+    const i64 rows = x.rows - row, cols = x.cols - col;
+    if (x.col_stride == 1 && rows >= 16 && cols >= 16) {
+        for (int i = 0; i < 16; ++i) widen16(from + i * x.row_stride, t.v[i]);
+        return;
+    }
+    for (int i = 0; i < 16; ++i) {
+        if (x.col_stride == 1 && i < rows && cols >= 16) {
+            widen16(from + i * x.row_stride, t.v[i]);
+        } else {
+            const int count = i < rows ? static_cast<int>(cols < 16 ? cols : 16) : 0;
+            widen_some(from + (count ? i * x.row_stride : 0), x.col_stride, count, t.v[i]);
+        }
+    }
+}
+
+// The transform along the elements of each block of the tile, in place.
+static inline void rotate_tile(Tile& t, u32 signs) {
+    for (int l = 0; l < 16; l += F::lanes) {
+        F v[16];
+        for (int j = 0; j < 16; ++j) v[j] = load(t.v[j] + l);
+        hadamard16(v, signs);
+        for (int j = 0; j < 16; ++j) store(t.v[j] + l, v[j]);
+    }
+}
+
+// Largest magnitude of each block.
+static inline void block_amax(const Tile& t, float* amax) {
+    for (int l = 0; l < 16; l += F::lanes) {
+        F m = magnitude(load(t.v[0] + l));
+        for (int j = 1; j < 16; ++j) m = greatest(m, magnitude(load(t.v[j] + l)));
+        store(amax + l, m);
+    }
+}
+
+static inline float largest(const float* amax) {
+    float m = 0.0f;
+    for (int i = 0; i < 16; ++i) m = amax[i] > m ? amax[i] : m;
+    return m;
+}
+
+}  // namespace NVFP4_ISA
+}  // namespace nvfp4

@@ -1,0 +1,45 @@
+// hadamard on the CPU: sixteen runs at a time, transposed so that a butterfly is one vertical addition.
+#include "params.h"
+
+#include <type_traits>
+
+#include "cpu/threads.h"
+#include "cpu/tile.h"
+
+namespace nvfp4 {
+namespace NVFP4_ISA {
+namespace {
+
+template <class T>
+void transform_rows(const Matrix& x, u32 signs, Brain* out, i64 begin, i64 end) {
+    const i64 padded = (x.cols + 15) / 16 * 16;
+    Tile tile, turned;
+    for (i64 r = begin; r < end; r += 16) {
+        for (i64 c = 0; c < x.cols; c += 16) {
+            load_tile<T>(x, r, c, tile);
+            transpose16(tile.v, turned.v);
+            rotate_tile(turned, signs);
+            transpose16(turned.v, tile.v);
+            for (i64 i = 0; i < 16 && r + i < x.rows; ++i) narrow16(tile.v[i], out + (r + i) * padded + c);
+        }
+    }
+}
+
+}  // namespace
+
+int hadamard(const HadamardParams& p) {
+    const Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
+    const i64 most = p.rows * p.cols / 16384 + 1;
+    auto body = [&](int t, int n) {
+        const Range rows = part(p.rows, 16, t, n);
+        with_dtype(p.dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            transform_rows<T>(x, p.signs, reinterpret_cast<Brain*>(p.out), rows.begin, rows.end);
+        });
+    };
+    parallel(static_cast<int>(p.threads < most ? p.threads : most), body);
+    return 0;
+}
+
+}  // namespace NVFP4_ISA
+}  // namespace nvfp4

@@ -1,0 +1,34 @@
+// matmul: y [m, n] = (g_a g_b) * sum_k a[m, k] b[n, k] (+ bias), fp32 accumulation, one rounding at the end.
+#pragma once
+#include "numerics/lane.h"
+
+namespace nvfp4 {
+
+enum class Kind { fp32, fp16, bf16, nvfp4, mxfp8 };
+
+struct Operand {
+    Kind kind;
+    const void* data;           // codes (contiguous rows), or values
+    const u8* scales;           // of nvfp4 (E4M3) and mxfp8 (E8M0), contiguous rows; else null
+    const float* global_scale;  // of nvfp4, else null
+    i64 rows, cols;             // cols as stored: padded to whole blocks when quantized; values beyond count as zero
+    i64 row_stride, col_stride; // in elements, of plain values
+};
+
+struct MatmulParams {
+    Operand a, b;
+    const void* bias;  // [n] or null
+    int bias_dtype;    // 0 fp32, 1 fp16, 2 bf16
+    void* out;         // [m, n], contiguous
+    int out_dtype;
+    bool accumulate;   // add to out, which is fp32
+    int threads;
+};
+
+// Return 0, or 1 when memory ran out.
+namespace scalar { int matmul(const MatmulParams&); }
+namespace avx2 { int matmul(const MatmulParams&); }
+namespace avx512 { int matmul(const MatmulParams&); }
+namespace avx512bf16 { int matmul(const MatmulParams&); }
+
+}  // namespace nvfp4

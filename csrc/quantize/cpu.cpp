@@ -1,0 +1,269 @@
+// quantize on the CPU: one read of x for the amax (of the values and of their transform), one for the codes of both forms.
+//
+//   g = 448 * 6 / amax,  scale = e4m3(amax_block * g / 6),  code = e2m1(x / (scale / g))        (numerics/block_scale.h)
+//
+// Bytes a value, bf16 in: 2 + 2 read, 0.5625 written a form. The two passes walk x in units of 32 rows by 256 columns, so
+// that a unit's second look at a row finds it in the first-level cache; results do not depend on which thread takes a unit.
+#include "params.h"
+
+#include <cstring>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "cpu/threads.h"
+#include "encode.h"
+
+namespace nvfp4 {
+namespace NVFP4_ISA {
+namespace {
+
+constexpr i64 unit_rows = 32, unit_cols = 256;
+constexpr i64 elements_a_thread = 16384;  // less is not worth waking a thread for (some microseconds)
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+bool is_nvfp4(const QuantizeForm& form) { return form.block == Block::b1x16 || form.block == Block::b16x16; }
+
+// A magnitude's bit pattern in its own type to that of fp32; what is not finite stays not finite.
+u32 as_fp32_bits(Single x) { return x.bits; }
+u32 as_fp32_bits(Brain x) { return static_cast<u32>(x.bits) << 16; }
+u32 as_fp32_bits(Half x) {
+    Half run[16] = {x};
+    float wide[16];
+    widen16(run, wide);
+    return bits(F32x1(wide[0])).v;
+}
+
+// Largest |x| of a region as fp32 bits: magnitudes' bit patterns order as the magnitudes do, infinities and NaN above all.
+template <class T>
+u32 scan(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols) {
+    using Bits = decltype(T::bits);
+    constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
+    Bits most = 0;
+    for (i64 i = 0; i < rows; ++i) {
+        const T* from = static_cast<const T*>(x.data) + (row + i) * x.row_stride + col * x.col_stride;
+        const i64 stride = x.col_stride;
+        if (stride == 1) {  // apart, for the compiler to vectorize
+            for (i64 j = 0; j < cols; ++j) {
+                const Bits b = from[j].bits & mask;
+                most = b > most ? b : most;
+            }
+        } else {
+            for (i64 j = 0; j < cols; ++j) {
+                const Bits b = from[j * stride].bits & mask;
+                most = b > most ? b : most;
+            }
+        }
+    }
+    return as_fp32_bits(T{most});
+}
+
+// A square of 2x2 tiles: 32 values, an MXFP8 block and a cache line of 16-bit values, in either direction.
+struct Square {
+    Tile tile[2][2];
+    i64 row, col;
+    int down, across;  // tiles that hold any of the matrix: 1 or 2
+};
+
+template <class T>
+void load_square(const Matrix& x, i64 row, i64 col, Square& s) {
+    s.row = row;
+    s.col = col;
+    s.down = x.rows - row > 16 ? 2 : 1;
+    s.across = x.cols - col > 16 ? 2 : 1;
+    for (int i = 0; i < s.down; ++i) {
+        for (int j = 0; j < s.across; ++j) load_tile<T>(x, row + 16 * i, col + 16 * j, s.tile[i][j]);
+    }
+}
+
+// One form of the matrix seen along its blocks: `count` rows of blocks, each `length` values long.
+struct Form {
+    const QuantizeForm& form;
+    TensorScale scale;
+    bool by_column;
+    i64 count, length;
+
+    i64 blocks(i64 run) const { return ceil_div(length, run); }
+
+    Target target(i64 first, i64 element, i64 run, i64 block_bytes) const {
+        const i64 n = blocks(run), b = element / run;
+        const i64 inside = count - first;
+        return {form.codes + (first * n + b) * block_bytes, form.scales + first * n + b, n * block_bytes, n,
+                first * n + b, n, static_cast<int>(inside < 16 ? inside : 16)};
+    }
+};
+
+// The tile whose columns are the form's blocks: the tile itself for the column form, its transpose for the row form.
+Tile& oriented(Square& s, bool by_column, int i, int j, Tile& buffer) {
+    if (by_column) return s.tile[i][j];
+    transpose16(s.tile[i][j].v, buffer.v);
+    return buffer;
+}
+
+float rotated_amax(Square& s, bool by_column, u32 signs) {
+    float most = 0.0f;
+    for (int i = 0; i < s.down; ++i) {
+        for (int j = 0; j < s.across; ++j) {
+            Tile buffer = by_column ? s.tile[i][j] : Tile();
+            Tile& t = by_column ? buffer : oriented(s, false, i, j, buffer);
+            rotate_tile(t, signs);
+            float amax[16];
+            block_amax(t, amax);
+            const float m = largest(amax);
+            most = m > most ? m : most;
+        }
+    }
+    return most;
+}
+
+void encode_square(const Form& f, Square& s) {
+    Tile buffer[2];
+    const i64 first = f.by_column ? s.col : s.row, element = f.by_column ? s.row : s.col;
+    const int firsts = f.by_column ? s.across : s.down, elements = f.by_column ? s.down : s.across;
+    for (int a = 0; a < firsts; ++a) {
+        if (f.form.block == Block::b1x32) {
+            buffer[1] = Tile();
+            for (int b = 0; b < elements; ++b) {
+                if (f.by_column) {
+                    buffer[b] = s.tile[b][a];
+                } else {
+                    transpose16(s.tile[a][b].v, buffer[b].v);
+                }
+            }
+            encode_mxfp8(buffer, f.target(first + 16 * a, element, 32, 32));
+            continue;
+        }
+        for (int b = 0; b < elements; ++b) {
+            Tile& t = oriented(s, f.by_column, f.by_column ? b : a, f.by_column ? a : b, buffer[0]);
+            if (f.form.hadamard >= 0) rotate_tile(t, static_cast<u32>(f.form.hadamard));
+            encode_nvfp4(f.form, f.scale, t, f.target(first + 16 * a, element + 16 * b, 16, 8));
+        }
+    }
+}
+
+struct Amax {
+    alignas(64) u32 raw = 0;  // bits; a cache line of its own for each thread
+    float row = 0.0f, col = 0.0f;
+};
+
+// Calls f(row, rows, col, cols) for each unit of the t-th part of the matrix.
+template <class Function>
+void each_unit(const Matrix& x, int t, int n, Function f) {
+    const i64 across = ceil_div(x.cols, unit_cols);
+    const Range range = part(ceil_div(x.rows, unit_rows) * across, 1, t, n);
+    for (i64 u = range.begin; u < range.end; ++u) {
+        const i64 row = u / across * unit_rows, col = u % across * unit_cols;
+        f(row, x.rows - row < unit_rows ? x.rows - row : unit_rows, col, x.cols - col < unit_cols ? x.cols - col : unit_cols);
+    }
+}
+
+template <class T>
+Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int threads) {
+    const bool row_turns = is_nvfp4(row) && row.hadamard >= 0, col_turns = is_nvfp4(col) && col.hadamard >= 0;
+    std::vector<Amax> found(static_cast<size_t>(threads));
+    auto body = [&](int t, int n) {
+        Amax a;
+        Square s;
+        each_unit(x, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
+            const u32 raw = scan<T>(x, r, rows, c, cols);
+            a.raw = raw > a.raw ? raw : a.raw;
+            for (i64 j = c; (row_turns || col_turns) && j < c + cols; j += 32) {
+                load_square<T>(x, r, j, s);
+                const float m = row_turns ? rotated_amax(s, false, static_cast<u32>(row.hadamard)) : 0.0f;
+                const float k = col_turns ? rotated_amax(s, true, static_cast<u32>(col.hadamard)) : 0.0f;
+                a.row = m > a.row ? m : a.row;
+                a.col = k > a.col ? k : a.col;
+            }
+        });
+        found[static_cast<size_t>(t)] = a;
+    };
+    parallel(threads, body);
+    Amax total;
+    for (const Amax& a : found) {
+        total.raw = a.raw > total.raw ? a.raw : total.raw;
+        total.row = a.row > total.row ? a.row : total.row;
+        total.col = a.col > total.col ? a.col : total.col;
+    }
+    const float raw = real(U32x1(total.raw)).v;
+    if (!row_turns) total.row = raw;
+    if (!col_turns) total.col = raw;
+    return total;
+}
+
+// A form of a tensor that is not finite: no code and no scale, and a global scale that makes every value NaN.
+void poison(const Form& f) {
+    const size_t blocks = static_cast<size_t>(f.count * f.blocks(16));
+    std::memset(f.form.codes, 0, blocks * 8);
+    std::memset(f.form.scales, 0, blocks);
+    *f.form.global_scale = real(U32x1(0x7FC00000u)).v;
+}
+
+template <class T>
+void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int threads) {
+    Amax amax;
+    if (is_nvfp4(row) || is_nvfp4(col)) amax = find_amax<T>(x, row, col, threads);
+    const bool finite = amax.raw < 0x7F800000u;
+    const auto scale = [](const QuantizeForm& f, float a) {
+        return tensor_scale(a, f.four_over_six == FourOverSix::off ? 448.0f : 256.0f);
+    };
+    const Form forms[2] = {{row, scale(row, finite ? amax.row : 0.0f), false, x.rows, x.cols},
+                           {col, scale(col, finite ? amax.col : 0.0f), true, x.cols, x.rows}};
+    bool wanted[2];
+    for (int i = 0; i < 2; ++i) {
+        const Form& f = forms[i];
+        wanted[i] = f.form.block == Block::b1x32 || (is_nvfp4(f.form) && finite);
+        if (!is_nvfp4(f.form)) continue;
+        if (finite) {
+            *f.form.global_scale = f.scale.g_dec;
+        } else {
+            poison(f);
+        }
+    }
+    if (!wanted[0] && !wanted[1]) return;
+    auto body = [&](int t, int n) {
+        Square s;
+        each_unit(x, t, n, [&](i64 r, i64, i64 c, i64 cols) {
+            for (i64 j = c; j < c + cols; j += 32) {
+                load_square<T>(x, r, j, s);
+                for (int i = 0; i < 2; ++i) {  // the column form last: it turns the tiles in place
+                    if (wanted[i]) encode_square(forms[i], s);
+                }
+            }
+        });
+    };
+    parallel(threads, body);
+}
+
+}  // namespace
+
+int quantize(const QuantizeParams& p) {
+    Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
+    QuantizeForm row = p.row, col = p.col;
+    if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places
+        std::swap(x.rows, x.cols);
+        std::swap(x.row_stride, x.col_stride);
+        std::swap(row, col);
+    }
+    const i64 run_length = row.block == Block::b1x32 ? 32 : 16;
+    if (col.block == Block::none && row.block != Block::b16x16 && x.col_stride == 1 && x.row_stride == x.cols &&
+        x.cols % run_length == 0 && x.cols > run_length) {
+        // Blocks of contiguous rows are one long list of blocks: a matrix of one block a row, read and written in order.
+        x.rows = x.rows * (x.cols / run_length);
+        x.cols = x.row_stride = run_length;
+    }
+    const i64 most = x.rows * x.cols / elements_a_thread + 1;
+    const int threads = static_cast<int>(p.threads < most ? p.threads : most);
+    try {
+        with_dtype(x.dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            run<T>(x, row, col, threads);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace NVFP4_ISA
+}  // namespace nvfp4

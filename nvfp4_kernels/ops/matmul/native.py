@@ -1,0 +1,51 @@
+"""a @ b.T through csrc/matmul: quantized operands are decoded exactly to bf16 (or fp32) in cache-sized blocks."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops._native import check, native, refuses_device
+
+Operand = NVFP4Tensor | MXFP8Tensor | Tensor
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
+
+
+def refuses(
+    a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
+) -> str | None:
+    return refuses_device(a.codes if isinstance(a, (NVFP4Tensor, MXFP8Tensor)) else a)
+
+
+def run(
+    a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
+) -> Tensor:
+    """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
+    left, right = _operand(a), _operand(b)  # they hold the tensors alive
+    if out is None:
+        out = torch.empty(left[0][4], right[0][4], dtype=out_dtype)
+    bias = None if bias is None else bias.contiguous()
+    status = native.matmul(
+        left[0],
+        right[0],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        accumulate,
+        torch.get_num_threads(),
+    )
+    check(status)
+    return out
+
+
+def _operand(x: Operand) -> tuple:
+    """What csrc/bindings.cpp calls an operand, and the tensors behind its pointers."""
+    if isinstance(x, Tensor):
+        return (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()), x
+    codes, scales = x.codes.contiguous(), x.scales.contiguous()
+    rows, width = codes.shape
+    if isinstance(x, NVFP4Tensor):
+        g = x.global_scale
+        return (NVFP4, codes.data_ptr(), scales.data_ptr(), g.data_ptr(), rows, 2 * width, 0, 0), (codes, scales, g)
+    return (MXFP8, codes.data_ptr(), scales.data_ptr(), 0, rows, width, 0, 0), (codes, scales)

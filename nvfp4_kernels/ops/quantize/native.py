@@ -1,0 +1,64 @@
+"""quantize through csrc/quantize: any strides, both forms from one read, AVX-512, AVX2 or scalar code."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops._native import check, native, refuses_device
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
+CHOICES = {None: 0, "mae": 1, "mse": 2}
+NONE = (0, False, 0, -1, 0, 0, 0)
+
+
+def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
+    return refuses_device(x)
+
+
+def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
+    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
+    rows, cols = x.shape
+    row_parts, row_form = _form(row, rows, cols)
+    col_parts, col_form = _form(col, cols, rows)
+    noise = None if noise is None else noise.contiguous()
+    status = native.quantize(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        rows,
+        cols,
+        *x.stride(),
+        row_form,
+        col_form,
+        0 if noise is None else noise.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(status)
+    return (*row_parts, *col_parts)
+
+
+@lru_cache
+def _numbers(spec: QuantSpec) -> tuple[int, bool, int, int]:
+    signs = -1 if spec.hadamard is None else spec.hadamard
+    return BLOCKS[spec.block], spec.stochastic, CHOICES[spec.four_over_six], signs
+
+
+def _form(spec: QuantSpec | None, rows: int, cols: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:
+    """The output tensors of one form, and what csrc/bindings.cpp calls a form."""
+    if spec is None:
+        nothing = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), torch.empty(0)
+        return nothing, NONE
+    if spec.block == "1x32":
+        blocks = (cols + 31) // 32
+        codes = torch.empty(rows, blocks * 32, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(rows, blocks, dtype=torch.uint8)
+        global_scale = torch.empty(0)
+    else:
+        blocks = (cols + 15) // 16
+        codes = torch.empty(rows, blocks * 8, dtype=torch.uint8)
+        scales = torch.empty(rows, blocks, dtype=torch.float8_e4m3fn)
+        global_scale = torch.empty(())
+    pointers = codes.data_ptr(), scales.data_ptr(), global_scale.data_ptr()
+    return (codes, scales, global_scale), (*_numbers(spec), *pointers)
