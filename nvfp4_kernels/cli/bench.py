@@ -1,0 +1,160 @@
+"""nvfp4 bench: runs benchmarks/bench_<op>.py under pytest-benchmark and prints one table."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HELP = "Run the benchmarks, print one table, write benchmarks/results/<device>.json and a plot."
+EXAMPLE = "nvfp4 bench --op quantize"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--op", metavar="NAME", default=None, help="run bench_NAME.py alone; default: all; e.g. --op matmul"
+    )
+    parser.add_argument(
+        "--filter", metavar="TEXT", default=None, help="cases whose name matches, as pytest -k; default: all"
+    )
+    parser.add_argument(
+        "--folder", metavar="PATH", default=None, help="where bench_*.py are; default: this checkout's benchmarks/"
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON; default: a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder = find_folder(arguments.folder)
+    files = sorted(folder.glob("bench_*.py")) if arguments.op is None else [folder / f"bench_{arguments.op}.py"]
+    if not files or not files[0].exists():
+        known = ", ".join(sorted(f.stem.removeprefix("bench_") for f in folder.glob("bench_*.py")))
+        raise ValueError(f"op: got {arguments.op!r}; allowed: {known or 'none, the folder holds no bench_*.py'}")
+    raw = folder / "results" / ".run.json"
+    raw.parent.mkdir(exist_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        f"--benchmark-json={raw}",
+        "--benchmark-columns=median",
+        *map(str, files),
+    ]
+    command += ["-k", arguments.filter] if arguments.filter else []
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    if done.returncode != 0 or not raw.exists():
+        tail = [line for line in done.stdout.splitlines() if line.startswith(("E ", "ERROR", "FAILED"))] or [
+            "no output"
+        ]
+        raise RuntimeError(f"bench: pytest failed ({tail[0].removeprefix('E ').strip()}); do: {' '.join(command)}")
+    rows = rows_of(json.loads(raw.read_text()))
+    raw.unlink()
+    if not rows:
+        raise ValueError("bench: no case ran; do: another --op or --filter")
+    target = store(folder, rows)
+    print(json.dumps(rows, indent=2) if arguments.json else render(rows))
+    print(f"in {target}", file=sys.stderr)
+    plot(folder, target)
+    return 0
+
+
+def find_folder(given: str | None) -> Path:
+    here = Path(__file__).resolve().parents[2] / "benchmarks"
+    folder = Path(given) if given else here if here.is_dir() else Path("benchmarks")
+    if not folder.is_dir():
+        raise ValueError(f"folder: {folder} does not exist; do: run in a checkout of the source, or give --folder")
+    return folder.resolve()
+
+
+def rows_of(report: dict) -> list[dict]:
+    """A row for each benchmark. extra_info: op, case, backend, dtype, bytes, flops, yardstick (the backend to compare
+    with, in the same op and case), limit_bytes or limit_flops (a second, measured in the same run)."""
+    rows = []
+    for entry in report["benchmarks"]:
+        extra, seconds = entry["extra_info"], entry["stats"]["median"]
+        row = {
+            "op": extra.get("op", entry["name"]),
+            "case": extra.get("case", ""),
+            "backend": extra.get("backend", ""),
+            "dtype": extra.get("dtype", ""),
+            "seconds": seconds,
+            "yardstick": extra.get("yardstick"),
+        }
+        for amount, rate in (("bytes", "bytes_per_second"), ("flops", "flops_per_second")):
+            if extra.get(amount):
+                row[rate] = extra[amount] / seconds
+        for limit, rate in (("limit_bytes", "bytes_per_second"), ("limit_flops", "flops_per_second")):
+            if extra.get(limit) and rate in row:
+                row["share_of_limit"] = row[rate] / extra[limit]
+        rows.append(row | {k: v for k, v in extra.items() if k not in row and k not in ("bytes", "flops")})
+    medians = {(row["op"], row["case"], row["backend"]): row["seconds"] for row in rows}
+    for row in rows:
+        against = medians.get((row["op"], row["case"], row["yardstick"]))
+        if against and row["backend"] != row["yardstick"]:
+            row["times_yardstick"] = against / row["seconds"]
+    return rows
+
+
+def store(folder: Path, rows: list[dict]) -> Path:
+    """Merges the rows into results/<device>.json: ops that did not run this time keep what they had."""
+    import torch
+
+    from nvfp4_kernels import __version__
+    from nvfp4_kernels.ops import _device
+
+    chip = _device.chips()[-1]
+    device = chip.name.lower().replace(" ", "-").replace("/", "-")
+    target = folder / "results" / f"{device}.json"
+    ran = {row["op"] for row in rows}
+    kept = [row for row in json.loads(target.read_text())["rows"] if row["op"] not in ran] if target.exists() else []
+    header = {
+        "device": chip.name,
+        "arch": chip.arch,
+        "torch": torch.__version__,
+        "version": __version__,
+        "threads": torch.get_num_threads(),
+    }
+    target.write_text(json.dumps(header | {"rows": kept + rows}, indent=1) + "\n")
+    return target
+
+
+def render(rows: list[dict]) -> str:
+    from nvfp4_kernels.cli.text import columns
+
+    cells = [["op", "case", "backend", "time", "GB/s", "GFLOP/s", "% of limit", "x yardstick"]]
+    for row in rows:
+        number = {
+            key: row.get(key) for key in ("bytes_per_second", "flops_per_second", "share_of_limit", "times_yardstick")
+        }
+        share, times = number["share_of_limit"], number["times_yardstick"]
+        cells.append([
+            row["op"], row["case"], row["backend"], _time(row["seconds"]),
+            "-" if number["bytes_per_second"] is None else f"{number['bytes_per_second'] / 1e9:.2f}",
+            "-" if number["flops_per_second"] is None else f"{number['flops_per_second'] / 1e9:.1f}",
+            "-" if share is None else f"{share:.0%}",
+            "-" if times is None else f"{times:.2f}x {row['yardstick']}",
+        ])  # fmt: skip
+    return "\n".join(columns(cells, right=(3, 4, 5, 6)))
+
+
+def _time(seconds: float) -> str:
+    unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e3), ("us", 1e6)) if seconds * s >= 1 or u == "us")
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def plot(folder: Path, target: Path) -> None:
+    script = folder / "plot.py"
+    if script.exists():
+        subprocess.run([sys.executable, str(script), str(target)], check=False)
