@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2E = math.log2(math.e)  # exp2 takes a quarter of exp's time on a CPU
+# No decay within a chunk falls below 2^-64, which vanishes beside 1 even in fp64: subnormal factors, which A dt reaches soon,
+# make a multiplication on a CPU ten times slower.
+LEAST = -64.0
 
 
 def refuses(
@@ -198,9 +201,10 @@ def _decays(decay: Tensor, restarts: Tensor | None) -> tuple[Tensor, ...]:
     a_i - a_j for j <= i, else 0, [k, h, i, j]. Each is 0 where a sequence starts in between."""
     r, c, q, h = decay.shape
     a = decay * LOG2E
-    into, out, through = a.exp2(), (a[:, :, -1:] - a).exp2_(), a[:, :, -1].exp2()
+    into, out = a.clamp(LEAST, 0).exp2_(), (a[:, :, -1:] - a).clamp_(LEAST, 0).exp2_()
+    through = into[:, :, -1].clone()
     a = a.view(r * c, q, h).transpose(1, 2)
-    between = (a[..., :, None] - a[..., None, :]).clamp_(max=0).exp2_().tril_()
+    between = (a[..., :, None] - a[..., None, :]).clamp_(LEAST, 0).exp2_().tril_()
     if restarts is not None:
         before = torch.cat([restarts[:, :1, 0], restarts[:, :-1, -1]], 1)[..., None]  # of the token before each chunk
         into *= (restarts == before)[..., None]
