@@ -45,11 +45,15 @@ static inline void widen_some(const T* from, i64 stride, int count, float* to) {
     widen16(run, to);
 }
 
+// The first `count` (up to sixteen) values of 16 / lanes vectors.
 template <class T>
-static inline void narrow_some(const float* from, T* to, int count) {
-    if (count >= 16) return narrow16(from, to);
+static inline void store_some(const F* from, T* to, int count) {
+    if (count >= 16) {
+        for (int i = 0; i < 16 / F::lanes; ++i) store(to + i * F::lanes, from[i]);
+        return;
+    }
     T run[16];
-    narrow16(from, run);
+    for (int i = 0; i < 16 / F::lanes; ++i) store(run + i * F::lanes, from[i]);
     for (int i = 0; i < count; ++i) to[i] = run[i];
 }
 

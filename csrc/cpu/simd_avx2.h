@@ -80,6 +80,15 @@ static inline void store_pairs(u32* p, U low, U high) {
     store(p + 8, U(_mm256_permute2x128_si256(a, b, 0x31)));
 }
 
+static inline void load_nibbles(const u8* p, U* out) {
+    for (int i = 0; i < 2; ++i) {
+        i32 four;
+        __builtin_memcpy(&four, p + 4 * i, 4);
+        const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));  // one byte in two words: the second gets byte >> 4
+        out[i] = _mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 28));
+    }
+}
+
 static inline F lookup16(const float* table, U index) {
     const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index.v);
     const __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index.v);
@@ -105,9 +114,9 @@ static inline void store_fp16(u16* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-static inline void transpose8(const float* in, float* out) {  // rows 16 floats apart
+static inline void transpose8(const float* in, i64 in_stride, float* out, i64 out_stride) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + 16 * i);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * in_stride);
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -119,14 +128,14 @@ static inline void transpose8(const float* in, float* out) {  // rows 16 floats 
         r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
     }
     for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(out + 16 * i, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(out + 16 * (i + 4), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+        _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
 }
 
-static inline void transpose16(const float (*in)[16], float (*out)[16]) {
+static inline void transpose16(const float* in, i64 in_stride, float* out, i64 out_stride) {
     for (int i = 0; i < 16; i += 8) {
-        for (int j = 0; j < 16; j += 8) transpose8(&in[i][j], &out[j][i]);
+        for (int j = 0; j < 16; j += 8) transpose8(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
     }
 }
 

@@ -74,6 +74,11 @@ static inline void store_pairs(u32* p, U low, U high) {
     store(p + 16, U(_mm512_permutex2var_epi32(low.v, second, high.v)));
 }
 
+static inline void load_nibbles(const u8* p, U* out) {
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    *out = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));  // a byte has two words: the second gets byte >> 4
+}
+
 static inline F lookup16(const float* table, U index) { return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table)); }
 static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 static inline float sum(F x) { return _mm512_reduce_add_ps(x.v); }
@@ -113,11 +118,11 @@ static inline void transpose16(__m512* r) {
     }
 }
 
-static inline void transpose16(const float (*in)[16], float (*out)[16]) {
+static inline void transpose16(const float* in, i64 in_stride, float* out, i64 out_stride) {
     __m512 r[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in[i]);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * in_stride);
     transpose16(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out[i], r[i]);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_stride, r[i]);
 }
 
 }  // namespace NVFP4_ISA

@@ -31,6 +31,12 @@ static inline void store_pairs(u32* p, U low, U high) {
     p[1] = high.v;
 }
 
+// The sixteen nibbles of eight bytes, low nibble first, in the low bits of 16 / lanes vectors; higher bits are undefined.
+static inline void load_nibbles(const u8* p, U* out) {
+    for (int i = 0; i < 16; ++i) out[i] = p[i / 2] >> (i % 2 * 4);
+}
+
+// table[index % 16]
 static inline F lookup16(const float* table, U index) { return table[index.v & 15]; }
 static inline F fma(F a, F b, F c) { return a * b + c; }
 static inline float sum(F x) { return x.v; }
@@ -54,9 +60,10 @@ static inline u16 fp16_bits(float x) {
 static inline void store_bf16(u16* p, F x) { *p = bf16_bits(x.v); }
 static inline void store_fp16(u16* p, F x) { *p = fp16_bits(x.v); }
 
-static inline void transpose16(const float (*in)[16], float (*out)[16]) {
+// out[j][i] = in[i][j] for a 16x16 tile, strides in floats. Moves bits: any 32-bit words will do.
+static inline void transpose16(const float* in, i64 in_stride, float* out, i64 out_stride) {
     for (int i = 0; i < 16; ++i) {
-        for (int j = 0; j < 16; ++j) out[j][i] = in[i][j];
+        for (int j = 0; j < 16; ++j) __builtin_memcpy(out + j * out_stride + i, in + i * in_stride + j, 4);
     }
 }
 

@@ -11,6 +11,8 @@ struct alignas(64) Tile {
     float v[16][16];  // [element of a block][block]
 };
 
+static inline void transpose16(const Tile& in, Tile& out) { transpose16(in.v[0], 16, out.v[0], 16); }
+
 struct Matrix {
     const void* data;
     int dtype;

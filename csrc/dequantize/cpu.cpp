@@ -18,13 +18,13 @@ void decode_row(const DequantizeParams& p, i64 row) {
     const u8* scales = p.scales + row * runs;
     const u8* codes = p.codes + row * runs * (mxfp8 ? 32 : 8);
     for (i64 c = 0; c < p.cols; c += 16) {
-        float values[16];
+        F values[vectors16];
         if (mxfp8) {
             decode_e4m3(codes + c, e8m0_value(scales[c / 32]), values);
         } else {
-            decode_nvfp4(codes + c / 2, e4m3_value(scales[c / 16]) * *p.global_scale, values);
+            decode_nvfp4(codes + c / 2, e4m3_values.v[scales[c / 16]] * *p.global_scale, values);
         }
-        narrow_some(values, out + c, static_cast<int>(p.cols - c < 16 ? p.cols - c : 16));
+        store_some(values, out + c, static_cast<int>(p.cols - c < 16 ? p.cols - c : 16));
     }
 }
 

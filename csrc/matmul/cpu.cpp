@@ -58,26 +58,27 @@ float combined_scale(const MatmulParams& p) {
     return g - g == 0.0f ? g : real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
 }
 
-// Sums to results: sixteen columns of a row.
+// Sums to results: `count` columns of a row.
 template <class T>
 void finish(const MatmulParams& p, float g, const float* sums, i64 row, i64 col, i64 count) {
     T* out = static_cast<T*>(p.out) + row * p.b.rows + col;
     for (i64 j = 0; j < count; j += 16) {
         const int width = static_cast<int>(at_most(count - j, 16));
-        alignas(64) float y[16], bias[16], before[16];
+        F y[vectors16];
+        for (int i = 0; i < vectors16; ++i) y[i] = load(sums + j + i * F::lanes) * F(g);
         if (p.bias) {
+            alignas(64) float bias[16];
             with_dtype(p.bias_dtype, [&](auto* type) {
                 widen_some(static_cast<const std::remove_pointer_t<decltype(type)>*>(p.bias) + col + j, 1, width, bias);
             });
+            for (int i = 0; i < vectors16; ++i) y[i] = y[i] + load(bias + i * F::lanes);
         }
-        if (p.accumulate) widen_some(out + j, 1, width, before);
-        for (int i = 0; i < 16; i += F::lanes) {
-            F v = load(sums + j + i) * F(g);
-            if (p.bias) v = v + load(bias + i);
-            if (p.accumulate) v = load(before + i) + v;
-            store(y + i, v);
+        if (p.accumulate) {
+            alignas(64) float before[16];
+            widen_some(out + j, 1, width, before);
+            for (int i = 0; i < vectors16; ++i) y[i] = load(before + i * F::lanes) + y[i];
         }
-        narrow_some(y, out + j, width);
+        store_some(y, out + j, width);
     }
 }
 
@@ -94,12 +95,12 @@ bool rectangle(const MatmulParams& p, float g, i64 k, Range rows, Range cols) {
     const i64 kept = ceil_to(at_most(m, whole ? block_rows : carry_rows), kernel_rows);
     constexpr i64 a_stride = chunk + 16;  // not a power of two: the rows of a block should not share cache sets
 
-    char* memory = static_cast<char*>(scratch.get((width * depth + block_rows * a_stride + 16 * chunk + kept * width) * 4));
+    char* memory = static_cast<char*>(scratch.get((width * depth + block_rows * a_stride + 16 * a_stride + kept * width) * 4));
     if (!memory) return false;
     Step* packed = reinterpret_cast<Step*>(memory);
     Step* left = packed + width * depth;
     Step* buffer = left + block_rows * a_stride;
-    float* sums = reinterpret_cast<float*>(buffer + 16 * chunk);
+    float* sums = reinterpret_cast<float*>(buffer + 16 * a_stride);
 
     for (i64 jc = cols.begin; jc < cols.end; jc += block_cols) {
         const i64 nc = at_most(block_cols, cols.end - jc), nc16 = ceil_to(nc, 16);
@@ -158,7 +159,7 @@ int run(const MatmulParams& p, float g, i64 k) {
     const i64 most = products / (1 << 18) + 1;
     const int threads = static_cast<int>(at_most(p.threads, most));
     std::atomic<bool> failed{false};
-    if (m <= few_rows && p.b.kind == Kind::nvfp4) {
+    if (m <= most_few_rows && p.b.kind == Kind::nvfp4) {
         auto body = [&](int t, int count) {
             const Range cols = part(n, 16, t, count);
             const auto done = [&](const float* sums, i64 row, i64 col, i64 width) {
@@ -166,7 +167,9 @@ int run(const MatmulParams& p, float g, i64 k) {
                     finish<std::remove_pointer_t<decltype(type)>>(p, g, sums, row, col, width);
                 });
             };
-            if (!multiply_few_rows<P>(p, cols, done)) failed = true;
+            for (i64 r = 0; r < m; r += few_rows) {
+                if (!multiply_few_rows<P>(p, r, at_most(few_rows, m - r), cols, done)) failed = true;
+            }
         };
         parallel(threads, body);
         return failed;

@@ -1,4 +1,4 @@
-// A few rows of a times an NVFP4 b: generation, bound by reading b's codes once. No packing: each row of b is decoded in
+// A few rows of a times an NVFP4 b: generation, bound by reading b's codes. No packing: each row of b is decoded in
 // registers and multiplied at once. Codes come as 32-bit words of eight; instead of bringing the codes into the order of k,
 // a's values are brought, once a call, into the order in which the codes fall out of the words.
 #pragma once
@@ -10,7 +10,8 @@
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
-constexpr i64 few_rows = 8;
+constexpr i64 few_rows = 8;        // rows that share one decoding of b
+constexpr i64 most_few_rows = 32;  // beyond, packing b for the kernel of many rows is faster (measured at 4096 x 4096)
 constexpr i64 run_values = 8 * F::lanes;  // values in one vector of codes
 
 // Word l of a vector holds values 8 l .. 8 l + 7, nibble i being value 8 l + i: vector i of the run takes lanes 8 l + i.
@@ -59,78 +60,97 @@ static inline void spread_scales(const u8* scales, i64 blocks, i64 padded, u32* 
     }
 }
 
-// sums[r] = a[r] . b[row], for `rows` rows of a already in the decoder's order.
+// Adds runs of a[r] . b[row] to total[r], for `rows` rows of a already in the decoder's order.
 template <class P, int rows>
-static inline void dot_row(const typename P::Step* a, i64 a_stride, const u32* codes, const u32* tail, const u32* scales,
-                           i64 runs, float* sums) {
+static inline void dot_row(const typename P::Step* a, i64 a_stride, const u32* codes, const u32* scales, i64 runs, F* total) {
     using D = Decoder<P>;
-    F total[rows];
-    for (int r = 0; r < rows; ++r) total[r] = F(0.0f);
+    F sum[rows];
+    for (int r = 0; r < rows; ++r) sum[r] = total[r];
     for (i64 i = 0; i < runs; ++i) {
         typename D::Vector b[D::vectors];
-        D::decode(load(i + 1 == runs ? tail : codes + i * F::lanes), b);
+        D::decode(load(codes + i * F::lanes), b);
         const F scale = real(load(scales + i * F::lanes));
         for (int r = 0; r < rows; ++r) {
             const typename P::Step* at = a + r * a_stride + i * (D::vectors * F::lanes);
             F part[2] = {F(0.0f), F(0.0f)};  // two chains: half the latency
             for (int v = 0; v < D::vectors; ++v) part[v & 1] = dot(part[v & 1], load(at + v * F::lanes), b[v]);
-            total[r] = fma(part[0] + part[1], scale, total[r]);
+            sum[r] = fma(part[0] + part[1], scale, sum[r]);
         }
     }
-    for (int r = 0; r < rows; ++r) sums[r * 16] = sum(total[r]);
+    for (int r = 0; r < rows; ++r) total[r] = sum[r];
 }
 
 template <class P>
-static inline void dot_rows(i64 rows, const typename P::Step* a, i64 a_stride, const u32* codes, const u32* tail,
-                            const u32* scales, i64 runs, float* sums) {
+static inline void dot_rows(i64 rows, const typename P::Step* a, i64 a_stride, const u32* codes, const u32* scales, i64 runs,
+                            F* total) {
     switch (rows) {
-        case 1: return dot_row<P, 1>(a, a_stride, codes, tail, scales, runs, sums);
-        case 2: return dot_row<P, 2>(a, a_stride, codes, tail, scales, runs, sums);
-        case 3: return dot_row<P, 3>(a, a_stride, codes, tail, scales, runs, sums);
-        case 4: return dot_row<P, 4>(a, a_stride, codes, tail, scales, runs, sums);
-        case 5: return dot_row<P, 5>(a, a_stride, codes, tail, scales, runs, sums);
-        case 6: return dot_row<P, 6>(a, a_stride, codes, tail, scales, runs, sums);
-        case 7: return dot_row<P, 7>(a, a_stride, codes, tail, scales, runs, sums);
-        case 8: return dot_row<P, 8>(a, a_stride, codes, tail, scales, runs, sums);
+        case 1: return dot_row<P, 1>(a, a_stride, codes, scales, runs, total);
+        case 2: return dot_row<P, 2>(a, a_stride, codes, scales, runs, total);
+        case 3: return dot_row<P, 3>(a, a_stride, codes, scales, runs, total);
+        case 4: return dot_row<P, 4>(a, a_stride, codes, scales, runs, total);
+        case 5: return dot_row<P, 5>(a, a_stride, codes, scales, runs, total);
+        case 6: return dot_row<P, 6>(a, a_stride, codes, scales, runs, total);
+        case 7: return dot_row<P, 7>(a, a_stride, codes, scales, runs, total);
+        case 8: return dot_row<P, 8>(a, a_stride, codes, scales, runs, total);
         default: return;
     }
 }
 
-// Columns `cols` of the result; done(sums, row, col, width) takes up to sixteen columns of a row. False: memory ran out.
+// Rows row .. row + m, columns `cols` of the result; done(sums, row, col, width) takes up to sixteen columns of a row.
+// False: memory ran out.
 template <class P, class Done>
-static inline bool multiply_few_rows(const MatmulParams& p, Range cols, Done done) {
+static inline bool multiply_few_rows(const MatmulParams& p, i64 row, i64 m, Range cols, Done done) {
     using Step = typename P::Step;
     static thread_local Scratch scratch;
-    const i64 m = p.a.rows, blocks = p.b.cols / 16;
+    const i64 blocks = p.b.cols / 16;
     // a's padding beyond b's would only meet zeros
-    const i64 runs = (p.b.cols + run_values - 1) / run_values, padded = runs * run_values, a_stride = padded / P::values;
-    char* memory = static_cast<char*>(scratch.get((m * a_stride + padded / 8 + padded + 32) * 4));
+    const i64 runs = (p.b.cols + run_values - 1) / run_values, whole = p.b.cols / run_values;
+    const i64 padded = runs * run_values, a_stride = padded / P::values, run_steps = run_values / P::values;
+    // All rows of a's part of a block of k stay in the first-level cache while sixteen columns pass by.
+    const i64 fits = 24576 / (m * run_steps * 4), block_runs = fits > 2 ? fits / 2 * 2 : 2;  // even: whole blocks in scalar code
+    char* memory = static_cast<char*>(scratch.get((m * a_stride + padded / 8 + padded + 64) * 4));
     if (!memory) return false;
     Step* a = reinterpret_cast<Step*>(memory);
     u32* scales = reinterpret_cast<u32*>(a + m * a_stride);
     Step* plain = reinterpret_cast<Step*>(scales + padded / 8);
 
-    constexpr size_t value_bytes = sizeof(Step) / P::values;
+    constexpr i64 value_bytes = sizeof(Step) / P::values;
+    i64 order[run_values];
+    for (i64 i = 0; i < run_values; ++i) order[i] = Decoder<P>::position(i) * value_bytes;
     for (i64 r = 0; r < m; ++r) {
-        read_rows<P>(p.a, r, 1, 0, padded, plain, 0);
-        for (i64 i = 0; i < padded; ++i) {
-            const i64 to = i / run_values * run_values + Decoder<P>::position(i % run_values);
-            __builtin_memcpy(reinterpret_cast<char*>(a + r * a_stride) + to * static_cast<i64>(value_bytes),
-                             reinterpret_cast<char*>(plain) + i * static_cast<i64>(value_bytes), value_bytes);
+        read_row<P>(p.a, row + r, 0, padded, plain);
+        for (i64 i = 0; i < runs; ++i) {
+            const char* from = reinterpret_cast<const char*>(plain + i * run_steps);
+            char* to = reinterpret_cast<char*>(a + r * a_stride + i * run_steps);
+            for (i64 j = 0; j < run_values; ++j) __builtin_memcpy(to + order[j], from + j * value_bytes, value_bytes);
         }
     }
     for (i64 col = cols.begin; col < cols.end; col += 16) {
         alignas(64) float sums[few_rows][16];
+        F total[16][few_rows];
         const i64 width = cols.end - col < 16 ? cols.end - col : 16;
-        for (i64 j = 0; j < width; ++j) {
-            const u8* codes = static_cast<const u8*>(p.b.data) + (col + j) * p.b.cols / 2;
-            alignas(64) u32 tail[F::lanes] = {};  // the last, partial vector of codes
-            const i64 done_bytes = (runs - 1) * run_values / 2, left = p.b.cols / 2 - done_bytes;
-            if (left > 0) __builtin_memcpy(tail, codes + done_bytes, static_cast<size_t>(left));
-            spread_scales(p.b.scales + (col + j) * blocks, blocks, padded / 16, scales);
-            dot_rows<P>(m, a, a_stride, reinterpret_cast<const u32*>(codes), tail, scales, runs, &sums[0][j]);
+        for (i64 j = 0; j < 16 * few_rows; ++j) total[0][j] = F(0.0f);
+        for (i64 run = 0; run < runs; run += block_runs) {
+            const i64 end = run + block_runs < runs ? run + block_runs : runs;
+            const i64 full = (end < whole ? end : whole) - run;  // the last run may be short of codes
+            const i64 first_block = run * run_values / 16, last_block = end * run_values / 16;
+            const Step* left = a + run * run_steps;
+            for (i64 j = 0; j < width; ++j) {
+                const u8* codes = static_cast<const u8*>(p.b.data) + (col + j) * (p.b.cols / 2) + run * (run_values / 2);
+                spread_scales(p.b.scales + (col + j) * blocks + first_block,
+                              (last_block < blocks ? last_block : blocks) - first_block, last_block - first_block, scales);
+                dot_rows<P>(m, left, a_stride, reinterpret_cast<const u32*>(codes), scales, full, total[j]);
+                if (full < end - run) {
+                    alignas(64) u32 tail[F::lanes] = {};
+                    __builtin_memcpy(tail, codes + full * (run_values / 2), static_cast<size_t>(p.b.cols % run_values / 2));
+                    dot_rows<P>(m, left + full * run_steps, a_stride, tail, scales + full * F::lanes, 1, total[j]);
+                }
+            }
         }
-        for (i64 r = 0; r < m; ++r) done(sums[r], r, col, width);
+        for (i64 r = 0; r < m; ++r) {
+            for (i64 j = 0; j < width; ++j) sums[r][j] = sum(total[j][r]);
+            done(sums[r], row + r, col, width);
+        }
     }
     return true;
 }

@@ -1,6 +1,8 @@
 // Operands as the kernels read them: rows of steps, a step being one fp32 value, or two bf16 values for the bf16 dot product.
 // Codes are decoded with the block scale alone, which is exact in bf16 (at most 6 significant bits).
 #pragma once
+#include <type_traits>
+
 #include "cpu/decode.h"
 #include "params.h"
 
@@ -10,66 +12,89 @@ namespace NVFP4_ISA {
 struct Single32 {  // fp32 steps
     using Step = float;
     static constexpr int values = 1;
-    static Step zero() { return 0.0f; }
-    static void put16(const float* from, float* to) { widen16(reinterpret_cast<const Single*>(from), to); }
+    static void put16(const F* from, float* to) {
+        for (int i = 0; i < vectors16; ++i) store(to + i * F::lanes, from[i]);
+    }
 };
 
 #if defined(NVFP4_ISA_AVX512BF16)
 struct Pair16 {  // bf16 pairs
     using Step = u32;
     static constexpr int values = 2;
-    static Step zero() { return 0; }
-    static void put16(const float* from, u32* to) {
-        const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(_mm512_loadu_ps(from)), 16);  // exact values: truncation
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+    static void put16(const F* from, u32* to) {  // the values are exact in bf16
+        const __m256bh rounded = _mm512_cvtneps_pbh(from->v);
+        __builtin_memcpy(to, &rounded, 32);
     }
 };
 #endif
 
 static inline bool exact_in_bf16(const Operand& x) { return x.kind != Kind::fp32 && x.kind != Kind::fp16; }
 
-// Sixteen values x[row, k .. k + 16], zero beyond the stored columns.
-static inline void values16(const Operand& x, i64 row, i64 k, float* out) {
-    const i64 inside = x.cols - k;
-    if (inside <= 0) {
-        for (int i = 0; i < 16; ++i) out[i] = 0.0f;
-        return;
+// Values k .. k + length (multiples of 16) of a row of a quantized operand; decode16(k, out) gives sixteen of them.
+template <class P, class Decode>
+static inline void read_blocks(i64 k, i64 length, typename P::Step* out, Decode decode16) {
+    for (i64 j = 0; j < length; j += 16) {
+        F values[vectors16];
+        decode16(k + j, values);
+        P::put16(values, out + j / P::values);
     }
-    const u8* bytes = static_cast<const u8*>(x.data);
-    switch (x.kind) {
-        case Kind::nvfp4:
-            return decode_nvfp4(bytes + (row * x.cols + k) / 2, e4m3_value(x.scales[(row * x.cols + k) / 16]), out);
-        case Kind::mxfp8:
-            return decode_e4m3(bytes + row * x.cols + k, e8m0_value(x.scales[row * (x.cols / 32) + k / 32]), out);
-        default: break;
-    }
-    const int count = static_cast<int>(inside < 16 ? inside : 16);
-    const i64 at = row * x.row_stride + k * x.col_stride;
-    const auto plain = [&](auto* data) {
-        if (x.col_stride == 1 && count == 16) {
-            widen16(data + at, out);
-        } else {
-            using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-            T run[16] = {};
-            for (int i = 0; i < count; ++i) run[i] = data[at + i * x.col_stride];
-            widen16(run, out);
-        }
-    };
-    if (x.kind == Kind::fp32) return plain(static_cast<const Single*>(x.data));
-    if (x.kind == Kind::fp16) return plain(static_cast<const Half*>(x.data));
-    return plain(static_cast<const Brain*>(x.data));
 }
 
-// Rows row .. row + count of x, values k .. k + length (a multiple of 16), to `out`, `stride` steps from row to row.
+// The same of a plain operand, `inside` of them stored.
+template <class P, class T>
+static inline void read_plain(const T* from, i64 stride, i64 inside, i64 length, typename P::Step* out) {
+    if (stride == 1 && sizeof(T) * P::values == sizeof(typename P::Step)) {  // already steps
+        const i64 whole = inside < length ? inside : length;
+        __builtin_memcpy(out, from, static_cast<size_t>(whole) * sizeof(T));
+        __builtin_memset(reinterpret_cast<char*>(out) + whole * static_cast<i64>(sizeof(T)), 0,
+                         static_cast<size_t>(length - whole) * sizeof(T));
+        return;
+    }
+    for (i64 j = 0; j < length; j += 16) {
+        const i64 left = inside - j;
+        alignas(64) float wide[16];
+        if (stride == 1 && left >= 16) {
+            widen16(from + j, wide);
+        } else {
+            widen_some(from + (left > 0 ? j * stride : 0), stride, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16), wide);
+        }
+        F values[vectors16];
+        for (int i = 0; i < vectors16; ++i) values[i] = load(wide + i * F::lanes);
+        P::put16(values, out + j / P::values);
+    }
+}
+
+// Row `row` of x, values k .. k + length (multiples of 16), zero beyond the stored columns.
 template <class P>
-static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 stride) {
-    alignas(64) float values[16];
-    for (i64 r = 0; r < count; ++r) {
-        for (i64 j = 0; j < length; j += 16) {
-            values16(x, row + r, k + j, values);
-            P::put16(values, out + r * stride + j / P::values);
+static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typename P::Step* out) {
+    const i64 left = x.cols > k ? x.cols - k : 0, inside = left < length ? left : length;
+    const u8* bytes = static_cast<const u8*>(x.data);
+    const auto plain = [&](auto* data) {
+        read_plain<P>(data + (inside ? row * x.row_stride + k * x.col_stride : 0), x.col_stride, inside, length, out);
+    };
+    switch (x.kind) {
+        case Kind::fp32: return plain(static_cast<const Single*>(x.data));
+        case Kind::fp16: return plain(static_cast<const Half*>(x.data));
+        case Kind::bf16: return plain(static_cast<const Brain*>(x.data));
+        case Kind::nvfp4: {
+            const u8* codes = bytes + row * (x.cols / 2);
+            const u8* scales = x.scales + row * (x.cols / 16);
+            read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_nvfp4(codes + at / 2, e4m3_values.v[scales[at / 16]], v); });
+            break;
+        }
+        case Kind::mxfp8: {
+            const u8* codes = bytes + row * x.cols;
+            const u8* scales = x.scales + row * (x.cols / 32);
+            read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_e4m3(codes + at, e8m0_value(scales[at / 32]), v); });
+            break;
         }
     }
+    __builtin_memset(out + inside / P::values, 0, static_cast<size_t>((length - inside) / P::values) * 4);
+}
+
+template <class P>
+static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 stride) {
+    for (i64 r = 0; r < count; ++r) read_row<P>(x, row + r, k, length, out + r * stride);
 }
 
 // Rows of b, sixteen at a time, transposed: out[step * width + column], for the kernel's vertical loads. Columns beyond b's
@@ -77,20 +102,21 @@ static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 le
 template <class P>
 static inline void pack_columns(const Operand& b, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width,
                                 typename P::Step* buffer) {
-    using Step = typename P::Step;
-    const i64 steps = length / P::values;
-    alignas(64) float turned[16][16];
-    alignas(64) float tile[16][16];
+    const i64 steps = length / P::values, stride = (steps + 15) / 16 * 16 + 16;
     for (i64 g = 0; g < count; g += 16) {
         const i64 rows = count - g < 16 ? count - g : 16;
-        read_rows<P>(b, row + g, rows, k, length, buffer, steps);
-        for (i64 i = rows * steps; i < 16 * steps; ++i) buffer[i] = P::zero();
-        for (i64 s = 0; s < steps; s += 8) {  // a run of 16 bf16 values is 8 steps
-            const i64 n = steps - s < 16 ? steps - s : 16;
-            for (int i = 0; i < 16; ++i) __builtin_memcpy(tile[i], buffer + i * steps + s, static_cast<size_t>(n) * 4);
-            transpose16(tile, turned);
-            for (i64 i = 0; i < n; ++i) __builtin_memcpy(out + (s + i) * width + g, turned[i], sizeof(Step) * 16);
-            if (n == 16) s += 8;
+        read_rows<P>(b, row + g, rows, k, length, buffer, stride);
+        for (i64 r = rows; r < 16; ++r) __builtin_memset(buffer + r * stride, 0, static_cast<size_t>(steps) * 4);
+        for (i64 s = 0; s < steps; s += 16) {
+            const float* from = reinterpret_cast<const float*>(buffer + s);
+            float* to = reinterpret_cast<float*>(out + s * width + g);
+            if (steps - s >= 16) {
+                transpose16(from, stride, to, width);
+            } else {  // a last run of 16 bf16 values is 8 steps
+                alignas(64) float turned[16][16];
+                transpose16(from, stride, turned[0], 16);
+                for (i64 i = 0; i < steps - s; ++i) __builtin_memcpy(to + i * width, turned[i], 64);
+            }
         }
     }
 }

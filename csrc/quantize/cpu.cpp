@@ -97,7 +97,7 @@ struct Form {
 // The tile whose columns are the form's blocks: the tile itself for the column form, its transpose for the row form.
 Tile& oriented(Square& s, bool by_column, int i, int j, Tile& buffer) {
     if (by_column) return s.tile[i][j];
-    transpose16(s.tile[i][j].v, buffer.v);
+    transpose16(s.tile[i][j], buffer);
     return buffer;
 }
 
@@ -128,7 +128,7 @@ void encode_square(const Form& f, Square& s) {
                 if (f.by_column) {
                     buffer[b] = s.tile[b][a];
                 } else {
-                    transpose16(s.tile[a][b].v, buffer[b].v);
+                    transpose16(s.tile[a][b], buffer[b]);
                 }
             }
             encode_mxfp8(buffer, f.target(first + 16 * a, element, 32, 32));
