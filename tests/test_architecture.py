@@ -81,6 +81,18 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_no_twins():
+    """No ten lines of code stand in the tree twice: comments, imports and argument lists aside."""
+    seen, width = {}, 10
+    aside = re.compile(r"#|//|import |from |\w+(: [^=]+)?( = \S+)?,$")
+    for path in SOURCES + CSRC:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        code = [line for line in lines if len(line) > 3 and not aside.match(line)]
+        for i in range(len(code) - width + 1):
+            window = tuple(code[i : i + width])
+            assert seen.setdefault(window, (path, i)) == (path, i), f"{path} repeats {seen[window][0]}: {window[0]!r} ..."
+
+
 def test_no_code_in_package_files():
     for path in SOURCES:
         if path.name == "__init__.py" and path.parent != PACKAGE:

@@ -34,6 +34,11 @@ def chips() -> list[Chip]:
     return found
 
 
+def default_device() -> str:
+    """Where a model goes when nobody says: the first CUDA device, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

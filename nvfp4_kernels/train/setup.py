@@ -9,6 +9,7 @@ from nvfp4_kernels.checkpoint import snapshot
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
+from nvfp4_kernels.ops._device import default_device
 from nvfp4_kernels.recipe import Recipe, get_recipe
 from nvfp4_kernels.train.corpus import Corpus, load_corpus
 from nvfp4_kernels.train.data import Batch, Packer, split_documents
@@ -24,8 +25,7 @@ def build_config(settings: Settings) -> HybridConfig:
 def build_model(config: HybridConfig, settings: Settings, recipe: Recipe | None = None) -> HybridModel:
     """The same weights for the same seed, whatever the recipe."""
     torch.manual_seed(settings.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HybridModel(config, recipe=recipe or get_recipe(settings.recipe)).to(device)
+    model = HybridModel(config, recipe=recipe or get_recipe(settings.recipe)).to(default_device())
     model.checkpoint_activations = settings.checkpoint_activations
     return model
 
