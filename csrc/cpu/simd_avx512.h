@@ -96,22 +96,26 @@ static inline void store_fp16(u16* p, F x) {
 // Four stages; stage s exchanges between rows 2^s apart: 64 shuffles for 256 values.
 static inline void transpose16(__m512* r) {
     __m512 t[16];
+    NVFP4_UNROLL
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+    NVFP4_UNROLL
     for (int i = 0; i < 16; i += 4) {
         r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
         r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
         r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
         r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
     }
+    NVFP4_UNROLL
     for (int i = 0; i < 4; ++i) {
         t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD);
         t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xDD);
     }
+    NVFP4_UNROLL
     for (int i = 0; i < 8; ++i) {
         r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
@@ -120,8 +124,10 @@ static inline void transpose16(__m512* r) {
 
 static inline void transpose16(const float* in, i64 in_stride, float* out, i64 out_stride) {
     __m512 r[16];
+    NVFP4_UNROLL
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * in_stride);
     transpose16(r);
+    NVFP4_UNROLL
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_stride, r[i]);
 }
 

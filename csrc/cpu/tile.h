@@ -42,8 +42,10 @@ static inline void load_tile(const Matrix& x, i64 row, i64 col, Tile& t) {
 static inline void rotate_tile(Tile& t, u32 signs) {
     for (int l = 0; l < 16; l += F::lanes) {
         F v[16];
+        NVFP4_UNROLL
         for (int j = 0; j < 16; ++j) v[j] = load(t.v[j] + l);
         hadamard16(v, signs);
+        NVFP4_UNROLL
         for (int j = 0; j < 16; ++j) store(t.v[j] + l, v[j]);
     }
 }
@@ -52,6 +54,7 @@ static inline void rotate_tile(Tile& t, u32 signs) {
 static inline void block_amax(const Tile& t, float* amax) {
     for (int l = 0; l < 16; l += F::lanes) {
         F m = magnitude(load(t.v[0] + l));
+        NVFP4_UNROLL
         for (int j = 1; j < 16; ++j) m = greatest(m, magnitude(load(t.v[j] + l)));
         store(amax + l, m);
     }

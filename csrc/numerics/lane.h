@@ -13,6 +13,13 @@
 #define NVFP4_HD_MEMBER inline
 #endif
 
+// Before a loop of constant count over an array of lanes, which otherwise would live in memory.
+#if defined(__CUDACC__) || defined(__clang__)
+#define NVFP4_UNROLL _Pragma("unroll")
+#else
+#define NVFP4_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace nvfp4 {
 
 using u8 = unsigned char;

@@ -14,6 +14,7 @@ template <class U>
 NVFP4_HD Draw<U> philox(U block_low, U block_high, u64 offset, u64 seed) {
     U c0 = block_low, c1 = block_high, c2 = U(static_cast<u32>(offset)), c3 = U(static_cast<u32>(offset >> 32));
     u32 k0 = static_cast<u32>(seed), k1 = static_cast<u32>(seed >> 32);
+    NVFP4_UNROLL
     for (int round = 0; round < 10; ++round) {
         U high0, high1;
         const U low0 = multiply_wide(c0, 0xD2511F53u, high0);

@@ -2,8 +2,7 @@
 //
 //   g = 448 * 6 / amax,  scale = e4m3(amax_block * g / 6),  code = e2m1(x / (scale / g))        (numerics/block_scale.h)
 //
-// Bytes a value, bf16 in: 2 + 2 read, 0.5625 written a form. The two passes walk x in units of 32 rows by 256 columns, so
-// that a unit's second look at a row finds it in the first-level cache; results do not depend on which thread takes a unit.
+// Bytes a value, bf16 in: 2 + 2 read, 0.5625 written a form. No result depends on which thread takes which unit of x.
 #include "params.h"
 
 #include <cstring>
@@ -18,7 +17,10 @@ namespace nvfp4 {
 namespace NVFP4_ISA {
 namespace {
 
-constexpr i64 unit_rows = 32, unit_cols = 256;
+// 128 x 64 values: 64 bytes of codes, a cache line, for each of the column form's rows. With fewer rows a line would be
+// written in parts, far apart in time, and at row strides of a power of two be lost to the cache in between.
+constexpr i64 unit_elements = 8192, unit_cols = 64;
+constexpr i64 scan_cols = 2048;  // where only the amax is wanted, long rows read faster
 constexpr i64 elements_a_thread = 16384;  // less is not worth waking a thread for (some microseconds)
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -38,6 +40,10 @@ u32 as_fp32_bits(Half x) {
 // Largest |x| of a region as fp32 bits: magnitudes' bit patterns order as the magnitudes do, infinities and NaN above all.
 template <class T>
 u32 scan(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols) {
+    if (x.col_stride == 1 && x.row_stride == cols) {  // contiguous: one long row
+        cols *= rows;
+        rows = 1;
+    }
     using Bits = decltype(T::bits);
     constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
     Bits most = 0;
@@ -66,12 +72,24 @@ struct Square {
     int down, across;  // tiles that hold any of the matrix: 1 or 2
 };
 
+// `next`: elements from here to a square that is wanted soon.
 template <class T>
-void load_square(const Matrix& x, i64 row, i64 col, Square& s) {
+void load_square(const Matrix& x, i64 row, i64 col, i64 next, Square& s) {
     s.row = row;
     s.col = col;
     s.down = x.rows - row > 16 ? 2 : 1;
     s.across = x.cols - col > 16 ? 2 : 1;
+    if (x.col_stride == 1 && x.rows - row >= 32 && x.cols - col >= 32) {
+        // Whole cache lines, row by row: with a row stride of a power of two only a few lines of the 32 rows fit in their
+        // set of the cache, and coming back for the second half would miss. No hardware prefetcher follows 32 streams.
+        const T* from = static_cast<const T*>(x.data) + row * x.row_stride + col;
+        for (int i = 0; i < 32; ++i, from += x.row_stride) {
+            __builtin_prefetch(from + next);
+            widen16(from, s.tile[i >> 4][0].v[i & 15]);
+            widen16(from + 16, s.tile[i >> 4][1].v[i & 15]);
+        }
+        return;
+    }
     for (int i = 0; i < s.down; ++i) {
         for (int j = 0; j < s.across; ++j) load_tile<T>(x, row + 16 * i, col + 16 * j, s.tile[i][j]);
     }
@@ -147,14 +165,29 @@ struct Amax {
     float row = 0.0f, col = 0.0f;
 };
 
-// Calls f(row, rows, col, cols) for each unit of the t-th part of the matrix.
+// Calls f(row, rows, col, cols) for each unit, up to `width` columns wide, of the t-th part of the matrix.
 template <class Function>
-void each_unit(const Matrix& x, int t, int n, Function f) {
-    const i64 across = ceil_div(x.cols, unit_cols);
-    const Range range = part(ceil_div(x.rows, unit_rows) * across, 1, t, n);
+void each_unit(const Matrix& x, i64 width, int t, int n, Function f) {
+    width = x.cols < width ? ceil_div(x.cols, 16) * 16 : width;
+    if (width == 0) return;
+    const i64 height = ceil_div(ceil_div(unit_elements, width), 32) * 32, across = ceil_div(x.cols, width);
+    const Range range = part(ceil_div(x.rows, height) * across, 1, t, n);
     for (i64 u = range.begin; u < range.end; ++u) {
-        const i64 row = u / across * unit_rows, col = u % across * unit_cols;
-        f(row, x.rows - row < unit_rows ? x.rows - row : unit_rows, col, x.cols - col < unit_cols ? x.cols - col : unit_cols);
+        const i64 row = u / across * height, col = u % across * width;
+        f(row, x.rows - row < height ? x.rows - row : height, col, x.cols - col < width ? x.cols - col : width);
+    }
+}
+
+// Calls f() with each square of a unit in `s`.
+template <class T, class Function>
+void each_square(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols, Square& s, Function f) {
+    for (i64 i = row; i < row + rows; i += 32) {
+        // the rows below, or, from the bottom of the unit, the top of the unit to the right
+        const i64 next = i + 32 < row + rows ? 32 * x.row_stride : (row - i) * x.row_stride + cols;
+        for (i64 j = col; j < col + cols; j += 32) {
+            load_square<T>(x, i, j, next, s);
+            f();
+        }
     }
 }
 
@@ -165,16 +198,16 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
     auto body = [&](int t, int n) {
         Amax a;
         Square s;
-        each_unit(x, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
+        each_unit(x, row_turns || col_turns ? unit_cols : scan_cols, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
             const u32 raw = scan<T>(x, r, rows, c, cols);
             a.raw = raw > a.raw ? raw : a.raw;
-            for (i64 j = c; (row_turns || col_turns) && j < c + cols; j += 32) {
-                load_square<T>(x, r, j, s);
+            if (!row_turns && !col_turns) return;
+            each_square<T>(x, r, rows, c, cols, s, [&] {
                 const float m = row_turns ? rotated_amax(s, false, static_cast<u32>(row.hadamard)) : 0.0f;
                 const float k = col_turns ? rotated_amax(s, true, static_cast<u32>(col.hadamard)) : 0.0f;
                 a.row = m > a.row ? m : a.row;
                 a.col = k > a.col ? k : a.col;
-            }
+            });
         });
         found[static_cast<size_t>(t)] = a;
     };
@@ -223,13 +256,12 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int 
     if (!wanted[0] && !wanted[1]) return;
     auto body = [&](int t, int n) {
         Square s;
-        each_unit(x, t, n, [&](i64 r, i64, i64 c, i64 cols) {
-            for (i64 j = c; j < c + cols; j += 32) {
-                load_square<T>(x, r, j, s);
+        each_unit(x, unit_cols, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
+            each_square<T>(x, r, rows, c, cols, s, [&] {
                 for (int i = 0; i < 2; ++i) {  // the column form last: it turns the tiles in place
                     if (wanted[i]) encode_square(forms[i], s);
                 }
-            }
+            });
         });
     };
     parallel(threads, body);

@@ -35,8 +35,10 @@ static inline void encode_codes(const QuantizeForm& form, const TensorScale& s, 
         Draw<U> draw;
         if (stochastic) draw = philox(load(index_low + l), load(index_high + l), form.offset, form.seed);
         U word[2];
+        NVFP4_UNROLL
         for (int half = 0; half < 2; ++half) {
             U packed(0u);
+            NVFP4_UNROLL
             for (int j = 0; j < 8; ++j) {
                 const F q = load(t.v[8 * half + j] + l) * enc;
                 const U code = stochastic ? e2m1_stochastic(q, random_byte(draw, 8 * half + j)) : e2m1_nearest(q);
