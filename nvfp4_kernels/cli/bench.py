@@ -79,32 +79,30 @@ def find_folder(given: str | None) -> Path:
 
 
 def rows_of(report: dict) -> list[dict]:
-    """A row for each benchmark. extra_info: op, case, backend, dtype, bytes, flops, yardstick (the backend to compare
-    with, in the same op and case), limit_bytes or limit_flops (a second, measured in the same run)."""
+    """A row for each benchmark, from its median and extra_info: op, case, backend, dtype; bytes, flops, items (of one
+    run); yardstick (true: the others of the same op and case are compared with the fastest of these); limit_bytes,
+    limit_flops (a second, measured in the same run)."""
     rows = []
     for entry in report["benchmarks"]:
         extra, seconds = entry["extra_info"], entry["stats"]["median"]
-        row = {
-            "op": extra.get("op", entry["name"]),
-            "case": extra.get("case", ""),
-            "backend": extra.get("backend", ""),
-            "dtype": extra.get("dtype", ""),
-            "seconds": seconds,
-            "yardstick": extra.get("yardstick"),
-        }
-        for amount, rate in (("bytes", "bytes_per_second"), ("flops", "flops_per_second")):
+        row = {name: extra.get(name, "") for name in ("op", "case", "backend", "dtype")}
+        row |= {"seconds": seconds, "yardstick": bool(extra.get("yardstick"))}
+        for amount in ("bytes", "flops", "items"):
             if extra.get(amount):
-                row[rate] = extra[amount] / seconds
-        for limit, rate in (("limit_bytes", "bytes_per_second"), ("limit_flops", "flops_per_second")):
-            if extra.get(limit) and rate in row:
-                row["share_of_limit"] = row[rate] / extra[limit]
-        rows.append(row | {k: v for k, v in extra.items() if k not in row and k not in ("bytes", "flops")})
-    medians = {(row["op"], row["case"], row["backend"]): row["seconds"] for row in rows}
+                row[f"{amount}_per_second"] = extra[amount] / seconds
+                if extra.get(f"limit_{amount}"):
+                    row["share_of_limit"] = row[f"{amount}_per_second"] / extra[f"limit_{amount}"]
+        rows.append(row)
     for row in rows:
-        against = medians.get((row["op"], row["case"], row["yardstick"]))
-        if against and row["backend"] != row["yardstick"]:
-            row["times_yardstick"] = against / row["seconds"]
+        peers = [r for r in rows if r["yardstick"] and (r["op"], r["case"]) == (row["op"], row["case"])]
+        if peers and not row["yardstick"]:
+            best = min(peers, key=lambda r: r["seconds"])
+            row |= {"times_yardstick": best["seconds"] / row["seconds"], "against": _name(best)}
     return rows
+
+
+def _name(row: dict) -> str:
+    return " ".join(part for part in (row["backend"], row["dtype"]) if part)
 
 
 def store(folder: Path, rows: list[dict]) -> Path:
@@ -133,20 +131,20 @@ def store(folder: Path, rows: list[dict]) -> Path:
 def render(rows: list[dict]) -> str:
     from nvfp4_kernels.cli.text import columns
 
-    cells = [["op", "case", "backend", "time", "GB/s", "GFLOP/s", "% of limit", "x yardstick"]]
+    cells = [["op", "case", "backend", "dtype", "time", "GB/s", "GFLOP/s", "items/s", "% of limit", "x yardstick"]]
     for row in rows:
-        number = {
-            key: row.get(key) for key in ("bytes_per_second", "flops_per_second", "share_of_limit", "times_yardstick")
-        }
-        share, times = number["share_of_limit"], number["times_yardstick"]
-        cells.append([
-            row["op"], row["case"], row["backend"], _time(row["seconds"]),
-            "-" if number["bytes_per_second"] is None else f"{number['bytes_per_second'] / 1e9:.2f}",
-            "-" if number["flops_per_second"] is None else f"{number['flops_per_second'] / 1e9:.1f}",
-            "-" if share is None else f"{share:.0%}",
-            "-" if times is None else f"{times:.2f}x {row['yardstick']}",
-        ])  # fmt: skip
-    return "\n".join(columns(cells, right=(3, 4, 5, 6)))
+        cells.append(
+            [
+                *(row[name] for name in ("op", "case", "backend", "dtype")),
+                _time(row["seconds"]),
+                f"{row['bytes_per_second'] / 1e9:.2f}" if "bytes_per_second" in row else "-",
+                f"{row['flops_per_second'] / 1e9:.1f}" if "flops_per_second" in row else "-",
+                f"{row['items_per_second']:,.0f}" if "items_per_second" in row else "-",
+                f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else "-",
+                f"{row['times_yardstick']:.2f}x {row['against']}" if "times_yardstick" in row else "-",
+            ]
+        )
+    return "\n".join(columns(cells, right=(4, 5, 6, 7, 8)))
 
 
 def _time(seconds: float) -> str:

@@ -36,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     minutes = None if arguments.steps else arguments.minutes
     settings = preset_settings(
-        "tiny", data=arguments.data, seed=arguments.seed, out=arguments.out, steps=arguments.steps, minutes=minutes
+        preset="tiny",
+        data=arguments.data,
+        seed=arguments.seed,
+        out=arguments.out,
+        steps=arguments.steps,
+        minutes=minutes,
     )
     got = compare(settings, {"bf16": bf16, "nvfp4": nvfp4})
     print(got.table())

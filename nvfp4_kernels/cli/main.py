@@ -5,6 +5,7 @@ Nothing here imports torch; a command does when it runs, so that --help answers 
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from importlib import import_module
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; do: free some space, then --resume (the checkpoints written so far are whole)"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} does not exist; do: check the path"
     if isinstance(error, MemoryError):

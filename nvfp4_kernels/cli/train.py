@@ -115,18 +115,18 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
                     f"{name}: got {given[name]}; allowed: {getattr(settings, name)}, what the run began with"
                 )
         return settings.replace(**given)
-    preset = None if "config" in given else given.get("preset", Settings.preset)
-    return preset_settings(preset, **given)
+    return preset_settings(**given)
 
 
-def preset_settings(preset: str | None, **given) -> Settings:
-    """The preset's training defaults with `given` over them."""
+def preset_settings(**given) -> Settings:
+    """The preset's training defaults with `given` over them; a config of one's own has no defaults but those of Settings."""
     from nvfp4_kernels.model.presets import TRAINING
 
-    defaults = dict(TRAINING.get(preset, {})) | ({"preset": preset} if preset else {})
-    if given.get("minutes"):
+    given = {name: value for name, value in given.items() if value is not None}
+    defaults = {} if "config" in given else dict(TRAINING.get(given.get("preset", Settings.preset), {}))
+    if "minutes" in given:
         defaults.pop("steps", None)
-    settings = Settings(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+    settings = Settings(**(defaults | given))
     return settings if settings.steps or settings.minutes else settings.replace(steps=1000)
 
 

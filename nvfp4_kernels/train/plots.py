@@ -9,12 +9,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def new_figure(rows: int, height: float):
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: it would look for a display and keep every figure
 
-    matplotlib.use("Agg")  # no display is needed, and none is looked for
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, 1, figsize=(8, height), sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)
     for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

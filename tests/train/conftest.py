@@ -47,6 +47,15 @@ class StandIn(nn.Module):
         return {"max_violation": 0.5}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only cost at these sizes, and a great deal where other processes want the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def make_trainer():
     """make_trainer(quantized=True, seed=0, accumulate=1, ...) -> Trainer over a stand-in and a learnable toy text."""
