@@ -1,9 +1,10 @@
 """The scan twice: `recurrence`, token by token as the paper defines it, and `run`, chunk by chunk in matrix products.
 
-With a = cumsum(A dt) inside a chunk and u = dt x (Mamba-2, section 6):
-    y_i    = exp(a_i) C_i S + sum_{j <= i} exp(a_i - a_j) (C_i . B_j) u_j + D x_i
-    S_next = exp(a_last) S + sum_j exp(a_last - a_j) u_j B_j^T
-The decays are masked before the exponential sees them, so that no discarded value can overflow, and gradients stay finite.
+With a = cumsum(A dt) inside a chunk (Mamba-2, section 6):
+    y_i    = exp(a_i) C_i S + sum_{j <= i} exp(a_i - a_j) dt_j (C_i . B_j) x_j + D x_i
+    S_next = exp(a_last) S + sum_j exp(a_last - a_j) dt_j x_j B_j^T
+dt_j rides in the exponent and D on the diagonal of the sum's matrix, which saves passes over tensors as large as x.
+Exponents are clamped before the exponential sees them: no discarded value can overflow, and gradients stay finite.
 """
 
 import math
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2E = math.log2(math.e)  # exp2 takes a quarter of exp's time on a CPU
-# No decay within a chunk falls below 2^-64, which vanishes beside 1 even in fp64: subnormal factors, which A dt reaches soon,
-# make a multiplication on a CPU ten times slower.
-LEAST = -64.0
+# Factors within a chunk stay within 2^-64, which vanishes beside 1 even in fp64, and 2^64: subnormal numbers, which A dt
+# reaches soon, make a multiplication on a CPU ten times slower. The upper end is met only where the result is discarded.
+RANGE = (-64.0, 64.0)
+BLOCK = 2**19
 
 
 def refuses(
@@ -116,108 +118,164 @@ def _chunked(x, step, A, B, C, D, initial_state, restarts, chunk_size: int) -> t
     if restarts is not None:
         restarts = F.pad(restarts, (0, pad), value=int(restarts.max()) + 1) if pad else restarts
         restarts = restarts.view(batch, chunks, chunk).repeat_interleave(groups, 0)
-    step_chunks = fold(step)
-    decay = fold(step * A).cumsum(2)  # [batch * groups, chunks, chunk, heads / groups]
     if initial_state is None:
-        state = decay.new_zeros(batch * groups, heads // groups * head_dim, size)
+        state = step.new_zeros(batch * groups, heads // groups * head_dim, size)
     else:
-        state = initial_state.to(decay.dtype).reshape(batch * groups, -1, size)
-    skip = None if D is None else D.to(decay.dtype).reshape(groups, heads // groups, -1)
-    y, state = _Chunks.apply(fold(x), step_chunks, decay, fold(B).squeeze(3), fold(C).squeeze(3), skip, state, restarts)
+        state = initial_state.to(step.dtype).reshape(batch * groups, -1, size)
+    # cumsum within a sequence: as a product with the mask, so that what came before the sequence costs it no digits
+    decay = torch.matmul(_seen(chunk, restarts, x.device).to(step.dtype), fold(step * A))
+    skip = None
+    if D is not None and D.dim() == 1:
+        skip = (
+            D.to(step.dtype).view(groups, 1, -1).expand(batch, groups, chunks, -1).reshape(batch * groups, chunks, -1)
+        )
+    y, state = _Chunks.apply(fold(x), fold(step), decay, fold(B).squeeze(3), fold(C).squeeze(3), skip, state, restarts)
     y = y.unflatten(0, (batch, groups)).movedim(1, 3).reshape(batch, chunks * chunk, heads, head_dim)[:, :length]
+    y = (y + x * D).to(x.dtype) if D is not None and D.dim() == 2 else y
     return y, state.view(batch, heads, head_dim, size)
 
 
 class _Chunks(torch.autograd.Function):
-    """x [r, c, q, h, p], step and decay [r, c, q, h], B and C [r, c, q, n], skip [g, h, 1 or p] or None, state [r, h * p, n].
+    """x [r, c, q, h, p], step and decay [r, c, q, h], B and C [r, c, q, n], skip [r, c, h] or None, state [r, h * p, n].
 
-    r: batch x groups, c: chunks, q: tokens of a chunk, h: heads of a group, p: head_dim, n: state; k: r x c. Backward keeps the
-    inputs and the chunks' states alone and forms the decays [k, h, q, q] again, since they are larger than all of these.
+    r: batch x groups, c: chunks, q: tokens of a chunk, h: heads of a group, p: head_dim, n: state. Rows are done a few at a
+    time, which bounds what is formed in between. Backward keeps the inputs and the chunks' states alone and forms the decays
+    [r, c, h, q, q] again, since they are larger than all of these.
     """
 
     @staticmethod
     def forward(ctx, x, step, decay, B, C, skip, state, restarts):
-        r, c, q, h, p = x.shape
-        narrow = x.dtype if x.dtype == torch.bfloat16 else decay.dtype  # of the operands of the products over p and q
-        x, step, B, C = (t.reshape(r * c, q, *t.shape[3:]) for t in (x, step, B, C))
-        into, out, through, between = _decays(decay, restarts)
-        u = (x * step[..., None]).to(narrow)
-        made = torch.bmm((u * out[..., None]).to(narrow).flatten(2).mT, B.to(narrow))  # [k, h * p, n]
-        states, last = _pass_on(made.view(r, c, h * p, -1), through.repeat_interleave(p, 2)[..., None], state)
-        states = states.to(narrow).flatten(0, 1)
-        y = torch.bmm(C.to(narrow), states.mT).view_as(x) * into[..., None]
-        mixed = between.mul_(_scores(C, B)).to(narrow)  # [k, h, q, q]
-        y += torch.bmm(mixed.flatten(0, 1), _by_head(u)).view(-1, h, q, p).transpose(1, 2)
-        if skip is not None:
-            y += x * _expand(skip, r, c)
-        ctx.save_for_backward(x, step, decay, B, C, skip, states, restarts)
-        return y.to(x.dtype).view(r, c, q, h, p), last
+        inputs = (x, step, decay, B, C, skip, restarts)
+        parts = [_forward(*_take(inputs, rows), state[rows]) for rows in _blocks(x)]
+        y, states, last = map(_join, zip(*parts, strict=True))
+        ctx.save_for_backward(*inputs, states)
+        return y, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast):
-        x, step, decay, B, C, skip, states, restarts = ctx.saved_tensors
-        r, c, q, h, p = dy.shape
-        narrow, dy = states.dtype, dy.reshape(r * c, q, h, p)
-        into, out, through, between = _decays(decay, restarts)
-        B_, C_, dy_ = B.to(narrow), C.to(narrow), dy.to(narrow)
-        u = (x * step[..., None]).to(narrow)
-
-        dy_into = (dy * into[..., None]).to(narrow)
-        wanted = torch.bmm(dy_into.flatten(2).mT, C_).view(r, c, h * p, -1)
-        dstates, dstate = _pass_back(wanted, through.repeat_interleave(p, 2)[..., None], dlast)
-        kept = _wide(dstates.view(r, c, h, -1)).mul(states.view(r, c, h, -1)).sum(-1).mul_(through)  # [r, c, h]
-        dstates = dstates.to(narrow).flatten(0, 1)
-
-        u_heads, dy_heads, scores = _by_head(u), _by_head(dy_), _scores(C, B)
-        mixed = (between * scores).to(narrow)
-        dbetween = between.mul_(torch.bmm(dy_heads, u_heads.mT).view_as(between))
-        dscores = dbetween.sum(1).to(narrow)
-        pairs = dbetween.mul_(scores)  # [k, h, i, j]: what each pair of tokens adds to the loss's slope in a_i - a_j
-        from_state = torch.bmm(B_, dstates.mT).view_as(x) * out[..., None]
-        left = torch.linalg.vecdot(u.to(from_state.dtype), from_state)  # [k, q, h]
-        entered = torch.linalg.vecdot(
-            torch.bmm(C_, states.mT).view_as(x).to(from_state.dtype), dy_into.to(from_state.dtype)
-        )
-        ddecay = (pairs.sum(3) - pairs.sum(2)).transpose(1, 2).add_(entered).sub_(left)
-        ddecay[:, -1] += left.sum(1) + kept.view(-1, h)
-
-        du = from_state.add_(torch.bmm(mixed.flatten(0, 1).mT, dy_heads).view(-1, h, q, p).transpose(1, 2))
-        dstep = torch.linalg.vecdot(du, x.to(du.dtype))
-        dx = du.mul_(step[..., None])
-        dskip = None
-        if skip is not None:
-            dx += dy * _expand(skip, r, c)
-            dskip = (dy * x.to(du.dtype)).sum(1).view(-1, skip.shape[0], c, h, p).sum((0, 2))
-            dskip = dskip if skip.shape[2] == p else dskip.sum(2, keepdim=True)
-        dB = torch.bmm((u * out[..., None]).to(narrow).flatten(2), dstates) + torch.bmm(dscores.mT, C_)
-        dC = torch.bmm(dy_into.flatten(2), states) + torch.bmm(dscores, B_)
-        grads = (dx.to(x.dtype), dstep, ddecay, dB.to(B.dtype), dC.to(C.dtype))
-        return *(g.view(r, c, q, *g.shape[2:]) for g in grads), dskip, dstate, None
+        inputs = ctx.saved_tensors
+        parts = [_backward(*_take(inputs, rows), dy[rows], dlast[rows]) for rows in _blocks(dy)]
+        dx, dstep, ddecay, dB, dC, dskip, dstate = map(_join, zip(*parts, strict=True))
+        return dx, dstep, ddecay, dB, dC, dskip, dstate, None
 
 
-def _decays(decay: Tensor, restarts: Tensor | None) -> tuple[Tensor, ...]:
-    """From a = cumsum(A dt), [r, c, q, h]: exp of a_i [k, q, h], of a_last - a_j [k, q, h], of a_last [r, c, h], and of
-    a_i - a_j for j <= i, else 0, [k, h, i, j]. Each is 0 where a sequence starts in between."""
-    r, c, q, h = decay.shape
+def _blocks(x: Tensor) -> list[slice]:
+    """Slices of rows of about 2^19 elements of x."""
+    rows = max(1, BLOCK // max(x[0].numel(), 1)) if x.shape[0] else 1
+    return [slice(i, i + rows) for i in range(0, max(x.shape[0], 1), rows)]
+
+
+def _take(tensors, rows: slice) -> list[Tensor | None]:
+    return [None if t is None else t[rows] for t in tensors]
+
+
+def _join(parts) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
+
+def _forward(x, step, decay, B, C, skip, restarts, state) -> tuple[Tensor, Tensor, Tensor]:
+    """y [r, c, q, h, p], the state before each chunk [r, c, h * p, n] and after the last."""
+    r, c, q, h, p = x.shape
+    narrow = x.dtype if x.dtype == torch.bfloat16 else decay.dtype  # of the operands of the products over p, q and n
+    x, B, C = x.reshape(r * c, q, h, p), B.reshape(r * c, q, -1), C.reshape(r * c, q, -1)
+    into, onto, through = _decays(decay, step, restarts)
+    made = torch.bmm(_scaled(x, onto).to(narrow).flatten(2).mT, B.to(narrow))  # [r * c, h * p, n]
+    states, last = _pass_on(made.view(r, c, h * p, -1), through.repeat_interleave(p, 2)[..., None], state)
+    states = states.to(narrow)
+    mixed = _between(decay, step).mul_(_scores(C, B, restarts))
+    mixed = _add_skip(mixed, skip).to(narrow).flatten(0, 1)  # [r * c * h, q, q]
+    y = _scaled(torch.bmm(C.to(narrow), states.flatten(0, 1).mT).view_as(x), into)
+    y += torch.bmm(mixed, _by_head(x.to(narrow))).view(-1, h, q, p).transpose(1, 2)
+    return y.to(x.dtype).view(r, c, q, h, p), states, last
+
+
+def _backward(x, step, decay, B, C, skip, restarts, states, dy, dlast) -> tuple[Tensor | None, ...]:
+    """The gradients of x, step, decay, B, C, skip and the first state."""
+    r, c, q, h, p = dy.shape
+    narrow, wide = states.dtype, decay.dtype
+    x, dy, B, C = (t.reshape(r * c, q, *t.shape[3:]) for t in (x, dy, B, C))
+    B_, C_, states = B.to(narrow), C.to(narrow), states.flatten(0, 1)
+    into, onto, through = _decays(decay, step, restarts)
+
+    dy_into = _scaled(dy, into).to(narrow)  # [r * c, q, h, p]
+    wanted = torch.bmm(dy_into.flatten(2).mT, C_).view(r, c, h * p, -1)
+    dstates, dstate = _pass_back(wanted, through.repeat_interleave(p, 2)[..., None], dlast)
+    kept = (dstates.view(r * c, h, -1) * states.view(r * c, h, -1)).sum(-1).mul_(through.flatten(0, 1))  # [r * c, h]
+    dstates = dstates.to(narrow).flatten(0, 1)
+
+    x_heads, dy_heads = _by_head(x.to(narrow)), _by_head(dy.to(narrow))
+    between, scores = _between(decay, step), _scores(C, B, restarts)
+    mixed = _add_skip(between * scores, skip).to(narrow).flatten(0, 1)
+    dmixed = torch.bmm(dy_heads, x_heads.mT).view_as(between)
+    dskip = None if skip is None else dmixed.diagonal(dim1=2, dim2=3).sum(2, dtype=wide).view_as(skip)
+    dscores = between.mul_(dmixed.to(wide)).sum(1)
+    dscores = dscores.mul_(_seen(q, restarts, dy.device).view(-1, q, q)).to(narrow)
+    pairs = between.mul_(scores)  # [r * c, h, i, j]: each pair's share in the slope of the loss in a_i - a_j + log dt_j
+    given, taken = pairs.sum(3).transpose(1, 2), pairs.sum(2).transpose(1, 2)  # [r * c, q, h]
+
+    from_state = torch.bmm(B_, dstates.mT).view_as(x)
+    left = _dot(x, from_state).mul_(onto[..., 0])
+    entered = _dot(torch.bmm(C_, states.mT).view_as(x), dy_into)
+    ddecay = (given - taken).add_(entered).sub_(left)
+    ddecay[:, -1] += left.sum(1) + kept
+    dstep = (taken + left).div_(step.reshape(left.shape).clamp(min=2.0 ** RANGE[0]))
+    dx = _scaled(from_state, onto)
+    dx += torch.bmm(mixed.mT, dy_heads).view(-1, h, q, p).transpose(1, 2)
+    dB = torch.bmm(_scaled(x, onto).to(narrow).flatten(2), dstates) + torch.bmm(dscores.mT, C_)
+    dC = torch.bmm(dy_into.flatten(2), states) + torch.bmm(dscores, B_)
+    grads = (dx.to(x.dtype), dstep, ddecay, dB.to(B.dtype), dC.to(C.dtype))
+    return *(g.reshape(r, c, q, *g.shape[2:]) for g in grads), dskip, dstate
+
+
+def _decays(decay: Tensor, step: Tensor, restarts: Tensor | None) -> tuple[Tensor, ...]:
+    """From a = cumsum(A dt), [r, c, q, h]: exp(a_i) [k, q, h, 1], exp(a_last - a_j) dt_j [k, q, h, 1], exp(a_last) [r, c, h].
+    Each is 0 where a sequence starts in between."""
     a = decay * LOG2E
-    into, out = a.clamp(LEAST, 0).exp2_(), (a[:, :, -1:] - a).clamp_(LEAST, 0).exp2_()
+    into, onto = a.clamp(*RANGE).exp2_(), (a[:, :, -1:] - a).clamp_(*RANGE).exp2_().mul_(step)
     through = into[:, :, -1].clone()
-    a = a.view(r * c, q, h).transpose(1, 2)
-    between = (a[..., :, None] - a[..., None, :]).clamp_(LEAST, 0).exp2_().tril_()
     if restarts is not None:
         before = torch.cat([restarts[:, :1, 0], restarts[:, :-1, -1]], 1)[..., None]  # of the token before each chunk
         into *= (restarts == before)[..., None]
-        out *= (restarts == restarts[..., -1:])[..., None]
+        onto *= (restarts == restarts[..., -1:])[..., None]
         through *= restarts[..., -1:] == before
-        flat = restarts.reshape(r * c, 1, q)
-        between *= flat[..., :, None] == flat[..., None, :]
-    return into.flatten(0, 1), out.flatten(0, 1), through, between
+    return into.flatten(0, 1)[..., None], onto.flatten(0, 1)[..., None], through
 
 
-def _scores(C: Tensor, B: Tensor) -> Tensor:
-    """C_i . B_j for every pair of a chunk, [k, 1, i, j], shared by the heads: too few products to round for speed."""
-    return torch.bmm(_wide(C), _wide(B).mT)[:, None]
+def _between(decay: Tensor, step: Tensor) -> Tensor:
+    """exp(a_i - a_j) dt_j, [k, h, i, j]; finite and of no meaning for j > i."""
+    to = (decay * LOG2E).flatten(0, 1).transpose(1, 2)
+    since = to - step.log2().flatten(0, 1).transpose(1, 2)
+    return (to[..., :, None] - since[..., None, :]).clamp_(*RANGE).exp2_()
+
+
+def _scores(C: Tensor, B: Tensor, restarts: Tensor | None) -> Tensor:
+    """C_i . B_j for j <= i of one sequence, else 0: [k, 1, i, j], shared by the heads. Too few products to round for speed."""
+    seen = _seen(C.shape[1], restarts, C.device).view(-1, *C.shape[1:2] * 2)
+    return torch.where(seen, torch.bmm(_wide(C), _wide(B).mT), 0)[:, None]
+
+
+def _seen(q: int, restarts: Tensor | None, device: torch.device) -> Tensor:
+    """bool [..., i, j]: whether i sees j, which comes no later and belongs to the same sequence."""
+    seen = torch.ones(q, q, dtype=torch.bool, device=device).tril()
+    return seen if restarts is None else seen & (restarts[..., :, None] == restarts[..., None, :])
+
+
+def _add_skip(mixed: Tensor, skip: Tensor | None) -> Tensor:
+    """Adds D [..., h] to the diagonals of mixed [k, h, i, j], in place."""
+    if skip is not None:
+        mixed.diagonal(dim1=2, dim2=3).add_(skip.reshape(*mixed.shape[:2], 1))
+    return mixed
+
+
+def _scaled(t: Tensor, factor: Tensor) -> Tensor:
+    """t * factor as a new tensor in fp32 (fp64), the copy multiplied in place: a third of the time of a mixed product."""
+    return t.to(factor.dtype, copy=True).mul_(factor)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[k, q, h] from [k, q, h, p], summed in fp32."""
+    return (a * b).sum(-1, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
 
 
 def _pass_on(made: Tensor, through: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,12 +299,6 @@ def _pass_back(wanted: Tensor, through: Tensor, dlast: Tensor) -> tuple[Tensor, 
 def _by_head(t: Tensor) -> Tensor:
     """[k, q, h, p] -> [k * h, q, p]."""
     return t.transpose(1, 2).flatten(0, 1)
-
-
-def _expand(skip: Tensor, r: int, c: int) -> Tensor:
-    """[g, h, 1 or p] -> [k, 1, h, 1 or p]."""
-    g, h, p = skip.shape
-    return skip[None, :, None].expand(r // g, g, c, h, p).reshape(r * c, 1, h, p)
 
 
 def _wide(t: Tensor) -> Tensor:
