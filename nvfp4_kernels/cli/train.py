@@ -95,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--print-config", action="store_true", help="print settings and model config as JSON, train nothing"
     )
+    run.add_argument(
+        "--sample", metavar="TOKENS", type=number(int), default=200, help="of text at the end; 0 for none; default 200"
+    )
     run.add_argument("--prompt", metavar="TEXT", default="def ", help="of the text sampled at the end; default 'def '")
 
 
@@ -114,6 +117,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
                 raise ValueError(
                     f"{name}: got {given[name]}; allowed: {getattr(settings, name)}, what the run began with"
                 )
+        if given.keys() & {"steps", "minutes"}:
+            settings = settings.replace(steps=None, minutes=None)
         return settings.replace(**given)
     return preset_settings(**given)
 
@@ -152,5 +157,6 @@ def run(arguments: argparse.Namespace) -> int:
     summary = f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, {result.skipped} skipped"
     loss = "" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f} nats a byte, "
     print(f"{loss}{summary}; in {result.out}: loss.png, health.png, metrics.jsonl, checkpoints/")
-    print(sample_text(result.model, result.tokenizer, arguments.prompt, 200))
+    if arguments.sample > 0:
+        print(sample_text(result.model, result.tokenizer, arguments.prompt, arguments.sample))
     return 0

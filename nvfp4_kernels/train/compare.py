@@ -1,17 +1,17 @@
-"""Several recipes from one seed on the same batches, one after the other, and a table of what each costs."""
+"""Several recipes from one seed on the same batches, taking turns, and a table of what each costs."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_kernels.recipe import Recipe, bf16, nvfp4
 from nvfp4_kernels.train.corpus import Corpus, entropies
-from nvfp4_kernels.train.loop import Trainer
-from nvfp4_kernels.train.optimizer import build_optimizer
 from nvfp4_kernels.train.plots import plot_loss
-from nvfp4_kernels.train.run import Result, clear, train
-from nvfp4_kernels.train.schedule import Schedule
+from nvfp4_kernels.train.run import Interrupts, Result, Run, clear
+from nvfp4_kernels.train.schedule import Budget
 from nvfp4_kernels.train.settings import Settings
-from nvfp4_kernels.train.setup import build_config, build_model, load_data, split, steps_that_fit
+from nvfp4_kernels.train.setup import build_config, load_data
+from nvfp4_kernels.train.tokenizer import load_tokenizer
 
 ABLATIONS = {
     "bf16": bf16,
@@ -30,7 +30,6 @@ class Comparison:
     results: dict[str, Result]
     entropies: dict[str, float]
     corpus: Corpus
-    steps: int
 
     def table(self) -> str:
         base = next(iter(self.results.values())).validation_loss
@@ -58,38 +57,38 @@ class Comparison:
 
 
 def compare(settings: Settings, recipes: dict[str, Recipe], quiet: bool = False) -> Comparison:
-    """Trains each of `recipes` in a folder of its own below settings.out; an earlier comparison there is replaced.
+    """Trains with each of `recipes`, in a folder of its own below settings.out; an earlier comparison there is replaced.
 
-    settings.minutes, where given, is the mean for a recipe: all train the same number of steps, as many as fit."""
+    The runs take turns, step by step, so that all see the same machine: their speeds can be compared, and one clock can
+    end them all after the same number of steps. settings.minutes is for each of them, on average."""
     if settings.validation == 0:
         raise ValueError("validation: got 0; allowed: a share above 0, the recipes are compared by it")
-    config = build_config(settings)
-    corpus, _ = load_data(settings, config)
-    if settings.steps is None:
-        settings = settings.replace(steps=common_steps(settings, recipes, corpus), minutes=None)
-    out, results = Path(settings.out), {}
-    for label, recipe in recipes.items():
-        folder = out / label.replace(" ", "-").replace("/", "-over-")
+    config, out = build_config(settings), Path(settings.out)
+    tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
+    corpus = load_data(settings, config, tokenizer)
+    folders = {label: out / label.replace(" ", "-").replace("/", "-over-") for label in recipes}
+    for folder in folders.values():
         clear(folder)
-        results[label] = train(settings.replace(out=str(folder)), recipe=recipe, quiet=quiet, corpus=corpus)
-        if results[label].stopped:
-            break
+    budget = Budget(settings.minutes * 60 * len(recipes), settings.decay) if settings.minutes else None
+    with contextlib.ExitStack() as stack:
+        runs = {
+            label: stack.enter_context(
+                Run(settings.replace(out=str(folders[label])), False, recipe, quiet, corpus, line)
+            )
+            for line, (label, recipe) in enumerate(recipes.items())
+        }
+        first, interrupts = next(iter(runs.values())), stack.enter_context(Interrupts())
+        while not first.done and not interrupts.asked:
+            for run in runs.values():
+                run.advance()
+            elapsed = sum(run.trainer.seconds for run in runs.values())
+            if budget and first.steps is None and (steps := budget.steps(first.trainer.step, elapsed)) is not None:
+                for run in runs.values():
+                    run.fix_steps(steps)
+        results = {label: run.finish() for label, run in runs.items()}
     levels = entropies(corpus)
     plot_loss({label: result.out / "metrics.jsonl" for label, result in results.items()}, out / "loss.png", levels)
-    return Comparison(results, levels, corpus, settings.steps)
-
-
-def common_steps(settings: Settings, recipes: dict[str, Recipe], corpus: Corpus) -> int:
-    """Steps after which all recipes together have taken settings.minutes each on average."""
-    rates = []
-    for recipe in recipes.values():
-        packer, validation = split(settings, corpus)
-        model = build_model(build_config(settings), settings, recipe)
-        trainer = Trainer(
-            model, packer, build_optimizer(model, settings.lr), Schedule(settings.lr, 1), settings.accumulate
-        )
-        rates.append(steps_that_fit(trainer, validation, settings.minutes))
-    return max(1, round(len(rates) / sum(1 / rate for rate in rates)))
+    return Comparison(results, levels, corpus)
 
 
 def ablate(settings: Settings) -> str:

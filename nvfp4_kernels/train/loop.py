@@ -156,20 +156,6 @@ class Trainer:
         self.model.train()
         return total / max(targets, 1)
 
-    def seconds_a_step(self, steps: int = 4) -> float:
-        """The pace of forward and backward, from steps that leave no trace: one to warm up, then the median."""
-        position, rng = self.data.state(), torch.get_rng_state()
-        times = []
-        for _ in range(steps):
-            begun = time.perf_counter()
-            _, before = self.accumulate_gradients([next(self.data) for _ in range(self.accumulate)])
-            times.append(time.perf_counter() - begun)
-            restore(self.model, before)
-            self.optimizer.zero_grad(set_to_none=True)
-        self.data.load_state(position)
-        torch.set_rng_state(rng)
-        return sorted(times[1:])[(steps - 1) // 2]
-
     def check_patience(self) -> None:
         if self.skipped_in_a_row >= PATIENCE:
             raise Diverged(

@@ -61,33 +61,32 @@ def clock(seconds: float) -> str:
 def health_text(summary: dict) -> str:
     if "worst_db" not in summary:
         return "q: none"
+    layer = summary["worst_layer"].removeprefix("backbone.")
     return (
-        f"q: min {summary['worst_db']:.1f} dB {summary['worst_layer']} {summary['worst_operand']} "
+        f"q: min {summary['worst_db']:.1f} dB {layer} {summary['worst_operand']} "
         f"clip {summary['clipped']:.2%} zero {summary['flushed']:.1%}"
     )
 
 
 class Progress:
-    """A tqdm bar on a terminal; otherwise a line every ten seconds and one at every event."""
+    """A tqdm bar on a terminal; otherwise a line every ten seconds and one at the end and at every event."""
 
     EVERY = 10.0
 
-    def __init__(self, label: str, steps: int, done: int, quiet: bool = False):
-        self.label, self.steps, self.quiet, self.bar = label, steps, quiet, None
-        self.health, self.load, self.rate, self.said = {}, None, None, 0.0
+    def __init__(self, label: str, done: int, quiet: bool = False, line: int = 0):
+        self.label, self.quiet, self.bar = label, quiet, None
+        self.health, self.load, self.rate, self.said, self.begun = {}, None, None, 0.0, time.monotonic()
+        self.from_share = None
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
 
+            layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:12}| {postfix}"
             self.bar = tqdm(
-                total=steps,
-                initial=done,
-                desc=label,
-                unit="step",
-                dynamic_ncols=True,
-                bar_format="{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:12}| {postfix} · {remaining}",
+                initial=done, total=done + 1, desc=label, dynamic_ncols=True, position=line, bar_format=layout
             )
 
-    def step(self, report: StepReport, device: torch.device) -> None:
+    def step(self, report: StepReport, device: torch.device, share: float) -> None:
+        """share: how much of the run is done, 0 to 1; the number of steps follows from it, also where a clock ends it."""
         rate = report.tokens / report.seconds
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         self.health = report.health.summary() if report.health else self.health
@@ -102,13 +101,18 @@ class Progress:
         ]
         if self.load is not None:
             parts.append(f"load +{self.load:.2f}")
+        if self.from_share is None:
+            self.from_share, self.begun = share, time.monotonic()  # the first step of a process is slower than the rest
+        else:
+            pace = (time.monotonic() - self.begun) / max(share - self.from_share, 1e-9)
+            parts.append(f"eta {clock(pace * (1 - min(share, 1.0)))}")
+        steps = max(report.step, round(report.step / share))
         if self.bar is not None:
+            self.bar.total = steps
             self.bar.set_postfix_str(" · ".join(parts), refresh=False)
             self.bar.update()
-        elif not self.quiet and (time.monotonic() - self.said >= self.EVERY or report.step == self.steps):
-            left = (self.steps - report.step) * report.tokens / self.rate
-            head = f"{self.label} step {report.step}/{self.steps} {report.step / self.steps:.1%}"
-            self.say(" | ".join([head, *parts, f"eta {clock(left)}"]))
+        elif not self.quiet and (time.monotonic() - self.said >= self.EVERY or share >= 1):
+            self.say(" | ".join([f"{self.label} step {report.step}/{steps} {min(share, 1.0):.1%}", *parts]))
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

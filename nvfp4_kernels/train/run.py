@@ -16,14 +16,13 @@ from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.recipe import Recipe, get_recipe
 from nvfp4_kernels.train.corpus import Corpus
-from nvfp4_kernels.train.data import Batch
 from nvfp4_kernels.train.loop import StepReport, Trainer
 from nvfp4_kernels.train.optimizer import build_optimizer
 from nvfp4_kernels.train.plots import plot_health, plot_loss
 from nvfp4_kernels.train.progress import Metrics, Progress
-from nvfp4_kernels.train.schedule import Schedule, as_steps
+from nvfp4_kernels.train.schedule import Budget, Schedule, as_steps
 from nvfp4_kernels.train.settings import Settings
-from nvfp4_kernels.train.setup import build_config, build_model, load_data, split, steps_that_fit
+from nvfp4_kernels.train.setup import build_config, build_model, load_data, split
 from nvfp4_kernels.train.tokenizer import load_tokenizer
 
 
@@ -64,104 +63,132 @@ class Interrupts:
             signal.signal(name, handler)
 
 
-def train(
-    settings: Settings,
-    resume: bool = False,
-    recipe: Recipe | None = None,
-    quiet: bool = False,
-    corpus: Corpus | None = None,
-) -> Result:
+def train(settings: Settings, resume: bool = False, quiet: bool = False) -> Result:
     """Trains as `settings` say, in the folder `settings.out`; with `resume`, from its newest whole snapshot.
 
-    recipe: instead of the one `settings` name (for ablations). corpus: instead of reading it again.
     Raises ValueError with one line that says what to do.
     """
-    if settings.threads:
+    with Run(settings, resume, quiet=quiet) as run, Interrupts() as interrupts:
+        budget = None if settings.steps else Budget((settings.minutes or 5.0) * 60, settings.decay)
+        while not run.done and not interrupts.asked:
+            run.advance()
+            if budget and run.steps is None:
+                run.fix_steps(budget.steps(run.trainer.step, run.trainer.seconds))
+        return run.finish()
+
+
+class Run:
+    """A run in its folder, a step at a time.
+
+    recipe: instead of the one `settings` name. corpus: instead of reading it again. line: of the terminal, for its bar.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        resume: bool = False,
+        recipe: Recipe | None = None,
+        quiet: bool = False,
+        corpus: Corpus | None = None,
+        line: int = 0,
+    ):
+        # Sums are split by thread: a run that is to be resumed bit for bit keeps the number it began with.
+        self.settings = settings = settings.replace(threads=settings.threads or torch.get_num_threads())
         torch.set_num_threads(settings.threads)
-    out = Path(settings.out)
-    config = build_config(settings)
-    found, damaged = snapshot.newest(out / "checkpoints")
-    check_folder(out, resume, found, damaged)
-    read, tokenizer = (
-        load_data(settings, config)
-        if corpus is None
-        else (corpus, load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id))
-    )
-    packer, validation = split(settings, read)
-    model = build_model(config, settings, recipe)
-    trainer = Trainer(
-        model,
-        packer,
-        build_optimizer(model, settings.lr, settings.weight_decay),
-        Schedule(settings.lr, 1),
-        settings.accumulate,
-        settings.clip,
-        settings.health_every,
-    )
-    steps = plan_steps(settings, trainer, validation, found)
-    warmup, decay = as_steps(settings.warmup, steps), as_steps(settings.decay, steps)
-    trainer.schedule = Schedule(settings.lr, steps, warmup, decay, settings.decay_shape)
-    if found:
-        trainer.load(found.state["trainer"], found.tensors)
-    prepare_folder(out, settings, config)
-    metrics = Metrics(out / "metrics.jsonl", found.state["metrics_bytes"] if found else 0)
-    progress = Progress(f"{(recipe or get_recipe(settings.recipe)).name}", steps, trainer.step, quiet)
-    for line in damaged:
-        progress.say(f"warning: {line}")
-    if found:
-        progress.say(
-            f"resumed at step {found.step} of {steps}: weights, optimizer, data position, noise and torch's RNG"
+        self.recipe, self.out, config = (
+            recipe or get_recipe(settings.recipe),
+            Path(settings.out),
+            build_config(settings),
         )
+        found, damaged = snapshot.newest(self.out / "checkpoints")
+        check_folder(self.out, resume, found, damaged)
+        self.tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
+        self.corpus = corpus or load_data(settings, config, self.tokenizer)
+        self.fingerprint = self.corpus.fingerprint
+        if found and found.state["corpus"] != self.fingerprint:
+            raise ValueError(
+                f"data: got {self.fingerprint}; allowed: {found.state['corpus']}, what the run began with "
+                "(do: give the same data)"
+            )
+        data, self.validation = split(settings, self.corpus)
+        model = build_model(config, settings, self.recipe)
+        optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
+        options = (settings.accumulate, settings.clip, settings.health_every)
+        self.trainer = Trainer(model, data, optimizer, Schedule(settings.lr, None), *options)
+        self.fix_steps(settings.steps or (found.state["steps"] if found else None))
+        if found:
+            self.trainer.load(found.state["trainer"], found.tensors)
+        prepare_folder(self.out, settings, config)
+        self.metrics = Metrics(self.out / "metrics.jsonl", found.state["metrics_bytes"] if found else 0)
+        self.progress = Progress(self.recipe.name, self.trainer.step, quiet, line)
+        self.saved, self.loss = self.trainer.step, None
+        for text in damaged:
+            self.progress.say(f"warning: {text}")
+        if found:
+            whole = f" of {self.steps}" if self.steps else ""
+            what = "weights, optimizer, data position, noise and torch's RNG"
+            self.progress.say(f"resumed at step {found.step}{whole}: {what}")
 
-    def save() -> None:
-        state = {"trainer": trainer.state(), "metrics_bytes": metrics.position(), "steps": steps}
-        snapshot.save(
-            out / "checkpoints",
-            trainer.step,
-            trainer.tensors(),
-            state,
-            {"config.json": (out / "config.json").read_text()},
-            settings.keep,
-        )
+    def __enter__(self) -> "Run":
+        return self
 
-    saved = trainer.step if found else None
-    loss = None
-    try:
-        with Interrupts() as interrupts:
-            while trainer.step < steps and not interrupts.asked:
-                report = trainer.run_step()
-                log(report, metrics, progress, read.tokens_per_byte, trainer)
-                trainer.check_patience()
-                last = trainer.step == steps
-                if validation and (last or settings.validation_every and trainer.step % settings.validation_every == 0):
-                    loss = trainer.validate(validation) * read.tokens_per_byte
-                    metrics.write(step=trainer.step, validation_loss=loss)
-                    progress.say(f"step {trainer.step}: validation {loss:.4f} nats a byte")
-                if last or trainer.step % settings.save_every == 0:
-                    save()
-                    saved = trainer.step
-            if interrupts.asked and saved != trainer.step:
-                save()
-            stopped = interrupts.asked and trainer.step < steps
-    finally:
-        progress.close()
-        metrics.close()
-    plot_loss({progress.label: out / "metrics.jsonl"}, out / "loss.png")
-    plot_health(out / "metrics.jsonl", out / "health.png")
-    if stopped:
-        progress.say(f"stopped at step {trainer.step} of {steps}, saved; do: nvfp4 train --out {out} --resume")
-    return Result(
-        out, model, tokenizer, loss, trainer.step, trainer.skipped, trainer.tokens / max(trainer.seconds, 1e-9), stopped
-    )
+    def __exit__(self, *error) -> None:
+        self.progress.close()
+        self.metrics.close()
 
+    @property
+    def steps(self) -> int | None:
+        return self.trainer.schedule.steps
 
-def plan_steps(settings: Settings, trainer: Trainer, validation: list[Batch], found: snapshot.Snapshot | None) -> int:
-    """The number of steps is fixed before the first one, also by --minutes: the schedule must not depend on the clock."""
-    if settings.steps:
-        return settings.steps
-    if found:
-        return found.state["steps"]
-    return steps_that_fit(trainer, validation, settings.minutes or 5.0)
+    @property
+    def done(self) -> bool:
+        return self.steps is not None and self.trainer.step >= self.steps
+
+    def fix_steps(self, steps: int | None) -> None:
+        """The number of steps, once known. While it is not, a warm-up given as a share is one of 2,000 steps."""
+        s = self.settings
+        warmup = as_steps(s.warmup, s.steps or 2000)
+        decay = 0 if steps is None else max(as_steps(s.decay, steps), 0 if s.steps else steps - self.trainer.step)
+        self.trainer.schedule = Schedule(s.lr, steps, warmup, decay, s.decay_shape)
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        trainer, every = self.trainer, self.settings.validation_every
+        log(trainer.run_step(), self)
+        trainer.check_patience()
+        if self.validation and every and trainer.step % every == 0 and not self.done:
+            self.validate()
+        if trainer.step % self.settings.save_every == 0 and not self.done:
+            self.save()
+
+    def validate(self) -> None:
+        self.loss = self.trainer.validate(self.validation) * self.corpus.tokens_per_byte
+        self.metrics.write(step=self.trainer.step, validation_loss=self.loss)
+        self.progress.say(f"{self.recipe.name} step {self.trainer.step}: validation {self.loss:.4f} nats a byte")
+
+    def save(self) -> None:
+        state = {
+            "trainer": self.trainer.state(), "steps": self.steps, "corpus": self.fingerprint,
+            "metrics_bytes": self.metrics.position(),
+        }  # fmt: skip
+        texts = {"config.json": (self.out / "config.json").read_text()}
+        folder, keep = self.out / "checkpoints", self.settings.keep
+        snapshot.save(folder, self.trainer.step, self.trainer.tensors(), state, texts, keep)
+        self.saved = self.trainer.step
+
+    def finish(self) -> Result:
+        """The last validation, snapshot and plots; of a run that was stopped, the snapshot alone."""
+        trainer, out = self.trainer, self.out
+        if self.done and self.validation:
+            self.validate()
+        if self.saved != trainer.step:
+            self.save()
+        plot_loss({self.recipe.name: out / "metrics.jsonl"}, out / "loss.png")
+        plot_health(out / "metrics.jsonl", out / "health.png")
+        if not self.done:
+            self.progress.say(f"stopped at step {trainer.step}, saved; do: nvfp4 train --out {out} --resume")
+        pace = trainer.tokens / max(trainer.seconds, 1e-9)
+        return Result(out, trainer.model, self.tokenizer, self.loss, trainer.step, trainer.skipped, pace, not self.done)
 
 
 def check_folder(out: Path, resume: bool, found: snapshot.Snapshot | None, damaged: list[str]) -> None:
@@ -186,9 +213,10 @@ def prepare_folder(out: Path, settings: Settings, config: HybridConfig) -> None:
     snapshot.write_text(out / "run.json", settings.to_json())
 
 
-def log(report: StepReport, metrics: Metrics, progress: Progress, tokens_per_byte: float, trainer: Trainer) -> None:
+def log(report: StepReport, run: Run) -> None:
+    trainer, losses = run.trainer, report.losses
     values = {
-        "step": report.step, "loss": report.losses["lm"] * tokens_per_byte, "losses": report.losses,
+        "step": report.step, "loss": losses["lm"] * run.corpus.tokens_per_byte, "losses": losses,
         "gradient_norm": report.gradient_norm, "lr": report.lr, "tokens": trainer.tokens,
         "seconds": round(report.seconds, 4), "tokens_per_second": round(report.tokens / report.seconds, 1),
     }  # fmt: skip
@@ -197,19 +225,17 @@ def log(report: StepReport, metrics: Metrics, progress: Progress, tokens_per_byt
     if report.health:
         values["health"] = report.health.summary()
     if report.bad:
-        values.update(
-            skipped=True,
-            origin=str(report.skipped),
-            gradient_norm=None,
-            losses={k: v if math.isfinite(v) else None for k, v in report.losses.items()},
-        )
+        finite = {name: value if math.isfinite(value) else None for name, value in losses.items()}
+        values |= {"skipped": True, "origin": str(report.skipped), "gradient_norm": None, "losses": finite}
         values["loss"] = values["loss"] if math.isfinite(values["loss"]) else None
         where = f"first in {report.skipped}" if report.skipped else "and not again when it was repeated"
-        progress.say(
+        run.progress.say(
             f"step {report.step} skipped: its gradient is not finite, {where} ({trainer.skipped} skipped so far)"
         )
-    metrics.write(**values)
-    progress.step(report, trainer.device)
+    run.metrics.write(**values)
+    s = run.settings
+    share = report.step / run.steps if run.steps else trainer.seconds / ((s.minutes or 5.0) * 60)
+    run.progress.step(report, trainer.device, share)
 
 
 def clear(out: Path) -> None:

@@ -13,7 +13,6 @@ from nvfp4_kernels.ops._device import default_device
 from nvfp4_kernels.recipe import Recipe, get_recipe
 from nvfp4_kernels.train.corpus import Corpus, load_corpus
 from nvfp4_kernels.train.data import Batch, Packer, split_documents
-from nvfp4_kernels.train.loop import Trainer
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.tokenizer import load_tokenizer
 
@@ -30,11 +29,9 @@ def build_model(config: HybridConfig, settings: Settings, recipe: Recipe | None 
     return model
 
 
-def load_data(settings: Settings, config: HybridConfig):
-    """(corpus, tokenizer) of the settings."""
-    tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
+def load_data(settings: Settings, config: HybridConfig, tokenizer) -> Corpus:
     data = None if settings.data is None else Path(settings.data)
-    return load_corpus(data, tokenizer, config.vocab_size, settings.bin_dtype), tokenizer
+    return load_corpus(data, tokenizer, config.vocab_size, settings.bin_dtype)
 
 
 def split(settings: Settings, corpus: Corpus) -> tuple[Packer, list[Batch]]:
@@ -48,15 +45,6 @@ def split(settings: Settings, corpus: Corpus) -> tuple[Packer, list[Batch]]:
     )
     checks = Packer(corpus.ids, held, settings.batch, settings.length, 0, corpus.end_label)
     return packer, list(islice(checks, wanted))
-
-
-def steps_that_fit(trainer: Trainer, validation: list[Batch], minutes: float) -> int:
-    """How many steps `minutes` hold on this machine, from a few that are timed and undone.
-
-    A tenth more is allowed for the optimizer, probes and logs, and validation counts as a third of a step's work."""
-    pace = trainer.seconds_a_step() * 1.1
-    aside = len(validation) * pace / trainer.accumulate / 3
-    return max(1, int((minutes * 60 - aside) / pace))
 
 
 def load_run(run: Path):

@@ -33,11 +33,11 @@ def run(capsys, *argv):
 def test_train_resume_generate(capsys, tmp_path, text):
     common = ["--data", text, "--out", tmp_path / "run"]
     small = ["--batch", 1, "--length", 64, "--steps", 2, "--threads", 1]
-    out, _ = run(capsys, "train", *common, *small, "--prompt", "the ")
+    out, _ = run(capsys, "train", *common, *small, "--prompt", "the ", "--sample", 5)
     assert "validation loss" in out and "nats a byte" in out and "\nthe " in out
     status = main.main(["train", *map(str, common)])
     assert status == 2 and "already holds a run" in capsys.readouterr().err
-    out, err = run(capsys, "train", *common[2:], "--resume", "--steps", 3)
+    out, err = run(capsys, "train", *common[2:], "--resume", "--steps", 3, "--sample", 0)
     assert "3 steps" in out and "resumed at step 2 of 3" in err
     one, two = (
         run(capsys, "generate", "--model", tmp_path / "run", "--prompt", "a", "--tokens", 5, "--quiet")[0]

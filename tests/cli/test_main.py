@@ -141,10 +141,10 @@ def test_settings_come_from_flags_then_preset(tmp_path):
 
 
 def test_a_resumed_run_keeps_what_made_it(tmp_path):
-    saved = Settings(batch=3, steps=10, out=str(tmp_path))
+    saved = Settings(batch=3, minutes=10, out=str(tmp_path))
     (tmp_path / "run.json").write_text(saved.to_json())
     assert parsed("--resume", "--out", tmp_path) == saved
-    assert parsed("--resume", "--out", tmp_path, "--steps", 20) == saved.replace(steps=20)
+    assert parsed("--resume", "--out", tmp_path, "--steps", 20) == saved.replace(steps=20, minutes=None)
     with pytest.raises(ValueError, match="batch: got 4; allowed: 3, what the run began with"):
         parsed("--resume", "--out", tmp_path, "--batch", 4)
     (tmp_path / "run.json").write_text("{")

@@ -78,17 +78,16 @@ def test_observing_leaves_no_trace(make_trainer):
     assert losses(make_trainer(health_every=1), 5) == losses(make_trainer(health_every=0), 5)
 
 
-def test_pace_and_validation_leave_no_trace(make_trainer):
-    plain, timed = make_trainer(), make_trainer()
-    assert timed.seconds_a_step() > 0
+def test_validation_leaves_no_trace(make_trainer):
+    plain, checked = make_trainer(), make_trainer()
     losses(plain, 3)
-    losses(timed, 3)
+    losses(checked, 3)
     check = next(make_trainer(seed=5).data)
-    before = {n: t.clone() for n, t in timed.model.state_dict().items()}
-    loss = timed.validate([check])
-    assert loss == pytest.approx(float(timed.model.loss(check.ids, check.labels).lm.detach()))
-    assert all(t.equal(before[n]) for n, t in timed.model.state_dict().items())
-    assert losses(plain, 3) == losses(timed, 3)
+    before = {n: t.clone() for n, t in checked.model.state_dict().items()}
+    loss = checked.validate([check])
+    assert loss == pytest.approx(float(checked.model.loss(check.ids, check.labels).lm.detach()))
+    assert all(t.equal(before[n]) for n, t in checked.model.state_dict().items())
+    assert losses(plain, 3) == losses(checked, 3)
 
 
 def poison_weight(model):

@@ -72,7 +72,7 @@ def wait_for_lines(process: subprocess.Popen, settings: Settings, lines: int) ->
     {"recipe": "nvfp4", "accumulate": 2, "checkpoint_activations": True}, {"recipe": "bf16"},
 ], ids=["nvfp4-accumulate-checkpoint", "bf16"])  # fmt: skip
 def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
-    settings = settings.replace(steps=60, **changes)
+    settings = settings.replace(steps=40, **changes)
     whole = settings.replace(out=str(tmp_path / "whole"))
     runs.train(whole, quiet=True)
     process = start(settings)
@@ -80,15 +80,15 @@ def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     found, damaged = snapshot.newest(Path(settings.out) / "checkpoints")
-    assert found.step in range(10, 60) and damaged == []
+    assert found.step in range(10, 40) and damaged == []
     result = runs.train(settings, resume=True, quiet=True)
-    assert result.steps == 60 and losses(settings.out) == losses(whole.out) and len(losses(whole.out)) == 66
+    assert result.steps == 40 and losses(settings.out) == losses(whole.out) and len(losses(whole.out)) == 44
     expected = snapshot.newest(tmp_path / "whole/checkpoints")[0].tensors("model")
     assert all(t.equal(expected[n]) for n, t in result.model.state_dict().items())
 
 
 def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
-    settings = settings.replace(steps=60)
+    settings = settings.replace(steps=40)
     whole = settings.replace(out=str(tmp_path / "whole"))
     runs.train(whole, quiet=True)
     process = start(settings)
@@ -97,7 +97,7 @@ def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved; do: nvfp4 train --out" in text and "Traceback" not in text
     steps = max(step for step, *_ in losses(settings.out))
-    assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 60  # not one step lost
+    assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 40  # not one step lost
     runs.train(settings, resume=True, quiet=True)
     assert losses(settings.out) == losses(whole.out)
 
@@ -170,6 +170,15 @@ def test_bad_step_is_logged_and_the_run_goes_on(settings, monkeypatch, capsys):
     json.loads((Path(settings.out) / "metrics.jsonl").read_text().splitlines()[2], parse_constant=pytest.fail)
 
 
+def test_other_data_at_a_resume_is_refused(settings):
+    runs.train(settings.replace(steps=5), quiet=True)
+    (Path(settings.data) / "0.txt").write_text("document 0: " + "the quick brown fox jumps over the lazy cat. " * 5)
+    with pytest.raises(
+        ValueError, match=r"data: got \d+ tokens, 20 documents, crc32 .*; allowed: .* what the run began"
+    ):
+        runs.train(settings, resume=True, quiet=True)
+
+
 def test_folder_rules(settings, tmp_path):
     with pytest.raises(ValueError, match="holds no run to resume"):
         runs.train(settings, resume=True, quiet=True)
@@ -205,10 +214,14 @@ def test_a_run_leaves_what_it_promises(settings):
     assert all(a.equal(b) for a, b in zip(model.parameters(), result.model.parameters(), strict=True))
 
 
-def test_minutes_fix_the_steps_before_the_first(settings):
-    result = runs.train(settings.replace(steps=None, minutes=0.03, validation=0.0), quiet=True)
+def test_minutes_end_with_a_decay_and_resume(settings):
+    settings = settings.replace(steps=None, minutes=0.02, validation=0.0)
+    result = runs.train(settings, quiet=True)
     state = snapshot.newest(Path(settings.out) / "checkpoints")[0].state
     assert state["steps"] == result.steps >= 1
+    rates = [r["lr"] for r in read_metrics(Path(settings.out) / "metrics.jsonl")]
+    assert rates[-1] == pytest.approx(settings.lr * 0.01) and (len(rates) < 9 or max(rates) == settings.lr)
+    assert runs.train(settings, resume=True, quiet=True).steps == result.steps
 
 
 def test_compare_trains_on_the_same_batches(settings, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nvfp4_kernels.train.optimizer import build_optimizer, load_state_tensors, state_tensors
-from nvfp4_kernels.train.schedule import Schedule, as_steps
+from nvfp4_kernels.train.schedule import Budget, Schedule, as_steps
 
 
 def test_warmup_stable_decay():
@@ -24,6 +24,17 @@ def test_warmup_stable_decay():
 def test_constant_and_beyond_the_end():
     assert {Schedule(2.0, steps=5).at(step) for step in range(9)} == {2.0}
     assert Schedule(2.0, steps=5, decay=5, floor=0.5).at(50) == 1.0
+
+
+def test_unknown_end_stays_at_the_peak():
+    assert [Schedule(1.0, None, warmup=2, decay=5).at(step) for step in (0, 1, 1000)] == [0.5, 1.0, 1.0]
+
+
+def test_budget_decides_when_the_decay_is_what_is_left():
+    share, steps = Budget(100.0, 0.4), Budget(100.0, 10)
+    assert share.steps(10, 59.0) is None and share.steps(10, 60.0) == 17  # 40 s at 6 s a step
+    assert steps.steps(10, 50.0) == 20 and steps.steps(10, 45.0) is None
+    assert share.steps(3, 150.0) == 3  # one step that outlasts the budget ends the run
 
 
 def test_shares_and_steps():
