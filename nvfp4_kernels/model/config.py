@@ -27,7 +27,16 @@ _FIXED = {
     "model_type": ("nemotron_h",), "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu", "swish"),
     "sliding_window": (None,), "attention_dropout": (0,), "hidden_dropout": (0,), "residual_in_fp32": (False,),
 }  # fmt: skip
-_DERIVED = ("num_hidden_layers", "architectures", "layers_block_type", "layer_types", "mtp_layers_block_type")
+_DERIVED = (
+    "model_type",
+    "mlp_hidden_act",
+    "mamba_hidden_act",
+    "num_hidden_layers",
+    "architectures",
+    "layers_block_type",
+    "layer_types",
+    "mtp_layers_block_type",
+)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -138,11 +147,6 @@ class HybridConfig:
             raise ValueError(
                 "hybrid_override_pattern: got nothing; allowed: one letter a layer, of " + " ".join(LETTERS)
             )
-        if layers is not None and layers != len(values["hybrid_override_pattern"]):
-            raise ValueError(
-                f"num_hidden_layers: got {layers}; allowed: {len(values['hybrid_override_pattern'])}, "
-                "the length of hybrid_override_pattern"
-            )
         if values.pop("use_bias", False):
             values["mamba_proj_bias"] = True
         if isinstance(values.get("torch_dtype"), torch.dtype):
@@ -152,7 +156,11 @@ class HybridConfig:
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {name: value for name, value in values.items() if name in names}
         aside = {name: value for name, value in values.items() if name not in names and name not in _DERIVED}
-        return cls(**given, extra=aside)
+        config = cls(**given, extra=aside)
+        if layers not in (None, config.num_hidden_layers):
+            pattern = f"{config.num_hidden_layers}, the length of hybrid_override_pattern"
+            raise ValueError(f"num_hidden_layers: got {layers}; allowed: {pattern}")
+        return config
 
     def to_dict(self) -> dict:
         """The fields as config.json holds them, `extra` included."""

@@ -49,7 +49,6 @@ def selective_scan(
     require(x.dim() == 4, "x", f"shape {list(x.shape)}", "[batch, length, heads, head_dim]")
     batch, length, heads, head_dim = x.shape
     require(tuple(dt.shape) == (batch, length, heads), "dt", f"shape {list(dt.shape)}", str([batch, length, heads]))
-    require(tuple(A.shape) == (heads,), "A", f"shape {list(A.shape)}", f"[{heads}]")
     require(
         B.dim() == 4 and B.shape[:2] == x.shape[:2],
         "B",
@@ -58,17 +57,7 @@ def selective_scan(
     )
     require(heads % max(B.shape[2], 1) == 0, "B", f"{B.shape[2]} groups", f"a divisor of {heads} heads")
     require(C.shape == B.shape, "C", f"shape {list(C.shape)}", f"{list(B.shape)}, as B")
-    if D is not None:
-        require(
-            tuple(D.shape) in ((heads,), (heads, head_dim)),
-            "D",
-            f"shape {list(D.shape)}",
-            f"[{heads}] or [{heads}, {head_dim}]",
-        )
-    if z is not None:
-        require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
-    if dt_bias is not None:
-        require(tuple(dt_bias.shape) == (heads,), "dt_bias", f"shape {list(dt_bias.shape)}", f"[{heads}]")
+    check_per_head(x, A, D, z, dt_bias)
     require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     sequences = batch
@@ -97,3 +86,20 @@ def selective_scan(
         chunk_size,
     )
     return select("selective_scan", *arguments).run(*arguments)
+
+
+def check_per_head(x: Tensor, A: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
+    """What belongs to the heads of x [..., heads, head_dim], and its gate."""
+    heads, head_dim = x.shape[-2:]
+    require(tuple(A.shape) == (heads,), "A", f"shape {list(A.shape)}", f"[{heads}]")
+    if D is not None:
+        require(
+            tuple(D.shape) in ((heads,), (heads, head_dim)),
+            "D",
+            f"shape {list(D.shape)}",
+            f"[{heads}] or [{heads}, {head_dim}]",
+        )
+    if z is not None:
+        require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
+    if dt_bias is not None:
+        require(tuple(dt_bias.shape) == (heads,), "dt_bias", f"shape {list(dt_bias.shape)}", f"[{heads}]")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops.selective_scan.op import check_per_head
 
 
 def state_update(
@@ -38,22 +39,11 @@ def state_update(
     require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, heads, head_dim]")
     batch, heads, head_dim = x.shape
     require(tuple(dt.shape) == (batch, heads), "dt", f"shape {list(dt.shape)}", str([batch, heads]))
-    require(tuple(A.shape) == (heads,), "A", f"shape {list(A.shape)}", f"[{heads}]")
     require(B.dim() == 3 and B.shape[0] == batch, "B", f"shape {list(B.shape)}", f"[{batch}, groups, state]")
     require(heads % max(B.shape[1], 1) == 0, "B", f"{B.shape[1]} groups", f"a divisor of {heads} heads")
     require(C.shape == B.shape, "C", f"shape {list(C.shape)}", f"{list(B.shape)}, as B")
     shape = (batch, heads, head_dim, B.shape[2])
     require(tuple(state.shape) == shape, "state", f"shape {list(state.shape)}", str(list(shape)))
-    if D is not None:
-        require(
-            tuple(D.shape) in ((heads,), (heads, head_dim)),
-            "D",
-            f"shape {list(D.shape)}",
-            f"[{heads}] or [{heads}, {head_dim}]",
-        )
-    if z is not None:
-        require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
-    if dt_bias is not None:
-        require(tuple(dt_bias.shape) == (heads,), "dt_bias", f"shape {list(dt_bias.shape)}", f"[{heads}]")
+    check_per_head(x, A, D, z, dt_bias)
     arguments = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     return select("state_update", *arguments).run(*arguments)

@@ -1,0 +1,110 @@
+"""The experts' matrices: each expert like a linear layer of its own."""
+
+import pytest
+import torch
+
+from nvfp4_kernels.autograd.experts import expert_linear, experts, quantize_experts
+from nvfp4_kernels.autograd.linear import linear, quantize_weight
+from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.recipe import HIGH, MXFP8, NVFP4, LinearRecipe
+
+SIZES = [5, 0, 17, 1, 0, 32]
+NEAREST = NVFP4.switch(stochastic=False)
+
+
+def inputs(dtype=torch.float64, width=32, size=16):
+    rows = sum(SIZES)
+    x = torch.randn(rows, size, dtype=dtype, requires_grad=True)
+    weight = torch.float32 if dtype == torch.bfloat16 else dtype
+    up = torch.randn(len(SIZES), width, size, dtype=weight, requires_grad=True)
+    down = torch.randn(len(SIZES), size, width, dtype=weight, requires_grad=True)
+    return x, up, down, torch.rand(rows, dtype=weight, requires_grad=True)
+
+
+def spans():
+    start = 0
+    for e, n in enumerate(SIZES):
+        yield e, slice(start, start + n)
+        start += n
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_high_precision_against_a_loop(weighted):
+    x, up, down, weights = inputs()
+    tensors = (x, up, down, weights) if weighted else (x, up, down)
+    y = experts(x, up, down, SIZES, weights if weighted else None)
+    expected = torch.cat(
+        [((x[r] @ up[e].T).relu() ** 2 * (weights[r, None] if weighted else 1)) @ down[e].T for e, r in spans()]
+    )
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for got, want in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, tensors, dy), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("recipe", [HIGH, NEAREST, MXFP8], ids=["high", "nvfp4-nearest", "mxfp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_expert_is_a_linear_layer(recipe, dtype):
+    x, up, _, _ = inputs(dtype)
+    y = expert_linear(x, up, SIZES, recipe)
+    dy = torch.randn_like(y)
+    dx, dup = torch.autograd.grad(y, (x, up), dy)
+    for e, rows in spans():
+        if rows.start == rows.stop:
+            assert not dup[e].any()
+            continue
+        one, weight = x[rows].detach().requires_grad_(), up[e].detach().requires_grad_()
+        expected = linear(one, weight, recipe=recipe)
+        assert torch.equal(y[rows], expected)
+        dx_e, dw_e = torch.autograd.grad(expected, (one, weight), dy[rows])
+        assert torch.equal(dx[rows], dx_e)
+        torch.testing.assert_close(dup[e], dw_e, rtol=2**-7, atol=0) if recipe is HIGH else None
+        assert recipe is HIGH or torch.equal(dup[e], dw_e)
+
+
+def test_kept_forms_change_nothing_and_are_those_of_each_matrix():
+    x, up, _, _ = inputs(torch.bfloat16)
+    forms = quantize_experts(up, NEAREST)
+    assert torch.equal(expert_linear(x, up, SIZES, NEAREST), expert_linear(x, up, SIZES, NEAREST, forms=forms))
+    for e in range(len(SIZES)):
+        row, _ = quantize_weight(up[e], NEAREST)
+        assert torch.equal(forms[e][0].codes, row.codes) and torch.equal(forms[e][0].global_scale, row.global_scale)
+
+
+def test_stochastic_rounding_is_reproducible_and_fresh():
+    x, up, _, _ = inputs(torch.bfloat16)
+    dy = torch.randn(x.shape[0], up.shape[1]).bfloat16()
+    noise = torch.tensor([7, 0])
+
+    def gradient():
+        return torch.autograd.grad(expert_linear(x, up, SIZES, NVFP4, noise), up, dy)[0]
+
+    first, offset = gradient(), int(noise[1])
+    assert offset > 0
+    second = gradient()
+    assert int(noise[1]) == 2 * offset and not torch.equal(first, second)
+    noise[1] = 0
+    assert torch.equal(gradient(), first)
+
+
+def test_stochastic_rounding_is_unbiased():
+    x, up, _, _ = inputs(torch.bfloat16)
+    dy = torch.randn(x.shape[0], up.shape[1]).bfloat16()
+    recipe, noise = LinearRecipe(wgrad_dy=QuantSpec("1x16", "stochastic")), torch.tensor([7, 0])
+    draws = [torch.autograd.grad(expert_linear(x, up, SIZES, recipe, noise), up, dy)[0] for _ in range(64)]
+    exact = torch.autograd.grad(expert_linear(x, up, SIZES, HIGH), up, dy)[0]
+    assert (sum(draws) / 64 - exact).norm() < 0.2 * (draws[0] - exact).norm()
+
+
+def test_no_rows_at_all():
+    up = torch.randn(3, 32, 16, requires_grad=True)
+    for recipe in (HIGH, NVFP4):
+        y = expert_linear(torch.randn(0, 16, requires_grad=True), up, [0, 0, 0], recipe)
+        y.sum().backward()
+        assert y.shape == (0, 32) and not up.grad.any()
+
+
+def test_errors_name_the_argument():
+    x, up, down, _ = inputs()
+    with pytest.raises(ValueError, match=r"sizes: got \[3\]; allowed: 6 sizes that sum to 55"):
+        experts(x, up, down, [3])
