@@ -37,10 +37,17 @@ def run(*command: str) -> None:
 class BuildNative(build_ext):
     def run(self):
         if os.environ.get("NVFP4_BUILD") == "python":
-            print("csrc: left out, as NVFP4_BUILD=python asks; nvfp4_kernels will run on its reference backend", flush=True)
+            print(
+                "csrc: left out, as NVFP4_BUILD=python asks; nvfp4_kernels will run on its reference backend",
+                flush=True,
+            )
         elif compiler() is None:
-            print("csrc: no C++ compiler found; installing without it, on the (slow) reference backend. "
-                  "Install g++ or clang++, or set CXX, and install again for the CPU kernels", file=sys.stderr, flush=True)
+            print(
+                "csrc: no C++ compiler found; installing without it, on the (slow) reference backend. "
+                "Install g++ or clang++, or set CXX, and install again for the CPU kernels",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             super().run()
 
@@ -60,8 +67,17 @@ class BuildNative(build_ext):
         if cache.exists() and f"CMAKE_CXX_COMPILER:FILEPATH={options['CMAKE_CXX_COMPILER']}\n" not in cache.read_text():
             shutil.rmtree(build)  # another compiler: CMake would start over anyway, with a warning
         ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-        run("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            *(f"-D{name}={value}" for name, value in options.items() if value))
+        run(
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            *(f"-D{name}={value}" for name, value in options.items() if value),
+        )
         run("cmake", "--build", str(build))
 
 

@@ -9,22 +9,8 @@
 #include <dlfcn.h>
 #endif
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 namespace nvfp4 {
 namespace {
-
-// torch.set_flush_denormal sets flush-to-zero in a thread; the format's definition needs subnormals, so we work with the
-// default floating-point environment and give the caller's back.
-struct DefaultFloats {
-#if defined(__x86_64__)
-    unsigned saved = _mm_getcsr();
-    DefaultFloats() { _mm_setcsr(0x1F80); }
-    ~DefaultFloats() { _mm_setcsr(saved); }
-#endif
-};
 
 using ParallelFn = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using CountFn = int (*)();

@@ -2,7 +2,21 @@
 #pragma once
 #include "numerics/lane.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace nvfp4 {
+
+// torch.set_flush_denormal sets flush-to-zero in a thread; the format's definition needs subnormals, so an op works with the
+// default floating-point environment, in the calling thread as in the pool's, and gives the caller's back.
+struct DefaultFloats {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+    DefaultFloats() { _mm_setcsr(0x1F80); }
+    ~DefaultFloats() { _mm_setcsr(saved); }
+#endif
+};
 
 using ThreadBody = void (*)(void* context, int thread, int threads);
 

@@ -186,6 +186,7 @@ int run(const MatmulParams& p, float g, i64 k) {
 }  // namespace
 
 int matmul(const MatmulParams& p) {
+    const DefaultFloats floats;
     const i64 k = p.a.cols > p.b.cols ? p.a.cols : p.b.cols;
     const float g = combined_scale(p);
     if (p.a.rows == 0 || p.b.rows == 0) return 0;

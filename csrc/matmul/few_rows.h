@@ -129,7 +129,9 @@ static inline bool multiply_few_rows(const MatmulParams& p, i64 row, i64 m, Rang
         alignas(64) float sums[few_rows][16];
         F total[16][few_rows];
         const i64 width = cols.end - col < 16 ? cols.end - col : 16;
-        for (i64 j = 0; j < 16 * few_rows; ++j) total[0][j] = F(0.0f);
+        for (auto& column : total) {
+            for (F& sum : column) sum = F(0.0f);
+        }
         for (i64 run = 0; run < runs; run += block_runs) {
             const i64 end = run + block_runs < runs ? run + block_runs : runs;
             const i64 full = (end < whole ? end : whole) - run;  // the last run may be short of codes

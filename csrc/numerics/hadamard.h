@@ -4,13 +4,15 @@
 
 namespace nvfp4 {
 
-// To the nearest bf16 value, ties to even; finite values saturate at the largest one.
+// To the nearest bf16 value, ties to even; beyond the largest finite value that value, infinities too; NaN stays NaN.
 template <class F>
 NVFP4_HD F round_bf16_saturating(F x) {
     using U = typename F::Word;
     const F bound(3.38953139e38f);
-    const U b = bits(least(greatest(x, F(0.0f) - bound), bound));
-    return real((b + U(0x7FFFu) + ((b >> 16) & U(1u))) & U(0xFFFF0000u));
+    const U b = bits(least(bound, greatest(F(0.0f) - bound, x)));  // in this order a NaN in x comes through
+    const U rounded = (b + U(0x7FFFu) + ((b >> 16) & U(1u))) & U(0xFFFF0000u);
+    // a NaN with a full payload would carry into the sign
+    return real(select(less_int(U(0x7F800000u), b & U(0x7FFFFFFFu)), U(0x7FC00000u), rounded));
 }
 
 template <int stride, class F>

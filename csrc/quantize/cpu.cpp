@@ -270,6 +270,7 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int 
 }  // namespace
 
 int quantize(const QuantizeParams& p) {
+    const DefaultFloats floats;
     Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
     QuantizeForm row = p.row, col = p.col;
     if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places

@@ -1,0 +1,301 @@
+// The kernels without Python: definitions against brute force, then every op on odd shapes, all instruction sets against the
+// scalar one, in buffers of exactly the promised size. `make sanitize` runs this under address and undefined-behaviour checks.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "dequantize/params.h"
+#include "hadamard/params.h"
+#include "matmul/params.h"
+#include "numerics/block_scale.h"
+#include "numerics/hadamard.h"
+#include "numerics/mxfp8.h"
+#include "numerics/philox.h"
+#include "quantize/params.h"
+
+using namespace nvfp4;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, i64 a = 0, i64 b = 0, i64 c = 0) {
+    if (!ok && ++failures <= 20) std::printf("FAILED: %s (%lld, %lld, %lld)\n", what, a, b, c);
+}
+
+const double grid[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+
+// Index of the nearest of `count` ascending values, ties to the even index, the last for anything beyond it.
+int nearest(double x, const double* values, int count) {
+    if (x >= values[count - 1]) return count - 1;
+    int best = 0;
+    for (int i = 1; i < count; ++i) {
+        const double d = std::fabs(x - values[i]), e = std::fabs(x - values[best]);
+        if (d < e || (d == e && i % 2 == 0)) best = i;
+    }
+    return best;
+}
+
+float from_bits(u32 b) {
+    float x;
+    std::memcpy(&x, &b, 4);
+    return x;
+}
+
+void definitions() {
+    double e4m3[127];
+    for (int i = 0; i < 127; ++i) {
+        e4m3[i] = i < 8 ? std::ldexp(i, -9) : std::ldexp(8 + i % 8, i / 8 - 10);
+        expect(e4m3_decode<F32x1>(U32x1(static_cast<u32>(i))).v == e4m3[i], "e4m3_decode", i);
+        expect(e4m3_decode<F32x1>(U32x1(static_cast<u32>(i) | 128)).v == -e4m3[i], "e4m3_decode negative", i);
+    }
+    expect(std::isnan(e4m3_decode<F32x1>(U32x1(127)).v) && std::isnan(e4m3_decode<F32x1>(U32x1(255)).v), "e4m3 NaN");
+    std::mt19937 random(1);
+    std::vector<float> samples = {0, 0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5, 6, 7, 448, 449, 1e38f, 1e-38f, 1e-42f};
+    for (int i = 0; i < 126; ++i) samples.push_back(static_cast<float>((e4m3[i] + e4m3[i + 1]) / 2));
+    for (int i = 0; i < 20000; ++i) samples.push_back(std::ldexp(static_cast<float>(random() % 65536), static_cast<int>(random() % 26) - 24));
+    for (float x : samples) {
+        for (float y : {x, std::nextafter(x, 0.0f), std::nextafter(x, HUGE_VALF)}) {
+            const u32 sign = std::signbit(y) ? 8 : 0;
+            expect(e2m1_nearest(F32x1(y)).v == (static_cast<u32>(nearest(std::fabs(y), grid, 8)) | sign), "e2m1_nearest");
+            expect(e2m1_nearest(F32x1(-y)).v == (static_cast<u32>(nearest(std::fabs(y), grid, 8)) | (8 - sign)), "-e2m1_nearest");
+            expect(static_cast<int>(e4m3_encode(F32x1(y)).v & 127) == nearest(std::fabs(y), e4m3, 127), "e4m3_encode");
+            int low = 7;
+            while (grid[low] > std::fabs(y)) --low;
+            const double step = low < 4 ? 0.5 : low < 6 ? 1 : 2;
+            const int share = low == 7 ? 0 : static_cast<int>(std::floor((std::fabs(y) - grid[low]) / step * 256));
+            for (u32 r : {0u, 1u, 127u, 128u, 255u, static_cast<u32>(random() % 256)}) {
+                const int code = low + (static_cast<int>(r) + share >= 256);
+                expect(e2m1_stochastic(F32x1(y), U32x1(r)).v == (static_cast<u32>(code) | sign), "e2m1_stochastic", r);
+            }
+        }
+    }
+    for (u32 i = 0; i < 16; ++i) {
+        expect(e2m1_decode<F32x1>(U32x1(i)).v == (i < 8 ? grid[i] : -grid[i - 8]), "e2m1_decode", i);
+    }
+    for (int i = 0; i < 20000; ++i) {
+        const float amax = std::fabs(from_bits(static_cast<u32>(random()) & 0x7F7FFFFFu));
+        const int e = static_cast<int>(e8m0_encode(F32x1(amax)).v) - 127;
+        expect(amax <= std::ldexp(448.0, e), "e8m0 too small", e);
+        expect(e == -127 || amax > std::ldexp(448.0, e - 1), "e8m0 too large", e);
+        expect(e8m0_decode<F32x1>(U32x1(static_cast<u32>(e + 127))).v == std::ldexp(1.0, e), "e8m0_decode", e);
+        expect(e8m0_inverse<F32x1>(U32x1(static_cast<u32>(e + 127))).v == std::ldexp(1.0, -e), "e8m0_inverse", e);
+    }
+    const Draw<U32x1> draw = philox(U32x1(0x243F6A88u), U32x1(0x85A308D3u), 0x0370734413198A2Eull, 0x299F31D0A4093822ull);
+    const u32 known[4] = {0xD16CFE09u, 0x94FDCCEBu, 0x5001E420u, 0x24126EA1u};  // Random123's kat_vectors
+    for (int i = 0; i < 4; ++i) expect(draw.word[i].v == known[i], "philox", i);
+    F32x1 run[16];
+    for (int i = 0; i < 16; ++i) run[i] = F32x1(static_cast<float>(i * i - 40));
+    hadamard16(run, 0xD7E8);
+    for (int j = 0; j < 16; ++j) {  // integers below 256 and quarters of them are exact in bf16 unless they are large
+        double exact = 0;
+        for (int i = 0; i < 16; ++i) {
+            exact += (i * i - 40) * (0xD7E8 >> i & 1 ? -1 : 1) * (__builtin_popcount(static_cast<unsigned>(i & j)) % 2 ? -1 : 1) / 4.0;
+        }
+        expect(std::fabs(run[j].v - exact) <= std::fabs(exact) / 256, "hadamard16", j);
+    }
+}
+
+using Bytes = std::vector<u8>;
+
+std::vector<const char*> isas() {
+    std::vector<const char*> names = {"scalar"};
+    for (const char* name : {"avx2", "avx512", "avx512bf16"}) {
+        if (set_isa(name)) names.push_back(name);
+    }
+    return names;
+}
+
+Bytes values(int dtype, i64 count, std::mt19937& random, bool wild) {
+    const int width = dtype == 0 ? 4 : 2;
+    Bytes data(static_cast<size_t>(count * width));
+    for (i64 i = 0; i < count; ++i) {
+        u32 b = static_cast<u32>(random());
+        if (dtype == 0 && !wild) b = (b & 0x80FFFFFFu) | 0x3C000000u;
+        if (dtype == 0 && wild && (b & 0x7F800000u) == 0x7F800000u) b = 0;
+        if (dtype == 1) b = wild && (b & 0x7C00u) != 0x7C00u ? b : (b & 0x83FFu) | 0x3000u;
+        if (dtype == 2) b = wild && (b & 0x7F80u) != 0x7F80u ? b : (b & 0x80FFu) | 0x3C00u;
+        std::memcpy(&data[static_cast<size_t>(i * width)], &b, static_cast<size_t>(width));
+    }
+    return data;
+}
+
+struct Result {
+    Bytes codes, scales;
+    float global = 0;
+    bool operator==(const Result& o) const {
+        return codes == o.codes && scales == o.scales && !std::memcmp(&global, &o.global, 4);
+    }
+};
+
+QuantizeForm prepare(QuantizeForm f, i64 rows, i64 length, Result& r) {
+    if (f.block == Block::none) return f;
+    const bool mx = f.block == Block::b1x32;
+    const i64 blocks = (length + (mx ? 31 : 15)) / (mx ? 32 : 16);
+    r.codes.assign(static_cast<size_t>(rows * blocks * (mx ? 32 : 8)), 0xA5);
+    r.scales.assign(static_cast<size_t>(rows * blocks), 0xA5);
+    f.codes = r.codes.data();
+    f.scales = r.scales.data();
+    f.global_scale = &r.global;
+    return f;
+}
+
+void quantize_everywhere() {
+    const QuantizeForm none{Block::none, false, FourOverSix::off, -1, nullptr, nullptr, nullptr, 9, 3};
+    std::vector<QuantizeForm> forms(8, none);
+    forms[1].block = forms[3].block = forms[4].block = forms[6].block = Block::b1x16;
+    forms[2].block = forms[5].block = Block::b16x16;
+    forms[7].block = Block::b1x32;
+    forms[3].hadamard = forms[6].hadamard = 0xD7E8;
+    forms[3].stochastic = forms[5].stochastic = true;
+    forms[4].four_over_six = FourOverSix::mae;
+    forms[5].four_over_six = FourOverSix::mse;
+    std::mt19937 random(2);
+    const i64 shapes[][2] = {{1, 1}, {0, 5}, {3, 0}, {1, 160}, {17, 33}, {130, 47}, {33, 144}, {16, 16}};
+    for (const auto& shape : shapes) {
+        for (int dtype = 0; dtype < 3; ++dtype) {
+            for (int order = 0; order < 3; ++order) {  // row-major, column-major, every second value of every third row
+                const i64 rows = shape[0], cols = shape[1];
+                const i64 rs = order == 0 ? cols : order == 1 ? 1 : 3 * 2 * cols, cs = order == 0 ? 1 : order == 1 ? rows : 2;
+                const i64 reach = rows && cols ? (rows - 1) * rs + (cols - 1) * cs + 1 : 0;
+                const Bytes x = values(dtype, reach, random, true);
+                for (size_t i = 0; i < forms.size(); ++i) {
+                    const QuantizeForm& a = forms[i];
+                    const QuantizeForm& b = forms[(i * 3 + 1) % forms.size()];
+                    Result row[3], col[3];
+                    QuantizeParams p{x.data(), dtype, rows, cols, rs, cs, prepare(a, rows, cols, row[0]),
+                                     prepare(b, cols, rows, col[0]), 1};
+                    expect(scalar::quantize(p) == 0, "quantize status");
+#if defined(NVFP4_X86)
+                    p.threads = 3;
+                    p.row = prepare(a, rows, cols, row[1]);
+                    p.col = prepare(b, cols, rows, col[1]);
+                    if (isa_available(Isa::avx2)) {
+                        avx2::quantize(p);
+                        expect(row[1] == row[0] && col[1] == col[0], "quantize avx2", rows, cols, static_cast<i64>(i));
+                    }
+                    p.row = prepare(a, rows, cols, row[2]);
+                    p.col = prepare(b, cols, rows, col[2]);
+                    if (isa_available(Isa::avx512)) {
+                        avx512::quantize(p);
+                        expect(row[2] == row[0] && col[2] == col[0], "quantize avx512", rows, cols, static_cast<i64>(i));
+                    }
+#endif
+                }
+            }
+        }
+    }
+}
+
+void hadamard_and_dequantize_everywhere() {
+    std::mt19937 random(3);
+    const i64 shapes[][2] = {{1, 1}, {0, 5}, {5, 33}, {19, 64}};
+    for (const auto& shape : shapes) {
+        const i64 rows = shape[0], cols = shape[1], padded = (cols + 15) / 16 * 16, padded32 = (cols + 31) / 32 * 32;
+        const Bytes x = values(2, rows * cols, random, true);
+        std::vector<u16> first;
+        for (const char* name : isas()) {
+            set_isa(name);
+            std::vector<u16> y(static_cast<size_t>(rows * padded));
+            const HadamardParams p{x.data(), 2, rows, cols, cols, 1, 0x1234, y.data(), 2};
+            expect(NVFP4_CALL(hadamard, p) == 0, "hadamard status");
+            if (first.empty()) first = y;
+            expect(first == y, name, rows, cols);
+        }
+        Bytes codes(static_cast<size_t>(rows * padded32)), scales(static_cast<size_t>(rows * padded / 16));
+        for (auto& c : codes) c = static_cast<u8>(random());
+        for (auto& s : scales) s = static_cast<u8>(random());
+        const float g = 0.37f;
+        for (int dtype = 0; dtype < 3; ++dtype) {
+            for (const float* global : {&g, static_cast<const float*>(nullptr)}) {
+                Bytes expected;
+                for (const char* name : isas()) {
+                    set_isa(name);
+                    Bytes y(static_cast<size_t>(rows * cols * (dtype ? 2 : 4)));
+                    const DequantizeParams p{codes.data(), scales.data(), global, y.data(), dtype, rows, cols, 2};
+                    expect(NVFP4_CALL(dequantize, p) == 0, "dequantize status");
+                    if (expected.empty()) expected = y;
+                    // NaN payloads may differ; numbers may not
+                    for (size_t i = 0; dtype == 0 && i + 3 < y.size(); i += 4) {
+                        float a, b;
+                        std::memcpy(&a, &y[i], 4);
+                        std::memcpy(&b, &expected[i], 4);
+                        expect(a == b || (std::isnan(a) && std::isnan(b)), name, static_cast<i64>(i));
+                    }
+                }
+            }
+        }
+    }
+}
+
+int run_matmul(const MatmulParams& p) {
+#if defined(NVFP4_X86)
+    if (isa() == Isa::avx512bf16) return avx512bf16::matmul(p);
+#endif
+    return NVFP4_CALL(matmul, p);
+}
+
+void matmul_everywhere() {
+    std::mt19937 random(4);
+    const i64 shapes[][3] = {{1, 1, 1}, {0, 3, 16}, {3, 0, 16}, {2, 3, 0}, {7, 50, 100}, {9, 33, 272}, {40, 130, 48}, {33, 65, 700}};
+    for (const auto& shape : shapes) {
+        const i64 m = shape[0], n = shape[1], k = shape[2], k16 = (k + 15) / 16 * 16;
+        Bytes a = values(2, m * k, random, false), a32 = values(0, m * k, random, false);
+        Bytes codes(static_cast<size_t>(n * k16 / 2)), scales(static_cast<size_t>(n * k16 / 16));
+        for (auto& c : codes) c = static_cast<u8>(random());
+        for (auto& s : scales) s = static_cast<u8>(random() % 127);
+        const float g = 0.01f;
+        for (int wide = 0; wide < 2; ++wide) {
+            const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? a32.data() : a.data(), nullptr, nullptr, m, k, k, 1};
+            const Operand right{Kind::nvfp4, codes.data(), scales.data(), &g, n, k16, 0, 0};
+            for (const char* name : isas()) {
+                set_isa(name);
+                std::vector<float> y(static_cast<size_t>(m * n)), again(y.size());
+                MatmulParams p{left, right, nullptr, 0, y.data(), 0, false, 1};
+                expect(run_matmul(p) == 0, "matmul status");
+                p.out = again.data();
+                p.threads = 3;
+                run_matmul(p);
+                expect(y == again, "matmul depends on the threads", m, n, k);
+                for (i64 i = 0; i < m; ++i) {
+                    for (i64 j = 0; j < n; ++j) {
+                        double sum = 0, size = 0;
+                        for (i64 q = 0; q < k; ++q) {
+                            u16 h = 0;
+                            float x;
+                            if (wide) {
+                                std::memcpy(&x, &a32[static_cast<size_t>((i * k + q) * 4)], 4);
+                            } else {
+                                std::memcpy(&h, &a[static_cast<size_t>((i * k + q) * 2)], 2);
+                                x = from_bits(static_cast<u32>(h) << 16);
+                            }
+                            const u32 code = codes[static_cast<size_t>(j * k16 / 2 + q / 2)] >> (q % 2 * 4) & 15;
+                            const double w = (code < 8 ? grid[code] : -grid[code - 8]) *
+                                             e4m3_decode<F32x1>(U32x1(scales[static_cast<size_t>(j * k16 / 16 + q / 16)])).v;
+                            sum += x * w;
+                            size += std::fabs(x * w);
+                        }
+                        expect(std::fabs(y[static_cast<size_t>(i * n + j)] - sum * g) <= 2e-6 * size * g + 1e-30, name, m, n, k);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    definitions();
+    quantize_everywhere();
+    hadamard_and_dequantize_everywhere();
+    matmul_everywhere();
+    std::printf("%s: %d failures; instruction sets:", failures ? "FAILED" : "passed", failures);
+    for (const char* name : isas()) std::printf(" %s", name);
+    std::printf("\n");
+    return failures ? 1 : 0;
+}

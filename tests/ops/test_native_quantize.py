@@ -1,0 +1,169 @@
+"""The native quantizer on every instruction set: golden bytes, and bit for bit the reference on what golden data lacks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops.dequantize import native as dequantize_native
+from nvfp4_kernels.ops.dequantize import reference as dequantize_reference
+from nvfp4_kernels.ops.hadamard import native as hadamard_native
+from nvfp4_kernels.ops.hadamard import reference as hadamard_reference
+from nvfp4_kernels.ops.quantize import native as quantize_native
+from nvfp4_kernels.ops.quantize import reference as quantize_reference
+from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+
+SR = "stochastic"
+SPECS = (
+    QuantSpec(),
+    QuantSpec("16x16"),
+    QuantSpec("1x32"),
+    QuantSpec(hadamard=DEFAULT_SIGNS),
+    QuantSpec("1x16", SR),
+    QuantSpec("16x16", SR),
+    QuantSpec("1x16", SR, 0x1234),
+    QuantSpec(four_over_six="mae"),
+    QuantSpec("16x16", four_over_six="mse"),
+    QuantSpec("1x16", SR, DEFAULT_SIGNS, "mse"),
+)
+NOISE = torch.tensor([-0x1234_5678_9ABC, (7 << 33) - 1])
+SHAPES = ((1, 64), (17, 33), (33, 16), (20, 1856))
+
+
+def same_bytes(a, b):
+    flat = [x.contiguous().flatten().view(torch.uint8) for x in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
+
+
+def assert_same(x, row, col):
+    mine, theirs = quantize_native.run(x, row, col, NOISE), quantize_reference.run(x, row, col, NOISE)
+    for part, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} strides {x.stride()}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_bytes(isa, variant):
+    for name in NAMES:
+        forms = quantize_native.run(golden_input(name), *VARIANTS[variant], None)
+        for i, suffix in enumerate(("", "_t")):
+            np.testing.assert_array_equal(forms[3 * i].numpy(), GOLDEN[f"{name}/{variant}/codes{suffix}"])
+            np.testing.assert_array_equal(
+                forms[3 * i + 1].view(torch.uint8).numpy(), GOLDEN[f"{name}/{variant}/scales{suffix}"]
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_and_pair(isa, shape, dtype):
+    x = (torch.randn(shape) * torch.exp(2 * torch.randn(shape))).to(dtype)
+    for i, spec in enumerate(SPECS):
+        assert_same(x, spec, None)
+        assert_same(x, None, spec)
+        assert_same(x, spec, SPECS[-1 - i])
+
+
+@pytest.mark.parametrize("row, col", list(itertools.product((SPECS[0], SPECS[6]), (SPECS[2], SPECS[6], SPECS[8]))))
+def test_strides(isa, row, col):
+    wide = torch.randn(80, 120).bfloat16()
+    for x in (wide.t(), wide[::2, ::3], wide[3:20, 5:90], wide.t()[1:40:2], wide[:1].expand(33, 120), wide[:, 7:8]):
+        assert_same(x, row, col)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "kind", ["zeros", "half zeros", "tiny", "subnormal", "huge", "nan", "inf", "-inf", "one outlier"]
+)
+def test_hard_values(isa, kind, dtype):
+    x = torch.randn(35, 70)
+    match kind:
+        case "zeros":
+            x = x * 0  # both signs
+        case "half zeros":
+            x[:, :35] = 0
+        case "tiny":
+            x = x * 1e-38
+        case "subnormal":
+            x = x * 1e-41
+        case "huge":
+            x = (x * 1e38).clamp(-3e38, 3e38)
+        case "nan" | "inf" | "-inf":
+            x[34, 69] = float(kind)
+        case "one outlier":
+            x[20, 3] = 3e4
+    x = x.to(dtype)
+    for spec in SPECS:
+        assert_same(x, spec, spec)
+
+
+def test_empty(isa):
+    for shape in ((0, 5), (0, 32)):
+        for spec in SPECS:
+            assert_same(torch.randn(shape), spec, spec if shape[1] else None)
+
+
+def test_threads_change_nothing(isa):
+    x = torch.randn(300, 400).bfloat16()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(quantize_native.run(x, SPECS[9], SPECS[6], NOISE))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bytes(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_flushed_denormals_change_nothing(isa):
+    """The process's flush-to-zero mode (torch.set_flush_denormal) is none of the format's business."""
+    x = torch.randn(32, 32) * 1e-39
+    expected = quantize_reference.run(x, QuantSpec(), None, None)
+    torch.set_flush_denormal(True)
+    try:
+        mine = quantize_native.run(x, QuantSpec(), None, None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(same_bytes(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (19, 64), (40, 100)])
+def test_hadamard(isa, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    for y in (x, x.t(), torch.randn(shape[0] * 2, shape[1] * 3).to(dtype)[::2, ::3], (x.float() * 1e38).to(dtype)):
+        for signs in (DEFAULT_SIGNS, 0, 0xFFFF):
+            mine, theirs = hadamard_native.run(y, signs), hadamard_reference.run(y, signs)
+            assert same_bytes(torch.nan_to_num(mine, nan=1.0), torch.nan_to_num(theirs, nan=1.0))
+
+
+@pytest.mark.parametrize("spec", ["1x16", "16x16", "1x32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantize(isa, spec, dtype):
+    for shape in ((1, 1), (0, 16), (7, 50), (20, 64)):
+        x = torch.randn(shape) * torch.exp(4 * torch.randn(shape))
+        q = nk.quantize(x, block=spec)
+        parts = (q.codes, q.scales, getattr(q, "global_scale", None), shape[1], dtype)
+        assert same_bytes(dequantize_native.run(*parts), dequantize_reference.run(*parts))
+    every_byte = torch.arange(256, dtype=torch.uint8)
+    if spec == "1x32":
+        parts = (
+            every_byte.view(torch.float8_e4m3fn).expand(256, 256).contiguous(),
+            every_byte.view(256, 1).expand(256, 8).contiguous(),
+            None,
+            256,
+            dtype,
+        )
+    else:
+        parts = (
+            every_byte.expand(256, 256).contiguous(),
+            every_byte.view(256, 1).expand(256, 32).contiguous().view(torch.float8_e4m3fn),
+            torch.tensor(0.7),
+            512,
+            dtype,
+        )
+    mine, theirs = dequantize_native.run(*parts), dequantize_reference.run(*parts)
+    assert torch.equal(torch.nan_to_num(mine, nan=3.0), torch.nan_to_num(theirs, nan=3.0))
