@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 2**18  # elements done at a time
+
 
 def refuses(x, z, weight, eps, group_size, norm_before_gate) -> str | None:
     return None
@@ -17,36 +19,55 @@ def run(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int
 
 
 class _Norm(torch.autograd.Function):
-    """Written out, since autograd would keep six fp32 copies of x: the op is bound by memory traffic alone."""
+    """Written out, since autograd would keep six fp32 copies of x; a few rows at a time, which stay in the cache."""
 
     @staticmethod
     def forward(ctx, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-        u = _wide(x) if z is None else F.silu(_wide(z)).mul_(x)
-        groups = u.unflatten(-1, (-1, group_size))
-        rstd = torch.linalg.vecdot(groups, groups).div_(group_size).add_(eps).rsqrt_().unsqueeze_(-1)
-        ctx.save_for_backward(x, z, weight, rstd)
-        return (groups * rstd).flatten(-2).mul_(weight).to(x.dtype)
+        y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), []
+        out = y.view(-1, x.shape[-1])
+        for rows, (u, gate) in _blocks(x, z):
+            u = u if gate is None else F.silu(gate, inplace=True).mul_(u)
+            groups = u.unflatten(-1, (-1, group_size))
+            rstd.append(torch.linalg.vecdot(groups, groups).div_(group_size).add_(eps).rsqrt_().unsqueeze_(-1))
+            out[rows] = (groups * rstd[-1]).flatten(-2).mul_(weight)
+        ctx.save_for_backward(x, z, weight, torch.cat(rstd))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
         x, z, weight, rstd = ctx.saved_tensors
-        shape = (rstd.shape[-2], -1)
-        if z is not None:
-            wide_z = _wide(z)
-            sigmoid = torch.sigmoid(wide_z)
-            gate = wide_z * sigmoid
-        n = (_wide(x) if z is None else gate * x).unflatten(-1, shape) * rstd
-        dn = (dy * weight).unflatten(-1, shape)
-        dweight = (n.flatten(-2) * dy).flatten(0, -2).sum(0).to(weight.dtype)
-        shared = torch.linalg.vecdot(n, dn).unsqueeze_(-1).div_(-n.shape[-1])
-        du = dn.addcmul_(n, shared).mul_(rstd).flatten(-2)  # rstd (dn - n <n, dn> / size)
-        if z is None:
-            return du.to(x.dtype), None, dweight, None, None
-        # silu'(z) = sigmoid (1 + z (1 - sigmoid)) = sigmoid + gate - gate sigmoid
-        slope = torch.addcmul(gate, gate, sigmoid, value=-1).add_(sigmoid)
-        dz = slope.mul_(du).mul_(x).to(z.dtype)
-        return gate.mul_(du).to(x.dtype), dz, dweight, None, None
+        dx, dz = (t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
+        dx_rows, dz_rows = (t if t is None else t.view(-1, x.shape[-1]) for t in (dx, dz))
+        dweight = torch.zeros_like(weight)
+        for rows, (u, dn, gate) in _blocks(x, dy, z):
+            if gate is not None:
+                sigmoid = torch.sigmoid(gate)
+                wide_x, gate = u, gate.mul_(sigmoid)
+                u = u * gate
+            n = u.unflatten(-1, (rstd.shape[1], -1)).mul(rstd[rows])
+            dweight += (n.flatten(-2) * dn).sum(0)
+            dn = dn.mul_(weight).view_as(n)
+            shared = torch.linalg.vecdot(n, dn).unsqueeze_(-1).div_(-n.shape[-1])
+            du = dn.addcmul_(n, shared).mul_(rstd[rows]).flatten(-2)  # rstd (dn - n <n, dn> / size)
+            if gate is None:
+                dx_rows[rows] = du
+                continue
+            # silu'(z) = sigmoid (1 + z (1 - sigmoid)) = sigmoid + gate - gate sigmoid
+            slope = torch.addcmul(gate, gate, sigmoid, value=-1).add_(sigmoid)
+            dz_rows[rows] = slope.mul_(du).mul_(wide_x)
+            dx_rows[rows] = gate.mul_(du)
+        return dx, dz, dweight, None, None
+
+
+def _blocks(*tensors: Tensor | None):
+    """(rows, the tensors' rows in fp32 or fp64, as copies) a few at a time; None stays None."""
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in tensors]
+    wide = torch.float64 if flat[0].dtype == torch.float64 else torch.float32
+    step = max(1, BLOCK // max(flat[0].shape[1], 1))
+    for start in range(0, max(flat[0].shape[0], 1), step):
+        rows = slice(start, start + step)
+        yield rows, [None if t is None else t[rows].to(wide, copy=True) for t in flat]
 
 
 def _wide(x: Tensor) -> Tensor:
