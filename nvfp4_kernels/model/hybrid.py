@@ -11,14 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.init import initialize
-from nvfp4_kernels.nn.attention import Attention
+from nvfp4_kernels.nn.attention import Attention, AttentionState
 from nvfp4_kernels.nn.block import Block
 from nvfp4_kernels.nn.linear import Linear
-from nvfp4_kernels.nn.mamba2 import Mamba2
+from nvfp4_kernels.nn.mamba2 import Mamba2, Mamba2State
 from nvfp4_kernels.nn.moe import MLP, Balance, Experts, MoE, Router
 from nvfp4_kernels.nn.mtp import MTP, ahead
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe
+
+State = list[AttentionState | Mamba2State | None]
 
 
 class Losses(NamedTuple):
@@ -59,19 +61,38 @@ class HybridModel(nn.Module):
             self.mtp = MTP(config.hidden_size, blocks, config.layer_norm_epsilon)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
+        self._routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
         initialize(self, config)
         self.set_recipe(recipe)
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
         """Logits [batch, length, vocab] in config.dtype for ids, int64 [batch, length].
 
         cu_seqlens: int [documents + 1], ascending from 0 to batch * length with every row boundary among them: where documents
         start in the batch * length tokens taken row after row. No document sees another. None: each row is one.
+        state: from new_state, for decoding: ids follow the tokens that it has seen, and are added to it.
         Raises TypeError or ValueError naming the argument.
         """
-        hidden, balances = self._hidden(ids, _boundaries(ids, cu_seqlens))
+        if state is not None and cu_seqlens is not None:
+            raise ValueError(
+                "state: got both cu_seqlens and a state; allowed: one of them, rows being documents with a state"
+            )
+        hidden, balances = self._hidden(ids, _boundaries(ids, cu_seqlens), state)
         self._count(balances)
         return self.lm_head(hidden)
+
+    def new_state(self, batch: int) -> State:
+        """What each layer keeps of the tokens of `batch` rows while decoding: forward(ids, state=state) continues them."""
+        state = []
+        for layer in self.backbone.layers:
+            match layer.mixer:
+                case Mamba2():
+                    state.append(layer.mixer.new_state(batch, self.config.dtype))
+                case Attention():
+                    state.append(AttentionState())
+                case _:
+                    state.append(None)
+        return state
 
     def loss(self, ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Losses:
         """The training losses. labels: int64 [batch, length], the token that follows each of ids; -100 is left out.
@@ -105,7 +126,7 @@ class HybridModel(nn.Module):
 
     def routers(self) -> dict[str, Router]:
         """The routers by name."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        return dict(self._routers)
 
     def update_router_bias(self) -> None:
         """Move each router's bias against the load since the last call; to be called after an optimizer step."""
@@ -138,10 +159,12 @@ class HybridModel(nn.Module):
         load_model(model, str(Path(folder) / "model.safetensors"))
         return model
 
-    def _hidden(self, ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, list[Balance]]:
+    def _hidden(
+        self, ids: Tensor, cu_seqlens: Tensor | None, state: State | None = None
+    ) -> tuple[Tensor, list[Balance]]:
         x, balances = self._embed(ids), []
-        for layer in self.backbone.layers:
-            x, balance = self._run(layer, x, cu_seqlens)
+        for layer, past in zip(self.backbone.layers, state or [None] * len(self.backbone.layers), strict=True):
+            x, balance = self._run(layer, x, cu_seqlens, past)
             balances += [balance] if balance else []
         return self.backbone.norm_f(x), balances
 
@@ -179,8 +202,8 @@ class HybridModel(nn.Module):
     def _count(self, balances: list[Balance]) -> None:
         if not self.training:
             return
-        routers = [*self.routers().values()]
-        backbone = sum(name.startswith("backbone") for name in self.routers())
+        routers = [*self._routers.values()]
+        backbone = sum(name.startswith("backbone") for name in self._routers)
         for i, balance in enumerate(balances):  # beyond the backbone's: the MTP block's, once for each depth
             i = i if i < backbone else backbone + (i - backbone) % (len(routers) - backbone)
             routers[i].load += balance.load

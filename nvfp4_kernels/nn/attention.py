@@ -1,12 +1,27 @@
 """Grouped-query attention, causal, without positions of any kind; documents packed into one row never see each other."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.nn.linear import Linear
+
+
+@dataclass
+class AttentionState:
+    """The keys and values of the tokens so far, [batch, tokens, num_kv_heads, head_dim]; None before the first."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in further keys and values; returns all of them."""
+        self.k = k if self.k is None else torch.cat([self.k, k], 1)
+        self.v = v if self.v is None else torch.cat([self.v, v], 1)
+        return self.k, self.v
 
 
 class Attention(nn.Module):
@@ -20,19 +35,28 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden, num_kv_heads * head_dim, bias)
         self.o_proj = Linear(num_heads * head_dim, hidden, bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: AttentionState | None = None) -> Tensor:
+        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
+
+        state: of the tokens before x, to which those of x are added; rows are then documents.
+        """
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if state is not None:
+            k, v = state.append(k, v)
         y = attend(q, k, v) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens.tolist())
         return self.o_proj(y.flatten(-2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of [batch, length, heads, head_dim], each row by itself."""
+    """Causal attention of [batch, length, heads, head_dim], each row by itself; the queries belong to the last tokens of k."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    earlier = k.shape[2] - q.shape[2]
+    if earlier == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:

@@ -14,13 +14,16 @@ class Block(nn.Module):
         self.norm = RMSNorm(hidden, eps)
         self.mixer = mixer
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Balance | None]:
-        """x: [batch, length, hidden]. Returns the new x and, of a mixture of experts, its balance."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state=None) -> tuple[Tensor, Balance | None]:
+        """x: [batch, length, hidden]. Returns the new x and, of a mixture of experts, its balance.
+
+        state: an AttentionState or Mamba2State of the tokens before x, or None.
+        """
         match self.mixer:
             case MoE():
                 y, balance = self.mixer(self.norm(x))
             case MLP():
                 y, balance = self.mixer(self.norm(x)), None
             case _:
-                y, balance = self.mixer(self.norm(x), cu_seqlens), None
+                y, balance = self.mixer(self.norm(x), cu_seqlens, state), None
         return x + y, balance

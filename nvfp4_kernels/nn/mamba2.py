@@ -1,6 +1,7 @@
 """The Mamba-2 mixer: one projection in, short convolution, selective scan, gated norm, one projection out."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,15 @@ from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
+from nvfp4_kernels.ops.state_update.op import state_update
+
+
+@dataclass
+class Mamba2State:
+    """What the tokens so far leave behind; its size does not grow with them."""
+
+    conv: Tensor  # [batch, channels, width - 1], the last inputs of the convolution
+    ssm: Tensor  # [batch, heads, head_dim, state], fp32
 
 
 class Mamba2(nn.Module):
@@ -46,10 +56,25 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(inner, eps, inner // groups)
         self.out_proj = Linear(inner, hidden, bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included."""
+    def new_state(self, batch: int, dtype: torch.dtype) -> Mamba2State:
+        """The state before the first token."""
+        width, device = self.conv1d.weight.shape[2], self.D.device
+        return Mamba2State(
+            torch.zeros(batch, self.split[1], width - 1, dtype=dtype, device=device),
+            torch.zeros(batch, self.heads, self.head_dim, self.state, device=device),
+        )
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: Mamba2State | None = None) -> Tensor:
+        """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
+
+        state: of the tokens before x, brought up to date in place; rows are then documents.
+        """
         z, xBC, dt = self.in_proj(x).split(self.split, -1)
-        xBC = causal_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", cu_seqlens=cu_seqlens)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if state is None:
+            xBC = causal_conv1d(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens)
+        else:
+            xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
         inner, shared = self.split[0], self.groups * self.state
         x, B, C = xBC.split((inner, shared, shared), -1)
         x, B, C = (
@@ -57,8 +82,13 @@ class Mamba2(nn.Module):
             B.unflatten(-1, (self.groups, -1)),
             C.unflatten(-1, (self.groups, -1)),
         )
-        y = selective_scan(
-            x, dt, -torch.exp(self.A_log), B, C, self.D,
-            dt_bias=self.dt_bias, dt_limit=self.dt_limit, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size,
-        )  # fmt: skip
+        A, steps = -torch.exp(self.A_log), dict(dt_bias=self.dt_bias, dt_limit=self.dt_limit)
+        if state is None:
+            y = selective_scan(x, dt, A, B, C, self.D, **steps, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size)
+        elif x.shape[1] == 1:
+            y = state_update(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, **steps)[:, None]
+        else:
+            y, state.ssm = selective_scan(
+                x, dt, A, B, C, self.D, **steps, initial_state=state.ssm, return_state=True, chunk_size=self.chunk_size
+            )
         return self.out_proj(self.norm(y.flatten(-2), z))

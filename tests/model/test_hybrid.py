@@ -95,6 +95,20 @@ def test_checkpointed_activations_change_no_bit(recipe):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*M-E"])
+@pytest.mark.parametrize("pieces", [[1] * 12, [7, 1, 1, 3], [12]])
+def test_decoding_with_a_state_equals_the_whole_sequence(pattern, pieces):
+    model = small(pattern).eval()
+    ids, _ = ids_and_labels(length=12)
+    state, parts = model.new_state(2), []
+    with torch.no_grad():
+        for piece in ids.split(pieces, 1):
+            parts.append(model(piece, state=state))
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=2e-5, rtol=2e-5)
+    with pytest.raises(ValueError, match="state: got both"):
+        model(ids, torch.tensor([0, 12, 24]), state=state)
+
+
 def test_losses_are_their_formulas():
     model = small("*E", num_nextn_predict_layers=1, mtp_num_depths=2)
     ids, labels = ids_and_labels()
