@@ -23,14 +23,14 @@ _ULTRA = dict(
     moe_latent_size=2048, routed_scaling_factor=5.0, initializer_range=0.0099,
     num_nextn_predict_layers=1, mtp_loss_scaling_factor=0.1,
 )  # fmt: skip
-# Bytes are the tokens: 256 values and four specials (0 pad, 1 bos, 2 eos of the published models are bytes here).
+# Bytes are the tokens: 256 values and four specials, since 0, 1 and 2, special in the published models, are bytes here.
 _BYTES = dict(vocab_size=260, pad_token_id=256, bos_token_id=257, eos_token_id=258)
 _TINY = dict(
     hybrid_override_pattern="MEM*EME", **_BYTES,
     hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512,
     mamba_num_heads=8, mamba_head_dim=64, ssm_state_size=32, n_groups=1, chunk_size=64,
     n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, moe_shared_expert_intermediate_size=256,
-    moe_latent_size=128, routed_scaling_factor=2.5,
+    moe_latent_size=128, routed_scaling_factor=2.5, initializer_range=0.05,
 )  # fmt: skip
 _SMALL = dict(
     hybrid_override_pattern="MEMEM*EMEMEM*EMEME", **_BYTES,
@@ -41,9 +41,11 @@ _SMALL = dict(
 )  # fmt: skip
 PRESETS = {"tiny": _TINY, "small": _SMALL, "nano-30b": _NANO, "super-120b": _SUPER, "ultra-550b": _ULTRA}
 
-# What `nvfp4 train` starts from where the command line says nothing else.
+# What `nvfp4 train` starts from where the command line says nothing else. tiny, on the bytes of Python's standard library in
+# bf16, nats a byte after 0.9 M tokens: 1.402 so; 1.433 with an initializer_range of 0.02; with that also 1.410 at batch 4 (twice
+# the steps), 1.472 at 4 x 512 tokens.
 TRAINING = {
-    "tiny": dict(lr=4e-3, batch=8, length=256, steps=700, warmup=50, weight_decay=0.1),
+    "tiny": dict(lr=3e-3, batch=8, length=256, steps=500, warmup=30, weight_decay=0.1),
     "small": dict(lr=2e-3, batch=16, length=512, steps=4000, warmup=200, weight_decay=0.1),
 }
 
