@@ -1,18 +1,29 @@
-"""The public names, in the order data flows: formats, ops, recipes, autograd, modules."""
+"""The public names, in the order data flows: formats, ops, recipes, autograd, modules, the model."""
 
 from nvfp4_kernels import recipe as recipes
+from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
 from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.model.config import HybridConfig
+from nvfp4_kernels.model.hybrid import HybridModel
+from nvfp4_kernels.model.presets import preset
 from nvfp4_kernels.nn.convert import convert
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.ops._dispatch import Refused, backend
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
+from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
+from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.selective_scan.op import selective_scan
+from nvfp4_kernels.ops.state_update.op import state_update
 from nvfp4_kernels.recipe import LinearRecipe, Recipe
 
 __all__ = [
@@ -27,12 +38,25 @@ __all__ = [
     "dequantize",
     "hadamard",
     "matmul",
+    "causal_conv1d",
+    "selective_scan",
+    "state_update",
+    "gated_rms_norm",
+    "relu2",
+    "route",
+    "Routing",
+    "permute",
+    "unpermute",
     "backend",
     "Refused",
     "recipes",
     "Recipe",
     "LinearRecipe",
     "linear",
+    "experts",
     "Linear",
     "convert",
+    "HybridConfig",
+    "preset",
+    "HybridModel",
 ]
