@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from nvfp4_kernels.cli.machine import share_the_cores
 from nvfp4_kernels.train.settings import Settings
 
 HELP = "Train a model in NVFP4 or BF16; with no data named, on the Python standard library's sources of this machine."
@@ -136,6 +137,7 @@ def preset_settings(**given) -> Settings:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    share_the_cores()
     settings = settings_of(arguments)
     if arguments.print_config:
         from nvfp4_kernels.train.setup import build_config

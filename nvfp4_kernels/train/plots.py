@@ -61,11 +61,13 @@ def plot_health(path: Path, target: Path) -> Path | None:
     probes = [r for r in rows if r.get("health", {}).get("worst_db") is not None]
     figure, axes = new_figure(4, 9)
     x = [r["step"] for r in probes]
-    axes[0].plot(x, [r["health"]["mean_db"] for r in probes], color=COLOURS[0], label="mean")
-    axes[0].plot(x, [r["health"]["worst_db"] for r in probes], color=COLOURS[1], label="worst layer")
+    axes[0].plot(x, [r["health"]["mean_db"] for r in probes], color=COLOURS[0], label="mean", marker=".")
+    axes[0].plot(x, [r["health"]["worst_db"] for r in probes], color=COLOURS[1], label="worst layer", marker=".")
     axes[0].set(ylabel="signal to noise, dB")
-    axes[1].plot(x, [r["health"]["flushed"] * 100 for r in probes], color=COLOURS[0], label="flushed to zero")
-    axes[1].plot(x, [r["health"]["clipped"] * 100 for r in probes], color=COLOURS[1], label="clipped")
+    axes[1].plot(
+        x, [r["health"]["flushed"] * 100 for r in probes], color=COLOURS[0], label="flushed to zero", marker="."
+    )
+    axes[1].plot(x, [r["health"]["clipped"] * 100 for r in probes], color=COLOURS[1], label="clipped", marker=".")
     axes[1].set(ylabel="% of values")
     axes[2].semilogy(
         [r["step"] for r in rows], [r["gradient_norm"] or None for r in rows], color=COLOURS[2], linewidth=0.8

@@ -80,7 +80,7 @@ class Progress:
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
 
-            layout = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}% |{bar:12}| {postfix}"
+            layout = "{percentage:3.0f}% |{bar:12}| {desc}"
             self.bar = tqdm(
                 initial=done, total=done + 1, desc=label, dynamic_ncols=True, position=line, bar_format=layout
             )
@@ -91,28 +91,28 @@ class Progress:
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         self.health = report.health.summary() if report.health else self.health
         self.load = report.expert_load.get("max_violation", self.load)
+        if self.from_share is None:
+            self.from_share, self.begun = share, time.monotonic()  # the first step of a process is slower than the rest
+        pace = (time.monotonic() - self.begun) / max(share - self.from_share, 1e-9)
+        steps = max(report.step, round(report.step / share))
         parts = [
+            f"{self.label} step {report.step}/{steps}",
             f"loss {report.losses['lm']:.4f}",
+            f"eta {clock(pace * (1 - min(share, 1.0)))}",
+            f"{self.rate:,.0f} tok/s",
             f"gnorm {report.gradient_norm:.2f}",
             f"lr {report.lr:.1e}",
-            f"{self.rate:,.0f} tok/s",
             f"mem {memory_bytes(device) / 1e9:.1f} GB",
             health_text(self.health),
         ]
         if self.load is not None:
             parts.append(f"load +{self.load:.2f}")
-        if self.from_share is None:
-            self.from_share, self.begun = share, time.monotonic()  # the first step of a process is slower than the rest
-        else:
-            pace = (time.monotonic() - self.begun) / max(share - self.from_share, 1e-9)
-            parts.append(f"eta {clock(pace * (1 - min(share, 1.0)))}")
-        steps = max(report.step, round(report.step / share))
         if self.bar is not None:
             self.bar.total = steps
-            self.bar.set_postfix_str(" · ".join(parts), refresh=False)
+            self.bar.set_description_str(" · ".join(parts), refresh=False)
             self.bar.update()
         elif not self.quiet and (time.monotonic() - self.said >= self.EVERY or share >= 1):
-            self.say(" | ".join([f"{self.label} step {report.step}/{steps} {min(share, 1.0):.1%}", *parts]))
+            self.say(" | ".join(parts))
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

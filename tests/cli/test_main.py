@@ -1,6 +1,7 @@
 """The command line: no torch before a command runs, one-line errors with a way out, nothing left behind by a refusal."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvfp4_kernels.cli import machine
 from nvfp4_kernels.cli import main as cli
 from nvfp4_kernels.cli.train import FLAGS, settings_of
 from nvfp4_kernels.train.settings import Settings
@@ -150,3 +152,16 @@ def test_a_resumed_run_keeps_what_made_it(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         parsed("--resume", "--out", tmp_path)
+
+
+def test_threads_sleep_only_where_others_want_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert 0 <= machine.share_of_idle_cpu(0.01) <= 1
+    for idle, policy in ((0.9, None), (0.2, "PASSIVE")):
+        monkeypatch.setattr(machine, "share_of_idle_cpu", lambda idle=idle: idle)
+        machine.share_the_cores()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    machine.share_the_cores()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
