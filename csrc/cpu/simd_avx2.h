@@ -102,6 +102,13 @@ static inline float sum(F x) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
+static inline float largest(F x) {
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+}
+static inline U lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+
 static inline void store_bf16(u16* p, F x) {
     const U b = bits(x);
     const U rounded = (b + U(0x7FFFu) + ((b >> 16) & U(1u))) >> 16;

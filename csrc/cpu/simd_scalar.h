@@ -40,6 +40,8 @@ static inline void load_nibbles(const u8* p, U* out) {
 static inline F lookup16(const float* table, U index) { return table[index.v & 15]; }
 static inline F fma(F a, F b, F c) { return a * b + c; }
 static inline float sum(F x) { return x.v; }
+static inline float largest(F x) { return x.v; }
+static inline U lane_numbers() { return 0u; }
 
 static inline u16 bf16_bits(float x) {
     const u32 b = bits(F(x)).v;

@@ -38,32 +38,32 @@ static inline void load_tile(const Matrix& x, i64 row, i64 col, Tile& t) {
     }
 }
 
-// The transform along the elements of each block of the tile, in place.
-static inline void rotate_tile(Tile& t, u32 signs) {
+// The transform along the elements of each block of the tile; `out` may be `t`.
+static inline void rotate_tile(const Tile& t, u32 signs, Tile& out) {
     for (int l = 0; l < 16; l += F::lanes) {
         F v[16];
         NVFP4_UNROLL
         for (int j = 0; j < 16; ++j) v[j] = load(t.v[j] + l);
         hadamard16(v, signs);
         NVFP4_UNROLL
-        for (int j = 0; j < 16; ++j) store(t.v[j] + l, v[j]);
+        for (int j = 0; j < 16; ++j) store(out.v[j] + l, v[j]);
     }
 }
 
-// Largest magnitude of each block.
-static inline void block_amax(const Tile& t, float* amax) {
+// Largest magnitude of each block, and of what `amax` already holds.
+static inline void add_block_amax(const Tile& t, float* amax) {
     for (int l = 0; l < 16; l += F::lanes) {
-        F m = magnitude(load(t.v[0] + l));
+        F m = load(amax + l);
         NVFP4_UNROLL
-        for (int j = 1; j < 16; ++j) m = greatest(m, magnitude(load(t.v[j] + l)));
+        for (int j = 0; j < 16; ++j) m = greatest(m, magnitude(load(t.v[j] + l)));
         store(amax + l, m);
     }
 }
 
-static inline float largest(const float* amax) {
-    float m = 0.0f;
-    for (int i = 0; i < 16; ++i) m = amax[i] > m ? amax[i] : m;
-    return m;
+static inline float largest16(const float* x) {
+    F m = load(x);
+    for (int l = F::lanes; l < 16; l += F::lanes) m = greatest(m, load(x + l));
+    return largest(m);
 }
 
 }  // namespace NVFP4_ISA

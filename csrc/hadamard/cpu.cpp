@@ -18,7 +18,7 @@ void transform_rows(const Matrix& x, u32 signs, Brain* out, i64 begin, i64 end) 
         for (i64 c = 0; c < x.cols; c += 16) {
             load_tile<T>(x, r, c, tile);
             transpose16(tile, turned);
-            rotate_tile(turned, signs);
+            rotate_tile(turned, signs, turned);
             transpose16(turned, tile);
             for (i64 i = 0; i < 16 && r + i < x.rows; ++i) narrow16(tile.v[i], out + (r + i) * padded + c);
         }

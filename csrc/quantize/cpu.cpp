@@ -119,20 +119,15 @@ Tile& oriented(Square& s, bool by_column, int i, int j, Tile& buffer) {
     return buffer;
 }
 
-float rotated_amax(Square& s, bool by_column, u32 signs) {
-    float most = 0.0f;
+// The amax of the transform, lane by lane, into `amax`.
+void add_rotated_amax(Square& s, bool by_column, u32 signs, float* amax) {
+    Tile buffer;
     for (int i = 0; i < s.down; ++i) {
         for (int j = 0; j < s.across; ++j) {
-            Tile buffer = by_column ? s.tile[i][j] : Tile();
-            Tile& t = by_column ? buffer : oriented(s, false, i, j, buffer);
-            rotate_tile(t, signs);
-            float amax[16];
-            block_amax(t, amax);
-            const float m = largest(amax);
-            most = m > most ? m : most;
+            rotate_tile(by_column ? s.tile[i][j] : oriented(s, false, i, j, buffer), signs, buffer);
+            add_block_amax(buffer, amax);
         }
     }
-    return most;
 }
 
 void encode_square(const Form& f, Square& s) {
@@ -154,7 +149,7 @@ void encode_square(const Form& f, Square& s) {
         }
         for (int b = 0; b < elements; ++b) {
             Tile& t = oriented(s, f.by_column, f.by_column ? b : a, f.by_column ? a : b, buffer[0]);
-            if (f.form.hadamard >= 0) rotate_tile(t, static_cast<u32>(f.form.hadamard));
+            if (f.form.hadamard >= 0) rotate_tile(t, static_cast<u32>(f.form.hadamard), t);
             encode_nvfp4(f.form, f.scale, t, f.target(first + 16 * a, element + 16 * b, 16, 8));
         }
     }
@@ -198,17 +193,18 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
     auto body = [&](int t, int n) {
         Amax a;
         Square s;
+        alignas(64) float row_amax[16] = {}, col_amax[16] = {};
         each_unit(x, row_turns || col_turns ? unit_cols : scan_cols, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
             const u32 raw = scan<T>(x, r, rows, c, cols);
             a.raw = raw > a.raw ? raw : a.raw;
             if (!row_turns && !col_turns) return;
             each_square<T>(x, r, rows, c, cols, s, [&] {
-                const float m = row_turns ? rotated_amax(s, false, static_cast<u32>(row.hadamard)) : 0.0f;
-                const float k = col_turns ? rotated_amax(s, true, static_cast<u32>(col.hadamard)) : 0.0f;
-                a.row = m > a.row ? m : a.row;
-                a.col = k > a.col ? k : a.col;
+                if (row_turns) add_rotated_amax(s, false, static_cast<u32>(row.hadamard), row_amax);
+                if (col_turns) add_rotated_amax(s, true, static_cast<u32>(col.hadamard), col_amax);
             });
         });
+        a.row = largest16(row_amax);
+        a.col = largest16(col_amax);
         found[static_cast<size_t>(t)] = a;
     };
     parallel(threads, body);

@@ -19,21 +19,38 @@ struct Target {
     int count;                        // how many of the sixteen lie inside the matrix
 };
 
+static inline void block_indices(const Target& to, int lane, U& low, U& high) {
+    u32 lows[16], highs[16];
+    for (int i = 0; i < F::lanes; ++i) {
+        const u64 index = static_cast<u64>(to.index + (lane + i) * to.index_stride);
+        lows[i] = static_cast<u32>(index);
+        highs[i] = static_cast<u32>(index >> 32);
+    }
+    low = load(lows);
+    high = load(highs);
+}
+
 template <bool stochastic>
 static inline void encode_codes(const QuantizeForm& form, const TensorScale& s, const Tile& t, const u32* scale,
                                 const Target& to) {
-    alignas(64) u32 index_low[16], index_high[16], words[32];
-    if (stochastic) {
-        for (int l = 0; l < 16; ++l) {
-            const u64 index = static_cast<u64>(to.index + l * to.index_stride);
-            index_low[l] = static_cast<u32>(index);
-            index_high[l] = static_cast<u32>(index >> 32);
-        }
-    }
+    alignas(64) u32 words[32];
+    const u64 first = static_cast<u64>(to.index);
+    // Block indices as words; when the sixteen of them straddle a multiple of 2^32, through memory.
+    const bool straddle = (first & 0xFFFFFFFFu) + 15 * static_cast<u64>(to.index_stride) > 0xFFFFFFFFu;
     for (int l = 0; l < 16; l += F::lanes) {
         const F enc = block_encode<F>(load(scale + l), s);
         Draw<U> draw;
-        if (stochastic) draw = philox(load(index_low + l), load(index_high + l), form.offset, form.seed);
+        if (stochastic) {
+            U low, high(static_cast<u32>(first >> 32));
+            if (straddle) {
+                block_indices(to, l, low, high);
+            } else {
+                U unused;
+                low = multiply_wide(lane_numbers() + U(static_cast<u32>(l)), static_cast<u32>(to.index_stride), unused) +
+                      U(static_cast<u32>(first));
+            }
+            draw = philox(low, high, form.offset, form.seed);
+        }
         U word[2];
         NVFP4_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -81,10 +98,14 @@ static inline void choose_four_over_six(const QuantizeForm& form, const TensorSc
         store(error_four + l, error[1]);
     }
     if (form.block == Block::b16x16) {
-        const bool four_wins = in_order_sum(error_four) < in_order_sum(error_six);
-        for (int i = 0; i < 16; ++i) scale[i] = four_wins ? four[i] : six[i];
-    } else {
-        for (int i = 0; i < 16; ++i) scale[i] = error_four[i] < error_six[i] ? four[i] : six[i];
+        const F e4(in_order_sum(error_four)), e6(in_order_sum(error_six));
+        for (int l = 0; l < 16; l += F::lanes) {
+            store(error_four + l, e4);
+            store(error_six + l, e6);
+        }
+    }
+    for (int l = 0; l < 16; l += F::lanes) {
+        store(scale + l, select(less(load(error_four + l), load(error_six + l)), load(four + l), load(six + l)));
     }
 }
 
@@ -93,10 +114,11 @@ static inline void encode_nvfp4(const QuantizeForm& form, const TensorScale& s, 
     alignas(64) float amax[16];
     alignas(64) u32 scale[16];
     alignas(16) u8 scale_bytes[16];
-    block_amax(t, amax);
+    for (int l = 0; l < 16; l += F::lanes) store(amax + l, F(0.0f));
+    add_block_amax(t, amax);
     if (form.block == Block::b16x16) {
-        const float m = largest(amax);
-        for (int i = 0; i < 16; ++i) amax[i] = m;
+        const F m(largest16(amax));
+        for (int l = 0; l < 16; l += F::lanes) store(amax + l, m);
     }
     if (form.four_over_six == FourOverSix::off) {
         for (int l = 0; l < 16; l += F::lanes) store(scale + l, block_scale(load(amax + l), s));
