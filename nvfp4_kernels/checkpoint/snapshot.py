@@ -199,10 +199,11 @@ def _json(path: Path) -> dict:
 
 
 def _explain(error: OSError, folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+        size = f", a snapshot needs {needed / 1e6:.1f} MB" if needed else ""
         return (
-            f"checkpoint: the disk of {folder} is full, a snapshot needs {needed / 1e6:.1f} MB; do: free some "
-            "space and --resume (earlier snapshots are whole)"
+            f"checkpoint: the disk of {folder} is full{size}; do: free some space, then --resume "
+            "(earlier snapshots are whole)"
         )
     return f"checkpoint: {folder} cannot be written ({error.strerror}); do: check the path and its permissions"

@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     if result.stopped:
         return 130
     summary = f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, {result.skipped} skipped"
-    loss = "" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f} nats a byte, "
+    loss = "" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f} {result.unit}, "
     print(f"{loss}{summary}; in {result.out}: loss.png, health.png, metrics.jsonl, checkpoints/")
     if arguments.sample > 0:
         print(sample_text(result.model, result.tokenizer, arguments.prompt, arguments.sample))

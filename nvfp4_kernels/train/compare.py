@@ -45,7 +45,7 @@ class Comparison:
                 f"   {result.steps:5d}   {result.skipped:7d}"
             )
         counts = ", ".join(f"{name} {value:.2f}" for name, value in self.entropies.items())
-        return "\n".join([*lines, f"nats a byte; entropies of {self.corpus.source}: {counts}"])
+        return "\n".join([*lines, f"{self.corpus.unit}; entropies of {self.corpus.source}: {counts}"])
 
     @property
     def first(self) -> Result:
@@ -78,16 +78,22 @@ def compare(settings: Settings, recipes: dict[str, Recipe], quiet: bool = False)
             for line, (label, recipe) in enumerate(recipes.items())
         }
         first, interrupts = next(iter(runs.values())), stack.enter_context(Interrupts())
+        elapsed = 0.0
         while not first.done and not interrupts.asked:
             for run in runs.values():
-                run.advance()
+                run.advance(elapsed / budget.seconds if budget else 0.0)
             elapsed = sum(run.trainer.seconds for run in runs.values())
             if budget and first.steps is None and (steps := budget.steps(first.trainer.step, elapsed)) is not None:
                 for run in runs.values():
                     run.fix_steps(steps)
         results = {label: run.finish() for label, run in runs.items()}
     levels = entropies(corpus)
-    plot_loss({label: result.out / "metrics.jsonl" for label, result in results.items()}, out / "loss.png", levels)
+    plot_loss(
+        {label: result.out / "metrics.jsonl" for label, result in results.items()},
+        out / "loss.png",
+        corpus.unit,
+        levels,
+    )
     return Comparison(results, levels, corpus)
 
 

@@ -35,6 +35,11 @@ class Corpus:
         return len(self.starts) - 1
 
     @property
+    def unit(self) -> str:
+        """Of a loss times tokens_per_byte."""
+        return "nats a byte" if self.text_bytes else "nats a token"
+
+    @property
     def fingerprint(self) -> str:
         """Tells one corpus from another at a resume: sizes, and a CRC-32 of the first and last 16 million ids."""
         crc = zlib.crc32(np.ascontiguousarray(self.ids[-CHUNK:]), zlib.crc32(np.ascontiguousarray(self.ids[:CHUNK])))

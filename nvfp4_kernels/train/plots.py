@@ -28,7 +28,7 @@ def smooth(values: list[float], keep: float = 0.95) -> list[float]:
     return result
 
 
-def plot_loss(runs: dict[str, Path], target: Path, levels: dict[str, float] | None = None) -> Path:
+def plot_loss(runs: dict[str, Path], target: Path, unit: str, levels: dict[str, float] | None = None) -> Path:
     """Training loss (thin), its running mean and validation losses (dots) of each run.
 
     runs: label -> metrics.jsonl. levels: horizontal lines to compare with, such as the corpus's entropies.
@@ -49,7 +49,7 @@ def plot_loss(runs: dict[str, Path], target: Path, levels: dict[str, float] | No
         axis.annotate(
             f"{name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
         )
-    axis.set(xlabel="step", ylabel="loss, nats a byte (dots: validation)")
+    axis.set(xlabel="step", ylabel=f"loss, {unit} (dots: validation)")
     axis.legend()
     figure.savefig(target, dpi=140)
     return target

@@ -28,12 +28,13 @@ from nvfp4_kernels.train.tokenizer import load_tokenizer
 
 @dataclass
 class Result:
-    """How a run ended. losses: nats a byte where the text is known, else nats a token."""
+    """How a run ended. unit: of the losses, nats a byte where the text is known, else nats a token."""
 
     out: Path
     model: HybridModel
     tokenizer: object
     validation_loss: float | None
+    unit: str
     steps: int
     skipped: int
     tokens_per_second: float
@@ -69,10 +70,10 @@ def train(settings: Settings, resume: bool = False, quiet: bool = False) -> Resu
     Raises ValueError with one line that says what to do.
     """
     with Run(settings, resume, quiet=quiet) as run, Interrupts() as interrupts:
-        budget = None if settings.steps else Budget((settings.minutes or 5.0) * 60, settings.decay)
+        budget = Budget((settings.minutes or 5.0) * 60, settings.decay)
         while not run.done and not interrupts.asked:
-            run.advance()
-            if budget and run.steps is None:
+            run.advance(run.trainer.seconds / budget.seconds)
+            if run.steps is None:
                 run.fix_steps(budget.steps(run.trainer.step, run.trainer.seconds))
         return run.finish()
 
@@ -151,10 +152,10 @@ class Run:
         decay = 0 if steps is None else max(as_steps(s.decay, steps), 0 if s.steps else steps - self.trainer.step)
         self.trainer.schedule = Schedule(s.lr, steps, warmup, decay, s.decay_shape)
 
-    def advance(self) -> None:
-        """One step, and what is due after it."""
+    def advance(self, time_share: float = 0.0) -> None:
+        """One step, and what is due after it. time_share: of the time that is gone, where a clock ends the run."""
         trainer, every = self.trainer, self.settings.validation_every
-        log(trainer.run_step(), self)
+        log(trainer.run_step(), self, time_share)
         trainer.check_patience()
         if self.validation and every and trainer.step % every == 0 and not self.done:
             self.validate()
@@ -164,7 +165,7 @@ class Run:
     def validate(self) -> None:
         self.loss = self.trainer.validate(self.validation) * self.corpus.tokens_per_byte
         self.metrics.write(step=self.trainer.step, validation_loss=self.loss)
-        self.progress.say(f"{self.recipe.name} step {self.trainer.step}: validation {self.loss:.4f} nats a byte")
+        self.progress.say(f"{self.recipe.name} step {self.trainer.step}: validation {self.loss:.4f} {self.corpus.unit}")
 
     def save(self) -> None:
         state = {
@@ -183,12 +184,15 @@ class Run:
             self.validate()
         if self.saved != trainer.step:
             self.save()
-        plot_loss({self.recipe.name: out / "metrics.jsonl"}, out / "loss.png")
+        plot_loss({self.recipe.name: out / "metrics.jsonl"}, out / "loss.png", self.corpus.unit)
         plot_health(out / "metrics.jsonl", out / "health.png")
         if not self.done:
             self.progress.say(f"stopped at step {trainer.step}, saved; do: nvfp4 train --out {out} --resume")
         pace = trainer.tokens / max(trainer.seconds, 1e-9)
-        return Result(out, trainer.model, self.tokenizer, self.loss, trainer.step, trainer.skipped, pace, not self.done)
+        return Result(
+            out, trainer.model, self.tokenizer, self.loss, self.corpus.unit, trainer.step, trainer.skipped, pace,
+            not self.done,
+        )  # fmt: skip
 
 
 def check_folder(out: Path, resume: bool, found: snapshot.Snapshot | None, damaged: list[str]) -> None:
@@ -202,18 +206,22 @@ def check_folder(out: Path, resume: bool, found: snapshot.Snapshot | None, damag
 
 
 def prepare_folder(out: Path, settings: Settings, config: HybridConfig) -> None:
+    """Makes the folder with config.json and run.json in it; leaves no empty folder behind where that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         snapshot.remove_unfinished(out)
-    except OSError as error:
-        raise ValueError(
-            f"out: {out} cannot be written ({error.strerror}); do: name another folder with --out"
-        ) from error
-    snapshot.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-    snapshot.write_text(out / "run.json", settings.to_json())
+        snapshot.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        snapshot.write_text(out / "run.json", settings.to_json())
+    except (OSError, snapshot.SnapshotError) as error:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # refuses where there is anything in it
+        if isinstance(error, snapshot.SnapshotError):
+            raise
+        do = "do: name another folder with --out"
+        raise ValueError(f"out: {out} cannot be written ({error.strerror}); {do}") from error
 
 
-def log(report: StepReport, run: Run) -> None:
+def log(report: StepReport, run: Run, time_share: float) -> None:
     trainer, losses = run.trainer, report.losses
     values = {
         "step": report.step, "loss": losses["lm"] * run.corpus.tokens_per_byte, "losses": losses,
@@ -233,9 +241,7 @@ def log(report: StepReport, run: Run) -> None:
             f"step {report.step} skipped: its gradient is not finite, {where} ({trainer.skipped} skipped so far)"
         )
     run.metrics.write(**values)
-    s = run.settings
-    share = report.step / run.steps if run.steps else trainer.seconds / ((s.minutes or 5.0) * 60)
-    run.progress.step(report, trainer.device, share)
+    run.progress.step(report, trainer.device, report.step / run.steps if run.steps else max(time_share, 1e-3))
 
 
 def clear(out: Path) -> None:

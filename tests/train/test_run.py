@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nvfp4_kernels.checkpoint import snapshot
@@ -144,6 +145,24 @@ def test_full_disk_in_mid_run(settings, monkeypatch):
     assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
     assert snapshot.newest(folder)[0].step >= 5
     assert runs.train(settings, resume=True, quiet=True).steps == 24
+
+
+def test_full_disk_at_the_start_leaves_nothing(settings, monkeypatch):
+    import errno
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(snapshot.SnapshotError, match="is full; do: free some space"):
+        runs.train(settings, quiet=True)
+    assert not Path(settings.out).exists()
+
+
+def test_ids_without_text_are_measured_in_tokens(settings, tmp_path):
+    np.save(tmp_path / "ids.npy", (np.arange(4000) % 97).astype(np.uint16))
+    result = runs.train(settings.replace(data=str(tmp_path / "ids.npy"), steps=2), quiet=True)
+    assert result.unit == "nats a token" and result.validation_loss > 0
 
 
 def test_bad_step_is_logged_and_the_run_goes_on(settings, monkeypatch, capsys):
