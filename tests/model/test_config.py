@@ -19,7 +19,7 @@ PUBLISHED = {  # parameters without the MTP block, and of it: summed from the ge
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Shapes without memory. torch.device("meta") knows torch.empty, but not what the fixture for all tests puts in its place."""
+    """Shapes without memory. torch.device("meta") knows torch.empty, not what the fixture for all tests puts there."""
     monkeypatch.undo()
     torch.utils._device._device_constructors.cache_clear()
     with torch.device("meta"):
