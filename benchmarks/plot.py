@@ -38,7 +38,7 @@ def draw(source: Path) -> Path:
         ]
         axis.bar_label(bars, texts, fontsize=8)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
+        axis.margins(x=0.2, y=0.02)
         axis.tick_params(labelsize=8)
         axis.set_title(f"{op}, {unit} (x: times its yardstick in the same run)", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     raw.unlink()
     if not rows:
         raise ValueError("bench: no case ran; do: another --op or --filter")
-    target = store(folder, rows)
+    target = store(folder, rows, parts=arguments.filter is not None)
     print(json.dumps(rows, indent=2) if arguments.json else render(rows))
-    print(f"in {target}", file=sys.stderr)
     plot(folder, target)
+    print(f"in {target} and its .png", file=sys.stderr)
     return 0
 
 
@@ -105,8 +105,8 @@ def _name(row: dict) -> str:
     return " ".join(part for part in (row["backend"], row["dtype"]) if part)
 
 
-def store(folder: Path, rows: list[dict]) -> Path:
-    """Merges the rows into results/<device>.json: ops that did not run this time keep what they had."""
+def store(folder: Path, rows: list[dict], parts: bool) -> Path:
+    """Merges the rows into results/<device>.json: what did not run this time stays. parts: of an op only some cases ran."""
     import torch
 
     from nvfp4_kernels import __version__
@@ -115,8 +115,12 @@ def store(folder: Path, rows: list[dict]) -> Path:
     chip = _device.chips()[-1]
     device = chip.name.lower().replace(" ", "-").replace("/", "-")
     target = folder / "results" / f"{device}.json"
-    ran = {row["op"] for row in rows}
-    kept = [row for row in json.loads(target.read_text())["rows"] if row["op"] not in ran] if target.exists() else []
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in (("op", "case", "backend", "dtype") if parts else ("op",)))
+
+    ran = {key(row) for row in rows}
+    kept = [row for row in json.loads(target.read_text())["rows"] if key(row) not in ran] if target.exists() else []
     header = {
         "device": chip.name,
         "arch": chip.arch,
@@ -155,4 +159,4 @@ def _time(seconds: float) -> str:
 def plot(folder: Path, target: Path) -> None:
     script = folder / "plot.py"
     if script.exists():
-        subprocess.run([sys.executable, str(script), str(target)], check=False)
+        subprocess.run([sys.executable, str(script), str(target)], stdout=subprocess.DEVNULL, check=False)

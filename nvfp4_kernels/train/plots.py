@@ -19,7 +19,7 @@ def new_figure(rows: int, height: float):
     return figure, axes[:, 0]
 
 
-def smooth(values: list[float], keep: float = 0.95) -> list[float]:
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
     """An exponential mean without the pull of its start."""
     result, mean, weight = [], 0.0, 0.0
     for value in values:

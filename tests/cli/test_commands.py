@@ -151,6 +151,7 @@ def test_bench_end_to_end(capsys, tmp_path):
     assert {row["backend"] for row in rows} == {"fast", "slow"}
     assert all(row["bytes_per_second"] == pytest.approx(1e6 / row["seconds"]) for row in rows)
     run(capsys, "bench", "--folder", tmp_path, "--filter", "fast")
+    assert len(json.loads(stored.read_text())["rows"]) == 2  # the slow one stays
     (tmp_path / "bench_toy.py").write_text("def test_broken():\n    assert 1 == 2\n")
     assert main.main(["bench", "--folder", str(tmp_path)]) == 2
     err = capsys.readouterr().err
