@@ -156,7 +156,7 @@ template <class P>
 int run(const MatmulParams& p, float g, i64 k) {
     const i64 m = p.a.rows, n = p.b.rows;
     const i64 products = m * n * k;
-    const i64 most = products / (1 << 18) + 1;
+    const i64 most = products / (1 << 20) + 1;  // a million products take some microseconds
     const int threads = static_cast<int>(at_most(p.threads, most));
     std::atomic<bool> failed{false};
     if (m <= most_few_rows && p.b.kind == Kind::nvfp4) {

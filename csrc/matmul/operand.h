@@ -97,6 +97,17 @@ static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 le
     for (i64 r = 0; r < count; ++r) read_row<P>(x, row + r, k, length, out + r * stride);
 }
 
+// Starts fetching what read_row will want. A block of k is a short piece of each of many rows, which no hardware prefetcher
+// foresees.
+static inline void prefetch_row(const Operand& x, i64 row, i64 k, i64 length) {
+    if (row >= x.rows || k >= x.cols || (x.kind < Kind::nvfp4 && x.col_stride != 1)) return;
+    const char* base = static_cast<const char*>(x.data);
+    const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind == Kind::mxfp8 ? 4 : 8;  // of a byte
+    const char* from = base + (row * (x.kind < Kind::nvfp4 ? x.row_stride : x.cols) + k) * quarters / 4;
+    for (i64 i = 0; i < length * quarters / 4; i += 64) __builtin_prefetch(from + i, 0, 2);
+    if (x.scales) __builtin_prefetch(x.scales + (row * x.cols + k) / (x.kind == Kind::nvfp4 ? 16 : 32), 0, 2);
+}
+
 // Rows of b, sixteen at a time, transposed: out[step * width + column], for the kernel's vertical loads. Columns beyond b's
 // rows are zero.
 template <class P>
@@ -105,6 +116,7 @@ static inline void pack_columns(const Operand& b, i64 row, i64 count, i64 k, i64
     const i64 steps = length / P::values, stride = (steps + 15) / 16 * 16 + 16;
     for (i64 g = 0; g < count; g += 16) {
         const i64 rows = count - g < 16 ? count - g : 16;
+        for (i64 r = 0; r < 16; ++r) prefetch_row(b, row + g + 16 + r, k, length);
         read_rows<P>(b, row + g, rows, k, length, buffer, stride);
         for (i64 r = rows; r < 16; ++r) __builtin_memset(buffer + r * stride, 0, static_cast<size_t>(steps) * 4);
         for (i64 s = 0; s < steps; s += 16) {

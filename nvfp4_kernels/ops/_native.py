@@ -2,6 +2,10 @@
 
 import warnings
 
+import torch
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc numbers them
+
 try:
     from nvfp4_kernels import _native as native
 

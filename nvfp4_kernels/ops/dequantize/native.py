@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import check, native, refuses_device
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 
 
 def refuses(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, dtype: torch.dtype) -> str | None:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops._native import check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 
 Operand = NVFP4Tensor | MXFP8Tensor | Tensor
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 
 

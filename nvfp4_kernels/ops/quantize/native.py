@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.spec import QuantSpec
-from nvfp4_kernels.ops._native import check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}
 NONE = (0, False, 0, -1, 0, 0, 0)
