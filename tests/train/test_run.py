@@ -73,7 +73,7 @@ def wait_for_lines(process: subprocess.Popen, settings: Settings, lines: int) ->
     {"recipe": "nvfp4", "accumulate": 2, "checkpoint_activations": True}, {"recipe": "bf16"},
 ], ids=["nvfp4-accumulate-checkpoint", "bf16"])  # fmt: skip
 def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
-    settings = settings.replace(steps=40, **changes)
+    settings = settings.replace(steps=26, **changes)
     whole = settings.replace(out=str(tmp_path / "whole"))
     runs.train(whole, quiet=True)
     process = start(settings)
@@ -81,15 +81,15 @@ def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     found, damaged = snapshot.newest(Path(settings.out) / "checkpoints")
-    assert found.step in range(10, 40) and damaged == []
+    assert found.step in range(10, 26) and damaged == []
     result = runs.train(settings, resume=True, quiet=True)
-    assert result.steps == 40 and losses(settings.out) == losses(whole.out) and len(losses(whole.out)) == 44
+    assert result.steps == 26 and losses(settings.out) == losses(whole.out) and len(losses(whole.out)) == 29
     expected = snapshot.newest(tmp_path / "whole/checkpoints")[0].tensors("model")
     assert all(t.equal(expected[n]) for n, t in result.model.state_dict().items())
 
 
 def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
-    settings = settings.replace(steps=40)
+    settings = settings.replace(steps=26)
     whole = settings.replace(out=str(tmp_path / "whole"))
     runs.train(whole, quiet=True)
     process = start(settings)
@@ -98,7 +98,7 @@ def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved; do: nvfp4 train --out" in text and "Traceback" not in text
     steps = max(step for step, *_ in losses(settings.out))
-    assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 40  # not one step lost
+    assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 26  # not one step lost
     runs.train(settings, resume=True, quiet=True)
     assert losses(settings.out) == losses(whole.out)
 
