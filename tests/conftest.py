@@ -1,8 +1,15 @@
 """Fixtures for all tests: few threads, fixed seeds, and poisoned memory, so that an unwritten output cannot pass."""
 
-import pytest
-import torch
+import os
 
+# Tests share few cores with each other: threads that spin while they wait would hold the core that the others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._device import _device_constructors  # noqa: E402
+
+_device_constructors()  # remembers the plain torch.empty, for `with torch.device("meta")`, before it is poisoned
 POISON_BYTE = 0xA5  # for integer outputs: codes are uint8, where NaN has no meaning
 
 

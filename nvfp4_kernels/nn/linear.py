@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from nvfp4_kernels.autograd.linear import Forms, linear, quantize_weight
+from nvfp4_kernels.autograd.linear import linear, quantize_weight
+from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
 
 
@@ -13,8 +14,8 @@ class Linear(nn.Linear):
     recipe: LinearRecipe, None for high precision. It may be replaced at any time by assigning to `.recipe`.
     noise: buffer, int64 [2] (seed, offset) of the stochastic rounding; part of the state_dict, advanced by each backward.
 
-    The quantized weight is kept until the weight changes, so that all micro-batches of a step share it. Changes are seen
-    by the version that autograd keeps for each tensor; whoever writes through `weight.data` calls `refresh()`.
+    The quantized weight is kept until the weight changes, so that all micro-batches of a step share it. Steps of any
+    torch.optim.Optimizer and changes in place are seen; whoever writes through `weight.data` by hand calls `refresh()`.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe or HIGH
         self.register_buffer("noise", new_noise(device))
-        self._forms = FormsCache()
+        self._forms = FormsCache(quantize_weight)
 
     @classmethod
     def from_linear(cls, source: nn.Linear, recipe: LinearRecipe | None = None) -> "Linear":
@@ -48,31 +49,6 @@ class Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.format}"
-
-
-class FormsCache:
-    """The quantized forms of one weight, made anew when the weight or the recipe changed."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self._key, self._forms = None, None
-
-    def get(self, weight: Tensor, recipe: LinearRecipe, noise: Tensor | None) -> Forms | None:
-        """The forms of `weight`; None where the recipe quantizes nothing, and while compiling, where the graph makes them."""
-        if not recipe.quantized or torch.compiler.is_compiling():
-            return None
-        key = (weight._version, weight.data_ptr(), recipe)
-        if key != self._key:
-            self._key, self._forms = key, quantize_weight(weight, recipe, noise)
-        return self._forms
-
-    def __deepcopy__(self, memo) -> "FormsCache":
-        return FormsCache()
-
-    def __reduce__(self):
-        return FormsCache, ()
 
 
 def new_noise(device=None) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
+from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -68,32 +69,22 @@ class Experts(nn.Module):
         self.register_buffer("up_noise", new_noise(self.up_proj.device))
         self.register_buffer("down_noise", new_noise(self.up_proj.device))
         self.recipes: dict[str, LinearRecipe] = {"up_proj": HIGH, "down_proj": HIGH}
-        self._forms: dict[str, tuple] = {}
+        self._up_forms, self._down_forms = FormsCache(quantize_experts), FormsCache(quantize_experts)
 
     def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
         """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
-        return experts(
-            x, self.up_proj, self.down_proj, sizes, weights,
-            (self.recipes["up_proj"], self.recipes["down_proj"]), (self.up_noise, self.down_noise),
-            (self._quantized("up_proj", self.up_noise), self._quantized("down_proj", self.down_noise)),
-        )  # fmt: skip
+        recipes = self.recipes["up_proj"], self.recipes["down_proj"]
+        forms = (
+            self._up_forms.get(self.up_proj, recipes[0], self.up_noise),
+            self._down_forms.get(self.down_proj, recipes[1], self.down_noise),
+        )
+        noises = self.up_noise, self.down_noise
+        return experts(x, self.up_proj, self.down_proj, sizes, weights, recipes, noises, forms)
 
     def refresh(self) -> None:
-        """Forget the quantized weights; needed only after writing through `.data`."""
-        self._forms.clear()
-
-    def _quantized(self, name: str, noise: Tensor) -> list | None:
-        """The forms of each expert's matrix, kept until the matrix or its recipe changes."""
-        weight, recipe = getattr(self, name), self.recipes[name]
-        if not recipe.quantized:
-            return None
-        key = (weight._version, weight.data_ptr(), recipe)
-        if self._forms.get(name, (None,))[0] != key:
-            self._forms[name] = (key, quantize_experts(weight, recipe, noise))
-        return self._forms[name][1]
-
-    def __getstate__(self):
-        return self.__dict__ | {"_forms": {}}  # copies and pickles quantize anew
+        """Forget the quantized weights; needed only after writing through `.data` by hand."""
+        self._up_forms.clear()
+        self._down_forms.clear()
 
 
 class MoE(nn.Module):

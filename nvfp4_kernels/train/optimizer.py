@@ -28,14 +28,9 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> t
     groups = [g for g in groups if g["params"]]
     options = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8}
     try:
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
     except RuntimeError:  # a device without a fused kernel says so here
-        optimizer = torch.optim.AdamW(groups, foreach=True, **options)
-    # The fused step of torch 2.13 changes parameters without counting their version up, by which a quantized weight
-    # that is kept from step to step is known to be out of date.
-    parameters = [p for g in groups for p in g["params"]]
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
-    return optimizer
+        return torch.optim.AdamW(groups, foreach=True, **options)
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

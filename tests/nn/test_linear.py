@@ -22,9 +22,10 @@ def count_quantized_weights(monkeypatch):
     return lambda: sum(spec is not None and spec.block == "16x16" for spec in calls)
 
 
-def test_weight_is_quantized_once_a_step(monkeypatch):
+@pytest.mark.parametrize("option", ["fused", "foreach", "capturable"])
+def test_weight_is_quantized_once_a_step(monkeypatch, option):
     layer = nk.Linear(32, 48, recipe=NVFP4)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{option: option != "capturable"})
     counted = count_quantized_weights(monkeypatch)
     for step in range(3):
         for _ in range(4):

@@ -1,0 +1,50 @@
+"""The quantized forms of a weight, kept from one optimizer step to the next so that all micro-batches of a step share them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nvfp4_kernels.recipe import LinearRecipe
+
+# Optimizer steps of this process. A weight's own version does not tell: the fused optimizers of torch 2.13 leave it as it was.
+_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class FormsCache:
+    """What `make(weight, recipe, noise)` gave, made anew after an optimizer's step, a change in place or another recipe.
+
+    Whoever writes through `weight.data` outside of a torch.optim.Optimizer calls `clear()`: nothing in torch tells of it.
+    Copies and pickles of a cache are empty.
+    """
+
+    def __init__(self, make: Callable):
+        self._make = make
+        self.clear()
+
+    def clear(self) -> None:
+        self._key, self._forms = None, None
+
+    def get(self, weight: Tensor, recipe: LinearRecipe, noise: Tensor | None):
+        """The forms; None where the recipe quantizes nothing, and while compiling, where the graph makes them."""
+        if not recipe.quantized or torch.compiler.is_compiling():
+            return None
+        key = (_steps, weight._version, weight.data_ptr(), recipe)
+        if key != self._key:
+            self._key, self._forms = key, self._make(weight, recipe, noise)
+        return self._forms
+
+    def __deepcopy__(self, memo) -> "FormsCache":
+        return FormsCache(self._make)
+
+    def __reduce__(self):
+        return FormsCache, (self._make,)
