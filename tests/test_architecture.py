@@ -26,9 +26,7 @@ STOREYS = {
     "cli": 10,
     "__main__": 11,
     "__init__": 11,
-    "testing": 11,
 }
-NEIGHBOURS_STRANGERS = {"train", "generate"}  # one storey, but they do not know each other
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py"))
 CSRC = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
 
