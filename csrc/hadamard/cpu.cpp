@@ -28,10 +28,15 @@ void transform_rows(const Matrix& x, u32 signs, Brain* out, i64 begin, i64 end) 
 }  // namespace
 
 int hadamard(const HadamardParams& p) {
-    const Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
+    Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
+    if (x.col_stride == 1 && x.row_stride == x.cols && x.cols % 16 == 0 && x.cols > 16) {
+        // contiguous rows are one list of runs: read and written in order
+        x.rows = x.rows * (x.cols / 16);
+        x.cols = x.row_stride = 16;
+    }
     const i64 most = p.rows * p.cols / 16384 + 1;
     auto body = [&](int t, int n) {
-        const Range rows = part(p.rows, 16, t, n);
+        const Range rows = part(x.rows, 16, t, n);
         with_dtype(p.dtype, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
             transform_rows<T>(x, p.signs, reinterpret_cast<Brain*>(p.out), rows.begin, rows.end);
