@@ -65,6 +65,11 @@ def test_train_step(benchmark, name):
     first = step()
     assert abs(first - 5.56) < 0.6, "a fresh model on random bytes begins near ln 260"
     benchmark.extra_info.update(
-        op="train", case=f"tiny {BATCH}x{LENGTH}", backend=backend, dtype=name, items=BATCH * LENGTH, yardstick=yardstick
+        op="train",
+        case=f"tiny {BATCH}x{LENGTH}",
+        backend=backend,
+        dtype=name,
+        items=BATCH * LENGTH,
+        yardstick=yardstick,
     )
     benchmark.pedantic(step, rounds=6, warmup_rounds=2)

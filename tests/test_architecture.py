@@ -88,7 +88,9 @@ def test_no_twins():
         code = [line for line in lines if len(line) > 3 and not aside.match(line)]
         for i in range(len(code) - width + 1):
             window = tuple(code[i : i + width])
-            assert seen.setdefault(window, (path, i)) == (path, i), f"{path} repeats {seen[window][0]}: {window[0]!r} ..."
+            assert seen.setdefault(window, (path, i)) == (path, i), (
+                f"{path} repeats {seen[window][0]}: {window[0]!r} ..."
+            )
 
 
 def test_no_code_in_package_files():

@@ -1,6 +1,7 @@
 """nvfp4 bench: runs benchmarks/bench_<op>.py under pytest-benchmark and prints one table."""
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -121,7 +122,12 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
 
     ran = {key(row) for row in rows}
     kept = [row for row in json.loads(target.read_text())["rows"] if key(row) not in ran] if target.exists() else []
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+    )
     header = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
         "device": chip.name,
         "arch": chip.arch,
         "torch": torch.__version__,

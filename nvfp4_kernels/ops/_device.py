@@ -6,7 +6,13 @@ import torch
 
 # Compute capability -> (FP4 tensor cores by instruction, stochastic-rounding conversion). Sources: PTX ISA 9, sections
 # tcgen05.mma, mma.sync and cvt: cvt.rs exists on sm_100a and sm_103a alone, so that every other chip rounds in software.
-FP4_TENSOR_CORES = {(10, 0): "tcgen05", (10, 3): "tcgen05", (11, 0): "tcgen05", (12, 0): "mma.sync", (12, 1): "mma.sync"}
+FP4_TENSOR_CORES = {
+    (10, 0): "tcgen05",
+    (10, 3): "tcgen05",
+    (11, 0): "tcgen05",
+    (12, 0): "mma.sync",
+    (12, 1): "mma.sync",
+}
 HARDWARE_STOCHASTIC = {(10, 0), (10, 3)}
 
 

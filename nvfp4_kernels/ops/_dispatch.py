@@ -86,4 +86,7 @@ def select(op: str, *args) -> ModuleType:
         if name in TABLE[op] and implementation(op, name).refuses(*args) is None:
             return implementation(op, name)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(op, *args).items())
-    raise Refused(f"{op}: no allowed backend can serve this call ({reasons})")
+    others = (
+        f"; allow more, as in NVFP4_BACKEND={_forced[0]},reference" if _forced and "reference" not in _forced else ""
+    )
+    raise Refused(f"{op}: no allowed backend can serve this call ({reasons}){others}")
