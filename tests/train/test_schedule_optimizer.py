@@ -56,17 +56,6 @@ def test_only_matrices_decay():
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def test_a_step_counts_the_versions_up():
-    """Caches of quantized weights go by it; torch's fused step does not do it by itself."""
-    model = Toy()
-    optimizer = build_optimizer(model, 0.1)
-    before = {name: p._version for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert all(p._version > before[name] for name, p in model.named_parameters())
-
-
 def test_half_precision_masters_are_refused():
     with pytest.raises(ValueError, match=r"model: got torch.bfloat16 for A_log; allowed: float32"):
         build_optimizer(Toy().bfloat16(), 0.1)
