@@ -14,3 +14,47 @@ def register(schema: str, run, fake) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4::{name}", fake, lib=LIBRARY)
+
+
+def register_differentiable(name: str, arguments: str, outputs: int, run, fake, backward, gradients: int) -> None:
+    """Define `nvfp4::<name>` and `nvfp4::<name>_backward`, the derivative of the one being the other.
+
+    arguments: the schema's arguments, tensors first. Of these the first `gradients` are differentiable, and all tensors
+        are kept for backward, nothing else: what backward needs beside them it forms again.
+    backward: takes the gradients of the outputs (None where unused), then the arguments; returns a gradient for each
+        differentiable argument, None where that is None or its gradient is.
+    """
+    tensors = sum(part.strip().startswith("Tensor") for part in arguments.split(","))
+    grads = ", ".join(f"Tensor? grad{i}" for i in range(outputs))
+    returns = ", ".join(["Tensor"] * gradients)
+
+    def run_backward(*given):
+        nothing = given[outputs].new_empty(0)
+        return tuple(nothing.clone() if g is None else g.contiguous() for g in backward(*given))
+
+    def fake_backward(*given):
+        inputs = given[outputs : outputs + gradients]
+        return tuple(
+            inputs[0].new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in inputs
+        )
+
+    results = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+    register(f"{name}({arguments}) -> {results}", run, fake)
+    register(f"{name}_backward({grads}, {arguments}) -> ({returns})", run_backward, fake_backward)
+    call = getattr(torch.ops.nvfp4, f"{name}_backward")
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def derivative(ctx, *dys):
+        if all(dy is None for dy in dys):
+            return (None,) * (tensors + len(ctx.options))
+        inputs = ctx.saved_tensors
+        made = call(*dys, *inputs, *ctx.options)
+        made = [g if x is not None else None for g, x in zip(made, inputs, strict=False)]
+        return *made, *[None] * (tensors - gradients + len(ctx.options))
+
+    torch.library.register_autograd(f"nvfp4::{name}", derivative, setup_context=setup_context, lib=LIBRARY)

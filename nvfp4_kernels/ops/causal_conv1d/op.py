@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register_differentiable
 
 
 def causal_conv1d(
@@ -55,8 +56,9 @@ def causal_conv1d(
         require(
             tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
         )
-    arguments = (x, weight, bias, activation, initial_state, return_state, cu_seqlens)
-    return select("causal_conv1d", *arguments).run(*arguments)
+    silu = activation == "silu"
+    y, state = torch.ops.nvfp4.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
+    return (y, state) if return_state else y
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
@@ -69,3 +71,29 @@ def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
         "[sequences + 1]",
     )
     require(cu_seqlens.device == x.device, "cu_seqlens", f"device {cu_seqlens.device}", f"{x.device}, where x is")
+
+
+def _run(*arguments) -> tuple[Tensor, Tensor]:
+    return select("causal_conv1d", *arguments).run(*arguments)
+
+
+def _backward(dy, dstate, x, *rest) -> tuple[Tensor | None, ...]:
+    dy = torch.zeros_like(x) if dy is None else dy
+    return select("causal_conv1d", x, *rest).backward(dy, dstate, x, *rest)
+
+
+def _fake(x, weight, bias, initial_state, cu_seqlens, silu) -> tuple[Tensor, Tensor]:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(sequences, weight.shape[0], weight.shape[1] - 1)
+
+
+register_differentiable(
+    "causal_conv1d",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu",
+    2,
+    _run,
+    _fake,
+    _backward,
+    4,
+)

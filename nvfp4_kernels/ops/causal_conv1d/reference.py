@@ -1,95 +1,83 @@
-"""One depthwise convolution over rows that each start with width - 1 inputs of history: zeros or the given state.
-
-Rows lie channels-last, [row, length, channels]: as an image of height 1 that is the layout which oneDNN convolves in place.
-"""
+"""width shifted products, over rows that each start with width - 1 inputs of history: zeros or the given state."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def refuses(x, weight, bias, activation, initial_state, return_state, cu_seqlens) -> str | None:
+def refuses(*arguments) -> str | None:
     return None
 
 
 def run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    history, ys, states = weight.shape[1] - 1, [], []
+    for part, state in _sequences(cu_seqlens, initial_state, x):
+        rows = _rows(part, state, history)
+        pre = _convolve(rows, weight, bias)
+        ys.append((F.silu(pre) if silu else pre).to(x.dtype))
+        states.append(rows[:, rows.shape[1] - history :].transpose(1, 2).to(x.dtype))
+    return torch.cat(ys, 1).view(x.shape), torch.cat(states).contiguous()
+
+
+def backward(
+    dy: Tensor,
+    dstate: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
     initial_state: Tensor | None,
-    return_state: bool,
     cu_seqlens: Tensor | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    batch, length, channels = x.shape
-    history = weight.shape[1] - 1
-    if cu_seqlens is not None:
-        starts = cu_seqlens.long()
-        tokens = torch.arange(batch * length, device=x.device)
-        sequence = torch.bucketize(tokens, starts[1:], right=True)
-        x, places = x.reshape(1, -1, channels), tokens + history * (sequence + 1)
-    if initial_state is None and cu_seqlens is None:
-        rows = F.pad(x, (0, 0, history, 0))
-    elif cu_seqlens is None:
-        rows = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], 1)
-    else:
-        rows = _spread(x[0], places, starts, initial_state, history)
-    y = _Conv.apply(rows, weight, bias, activation)
-    if cu_seqlens is not None:
-        y = y[0].index_select(0, places - history).view(batch, length, channels)
-    if not return_state:
-        return y
+    silu: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and initial_state."""
+    width = weight.shape[1]
+    dxs, dinitials, dweight, dbias = [], [], 0, 0
+    inputs = zip(_sequences(cu_seqlens, initial_state, x), _sequences(cu_seqlens, dstate, dy), strict=True)
+    for (part, state), (dpre, dlast) in inputs:
+        rows, dpre = _rows(part, state, width - 1), _wide(dpre)
+        if silu:
+            pre = _convolve(rows, weight, bias)
+            sigmoid = torch.sigmoid(pre)
+            dpre = dpre * sigmoid * (1 + pre * (1 - sigmoid))
+        length = dpre.shape[1]
+        drows = torch.zeros_like(rows)
+        for k in range(width):
+            drows[:, k : k + length] += dpre * weight[:, k]
+        dweight = dweight + torch.stack([(rows[:, k : k + length] * dpre).sum((0, 1)) for k in range(width)], 1)
+        dbias = dbias + dpre.sum((0, 1))
+        if dlast is not None:
+            drows[:, length:] += dlast.transpose(1, 2)
+        dxs.append(drows[:, width - 1 :])
+        dinitials.append(drows[:, : width - 1].transpose(1, 2))
+    dinitial = None if initial_state is None else torch.cat(dinitials).to(initial_state.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return torch.cat(dxs, 1).view(x.shape).to(x.dtype), dweight.to(weight.dtype), dbias, dinitial
+
+
+def _sequences(cu_seqlens: Tensor | None, states: Tensor | None, x: Tensor):
+    """(tokens, state or None) of each sequence; all at once where each row is a sequence."""
     if cu_seqlens is None:
-        return y, rows[:, -history:].transpose(1, 2)
-    ends = starts[1:] + history * torch.arange(1, starts.numel(), device=x.device)
-    return y, rows[0][ends[:, None] + torch.arange(-history, 0, device=x.device)].transpose(1, 2)
+        yield x, states
+        return
+    bounds, flat = cu_seqlens.tolist(), x.reshape(1, -1, x.shape[2])
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        yield flat[:, start:end], None if states is None else states[i : i + 1]
 
 
-def _spread(x: Tensor, places: Tensor, starts: Tensor, initial_state: Tensor | None, history: int) -> Tensor:
-    """All sequences in one row, each behind its own history."""
-    sequences = starts.numel() - 1
-    row = x.new_zeros(x.shape[0] + sequences * history, x.shape[1]).index_copy(0, places, x)
-    if initial_state is not None:
-        heads = starts[:-1, None] + history * torch.arange(sequences, device=x.device)[:, None]
-        heads = (heads + torch.arange(history, device=x.device)).view(-1)
-        row = row.index_copy(0, heads, initial_state.transpose(1, 2).reshape(-1, x.shape[1]).to(x.dtype))
-    return row[None]
-
-
-class _Conv(torch.autograd.Function):
-    """Forward and the gradient of the input by oneDNN; that of the weight as sums of products, which beats oneDNN's 3x."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-        pre = _convolve(rows, weight, bias)
-        ctx.save_for_backward(rows, weight, pre if activation else None)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.silu(pre) if activation else pre
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        rows, weight, pre = ctx.saved_tensors
-        dpre = dy if pre is None else torch.ops.aten.silu_backward(dy, pre)
-        width, length = weight.shape[1], dy.shape[1]
-        drows = (
-            _convolve(F.pad(dpre, (0, 0, width - 1, width - 1)), weight.flip(1), None)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        dweight = torch.stack([_sum_tokens(rows[:, k : k + length] * dpre) for k in range(width)], 1).to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else _sum_tokens(dpre).to(ctx.bias_dtype)
-        return drows, dweight, dbias, None
+def _rows(x: Tensor, state: Tensor | None, history: int) -> Tensor:
+    """[row, history + length, channels] in fp32 or fp64."""
+    x = _wide(x)
+    return F.pad(x, (0, 0, history, 0)) if state is None else torch.cat([state.transpose(1, 2).to(x.dtype), x], 1)
 
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    image = rows.transpose(1, 2).unsqueeze(2)  # [row, channels, 1, length], channels-last
-    kernel = weight.to(rows.dtype)[:, None, None, :]
-    y = F.conv2d(image, kernel, None if bias is None else bias.to(rows.dtype), groups=rows.shape[2])
-    return y.squeeze(2).transpose(1, 2)
+    width = weight.shape[1]
+    length = rows.shape[1] - width + 1
+    y = sum(rows[:, k : k + length] * weight[:, k] for k in range(width))
+    return y if bias is None else y + bias
 
 
-def _sum_tokens(x: Tensor) -> Tensor:
-    """[channels] of [row, length, channels]; as a product with ones, whose sums run in fp32 and on all threads."""
-    x = x.reshape(-1, x.shape[-1])
-    return (x.new_ones(1, x.shape[0]) @ x)[0]
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,9 +1,11 @@
 """gated_rms_norm: Mamba-2's output norm, RMS over groups of channels, of the gated scan."""
 
+import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register_differentiable
 
 
 def gated_rms_norm(
@@ -41,5 +43,27 @@ def gated_rms_norm(
     if z is not None:
         require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
         require(z.dtype == x.dtype, "z", z.dtype, f"{x.dtype}, as x", TypeError)
-    arguments = (x, z, weight, eps, group_size, norm_before_gate)
+    return torch.ops.nvfp4.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
+
+
+def _run(*arguments) -> Tensor:
     return select("gated_rms_norm", *arguments).run(*arguments)
+
+
+def _backward(dy: Tensor, *arguments) -> tuple[Tensor | None, ...]:
+    return select("gated_rms_norm", *arguments).backward(dy, *arguments)
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+register_differentiable(
+    "gated_rms_norm",
+    "Tensor x, Tensor? z, Tensor weight, float eps, int group_size, bool norm_before_gate",
+    1,
+    _run,
+    _fake,
+    _backward,
+    3,
+)

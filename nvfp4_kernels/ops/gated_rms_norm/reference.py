@@ -1,73 +1,47 @@
-"""u = x silu(z); y = w u / rms(u) by groups. Only x, z and the inverse rms are kept for backward."""
+"""u = x silu(z); y = w u / rms(u) by groups, or the gate behind the norm. `backward` forms u and rms(u) again."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**18  # elements done at a time
 
-
-def refuses(x, z, weight, eps, group_size, norm_before_gate) -> str | None:
+def refuses(*arguments) -> str | None:
     return None
 
 
 def run(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
-    if norm_before_gate and z is not None:
-        normed = _Norm.apply(_wide(x), None, weight, eps, group_size)
-        return (normed * F.silu(_wide(z))).to(x.dtype)
-    return _Norm.apply(x, z, weight, eps, group_size)
+    wide, gate = _wide(x), None if z is None else F.silu(_wide(z))
+    u = wide if gate is None or norm_before_gate else wide * gate
+    normed = (u.unflatten(-1, (-1, group_size)) * _rstd(u, group_size, eps)).flatten(-2) * weight
+    return (normed * gate if norm_before_gate and gate is not None else normed).to(x.dtype)
 
 
-class _Norm(torch.autograd.Function):
-    """Written out, since autograd would keep six fp32 copies of x; a few rows at a time, which stay in the cache."""
+def backward(
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradients of x, z and weight. With n = u / rms(u): du = (dn - n <n, dn> / size) / rms(u)."""
+    wide, wide_z, dy = _wide(x), None if z is None else _wide(z), _wide(dy)
+    sigmoid = None if z is None else torch.sigmoid(wide_z)
+    gate = 1 if z is None else wide_z * sigmoid
+    u = wide if norm_before_gate else wide * gate
+    rstd = _rstd(u, group_size, eps)
+    n = (u.unflatten(-1, (-1, group_size)) * rstd).flatten(-2)
+    dnormed = dy * gate if norm_before_gate else dy
+    dweight = (dnormed * n).flatten(0, -2).sum(0).to(weight.dtype)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-        y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        out = y.view(-1, x.shape[-1])
-        for rows, (u, gate) in _blocks(x, z):
-            u = u if gate is None else F.silu(gate, inplace=True).mul_(u)
-            groups = u.unflatten(-1, (-1, group_size))
-            rstd.append(torch.linalg.vecdot(groups, groups).div_(group_size).add_(eps).rsqrt_().unsqueeze_(-1))
-            out[rows] = (groups * rstd[-1]).flatten(-2).mul_(weight)
-        ctx.save_for_backward(x, z, weight, torch.cat(rstd))
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, z, weight, rstd = ctx.saved_tensors
-        dx, dz = (t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
-        dx_rows, dz_rows = (t if t is None else t.view(-1, x.shape[-1]) for t in (dx, dz))
-        dweight = torch.zeros_like(weight)
-        for rows, (u, dn, gate) in _blocks(x, dy, z):
-            if gate is not None:
-                sigmoid = torch.sigmoid(gate)
-                wide_x, gate = u, gate.mul_(sigmoid)
-                u = u * gate
-            n = u.unflatten(-1, (rstd.shape[1], -1)).mul(rstd[rows])
-            dweight += (n.flatten(-2) * dn).sum(0)
-            dn = dn.mul_(weight).view_as(n)
-            shared = torch.linalg.vecdot(n, dn).unsqueeze_(-1).div_(-n.shape[-1])
-            du = dn.addcmul_(n, shared).mul_(rstd[rows]).flatten(-2)  # rstd (dn - n <n, dn> / size)
-            if gate is None:
-                dx_rows[rows] = du
-                continue
-            # silu'(z) = sigmoid (1 + z (1 - sigmoid)) = sigmoid + gate - gate sigmoid
-            slope = torch.addcmul(gate, gate, sigmoid, value=-1).add_(sigmoid)
-            dz_rows[rows] = slope.mul_(du).mul_(wide_x)
-            dx_rows[rows] = gate.mul_(du)
-        return dx, dz, dweight, None, None
+    groups, dn = n.unflatten(-1, (-1, group_size)), (dnormed * weight).unflatten(-1, (-1, group_size))
+    du = ((dn - groups * (groups * dn).mean(-1, keepdim=True)) * rstd).flatten(-2)
+    dx = du if norm_before_gate else du * gate
+    if z is None:
+        return dx.to(x.dtype), None, dweight
+    dgate = dy * n * weight if norm_before_gate else du * wide
+    dz = dgate * sigmoid * (1 + wide_z * (1 - sigmoid))
+    return dx.to(x.dtype), dz.to(z.dtype), dweight
 
 
-def _blocks(*tensors: Tensor | None):
-    """(rows, the tensors' rows in fp32 or fp64, as copies) a few at a time; None stays None."""
-    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in tensors]
-    wide = torch.float64 if flat[0].dtype == torch.float64 else torch.float32
-    step = max(1, BLOCK // max(flat[0].shape[1], 1))
-    for start in range(0, max(flat[0].shape[0], 1), step):
-        rows = slice(start, start + step)
-        yield rows, [None if t is None else t[rows].to(wide, copy=True) for t in flat]
+def _rstd(u: Tensor, group_size: int, eps: float) -> Tensor:
+    """1 / rms of each group: [..., groups, 1]."""
+    return torch.rsqrt(u.unflatten(-1, (-1, group_size)).square().mean(-1, keepdim=True) + eps)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._gate import gate
+from nvfp4_kernels.ops._library import register_differentiable
 from nvfp4_kernels.ops.causal_conv1d.op import check_cu_seqlens
 
 
@@ -69,23 +72,12 @@ def selective_scan(
         require(
             tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
         )
-    arguments = (
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        dt_softplus,
-        dt_limit,
-        initial_state,
-        return_state,
-        cu_seqlens,
-        chunk_size,
+    low, high = map(float, dt_limit)
+    y, last = torch.ops.nvfp4.selective_scan(
+        x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size
     )
-    return select("selective_scan", *arguments).run(*arguments)
+    y = y if z is None else gate(y, z)
+    return (y, last) if return_state else y
 
 
 def check_per_head(x: Tensor, A: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
@@ -103,3 +95,32 @@ def check_per_head(x: Tensor, A: Tensor, D: Tensor | None, z: Tensor | None, dt_
         require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
     if dt_bias is not None:
         require(tuple(dt_bias.shape) == (heads,), "dt_bias", f"shape {list(dt_bias.shape)}", f"[{heads}]")
+
+
+def _run(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size):
+    arguments = (x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size)
+    return select("selective_scan", *arguments).run(*arguments)
+
+
+def _backward(dy, dstate, x, *rest):
+    dy = torch.zeros_like(x) if dy is None else dy
+    return select("selective_scan", x, *rest).backward(dy, dstate, x, *rest)
+
+
+def _fake(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(sequences, *x.shape[2:], B.shape[3], dtype=wide)
+
+
+register_differentiable(
+    "selective_scan",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens, bool dt_softplus, float low, float high, int chunk_size",
+    2,
+    _run,
+    _fake,
+    _backward,
+    8,
+)

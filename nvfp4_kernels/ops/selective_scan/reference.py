@@ -3,8 +3,8 @@
 With a = cumsum(A dt) inside a chunk (Mamba-2, section 6):
     y_i    = exp(a_i) C_i S + sum_{j <= i} exp(a_i - a_j) dt_j (C_i . B_j) x_j + D x_i
     S_next = exp(a_last) S + sum_j exp(a_last - a_j) dt_j x_j B_j^T
-dt_j rides in the exponent and D on the diagonal of the sum's matrix, which saves passes over tensors as large as x.
-Exponents are clamped before the exponential sees them: no discarded value can overflow, and gradients stay finite.
+`backward` is the derivative of these lines; the chunks' states and the decays, larger than the inputs, are formed again.
+Shapes in here: r rows (batch x groups), c chunks, q tokens of a chunk, h heads of a group, p head_dim, n state.
 """
 
 import math
@@ -13,16 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG2E = math.log2(math.e)  # exp2 takes a quarter of exp's time on a CPU
-# Factors within a chunk stay within 2^-64, which vanishes beside 1 even in fp64, and 2^64: subnormal numbers, which A dt
-# reaches soon, make a multiplication on a CPU ten times slower. The upper end is met only where the result is discarded.
-RANGE = (-64.0, 64.0)
-BLOCK = 2**19
 
-
-def refuses(
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_state, cu_seqlens, chunk_size
-) -> str | None:
+def refuses(*arguments) -> str | None:
     return None
 
 
@@ -43,7 +35,7 @@ def recurrence(
     """y and the last state, in `dtype`, one token after the other: what `run` must equal up to rounding."""
     x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.to(dtype) for t in (x, dt, A, B, C, D, z, dt_bias))
     batch, length, heads, head_dim = x.shape
-    step = steps(dt, dt_bias, dt_softplus, dt_limit)
+    step = steps(dt, dt_bias, dt_softplus, *dt_limit)
     B, C = (t.repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
     state = x.new_zeros(batch, heads, head_dim, B.shape[3]) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -53,252 +45,179 @@ def recurrence(
         outputs.append((state * C[:, t, :, None, :]).sum(-1))
     y = torch.stack(outputs, 1)
     if D is not None:
-        y = y + x * (D if D.dim() == 2 else D[:, None])
+        y = y + x * _per_channel(D)
     return (y if z is None else y * F.silu(z)), state
 
 
-def steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+def steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, low: float, high: float) -> Tensor:
     """softplus(dt + bias) in fp32 or better, clamped. logaddexp keeps the relative accuracy of small steps."""
-    dt = dt if dt.dtype == torch.float64 else dt.float()
-    dt = dt if dt_bias is None else dt + dt_bias
+    dt = _wide(dt) if dt_bias is None else _wide(dt) + dt_bias
     dt = torch.logaddexp(dt, torch.zeros_like(dt)) if dt_softplus else dt
-    return dt if tuple(dt_limit) == (0.0, math.inf) and dt_softplus else dt.clamp(*dt_limit)
+    return dt.clamp(low, high)
 
 
 def run(
-    x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_state, cu_seqlens, chunk_size
-) -> Tensor | tuple[Tensor, Tensor]:
-    step = steps(dt, dt_bias, dt_softplus, dt_limit)
-    if cu_seqlens is not None and (initial_state is not None or return_state):
-        y, state = _each_sequence(x, step, A, B, C, D, initial_state, cu_seqlens.tolist(), chunk_size)
-    else:
-        y, state = _chunked(x, step, A, B, C, D, initial_state, _restarts(x, cu_seqlens), chunk_size)
-    y = y if z is None else (y * F.silu(z if z.dtype == torch.float64 else z.float())).to(x.dtype)
-    return (y, state) if return_state else y
+    x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size
+) -> tuple[Tensor, Tensor]:
+    step = steps(dt, dt_bias, dt_softplus, low, high)
+    ys, lasts = [], []
+    for xs, ss, bs, cs, state in _sequences(cu_seqlens, initial_state, x, step, B, C):
+        folded = _fold_all(xs, ss, A, bs, cs, chunk_size)
+        states, last = _states(folded, _first(xs, bs, state))
+        y = _unfold(_outputs(folded, states), xs)
+        ys.append((y if D is None else y + xs * _per_channel(D)).to(x.dtype))
+        lasts.append(last.view(xs.shape[0], *xs.shape[2:], B.shape[3]))
+    return torch.cat(ys, 1).view(x.shape), torch.cat(lasts)
 
 
-def _restarts(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """int [batch, length]: how many sequences have started in the row so far, its own start not counted; None if none does."""
-    batch, length = x.shape[:2]
-    if cu_seqlens is None:
-        return None
-    starts = torch.zeros(batch * length + 1, dtype=torch.int32, device=x.device)
-    starts[cu_seqlens.long()] = 1
-    starts = starts[:-1].view(batch, length)
-    starts[:, 0] = 0
-    return starts.cumsum(1, dtype=torch.int32) if starts.any() else None
-
-
-def _each_sequence(x, step, A, B, C, D, initial_state, bounds: list[int], chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Sequences one by one: the path for those that carry a state in or out, which training does not."""
-    flat = [t.reshape(1, -1, *t.shape[2:]) for t in (x, step, B, C)]
-    ys, states = [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        xs, ss, bs, cs = (t[:, start:end] for t in flat)
-        state = None if initial_state is None else initial_state[i : i + 1]
-        y, state = _chunked(xs, ss, A, bs, cs, D, state, None, chunk_size)
-        ys.append(y)
-        states.append(state)
-    return torch.cat(ys, 1).view_as(x), torch.cat(states)
-
-
-def _chunked(x, step, A, B, C, D, initial_state, restarts, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Fold groups into the batch and cut the time axis; the last chunk is padded with steps of 0, which change no state."""
-    batch, length, heads, head_dim = x.shape
-    groups, size = B.shape[2:]
-    chunk = min(chunk_size, max(length, 1))
-    chunks = max(-(-length // chunk), 1)
-    pad = chunks * chunk - length
-
-    def fold(t: Tensor) -> Tensor:  # [batch, length, groups * k, ...] -> [batch * groups, chunks, chunk, k, ...]
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
-        t = t.unflatten(2, (groups, -1)).unflatten(1, (chunks, chunk))
-        return t.movedim(3, 1).flatten(0, 1)
-
-    if restarts is not None:
-        restarts = F.pad(restarts, (0, pad), value=int(restarts.max()) + 1) if pad else restarts
-        restarts = restarts.view(batch, chunks, chunk).repeat_interleave(groups, 0)
-    if initial_state is None:
-        state = step.new_zeros(batch * groups, heads // groups * head_dim, size)
-    else:
-        state = initial_state.to(step.dtype).reshape(batch * groups, -1, size)
-    # cumsum within a sequence: as a product with the mask, so that what came before the sequence costs it no digits
-    decay = torch.matmul(_seen(chunk, restarts, x.device).to(step.dtype), fold(step * A))
-    skip = None
-    if D is not None and D.dim() == 1:
-        skip = (
-            D.to(step.dtype).view(groups, 1, -1).expand(batch, groups, chunks, -1).reshape(batch * groups, chunks, -1)
+def backward(
+    dy, dstate, x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, dt, A, B, C, D, dt_bias and initial_state; None for those not given."""
+    step = steps(dt, dt_bias, dt_softplus, low, high)
+    parts = []
+    inputs = zip(
+        _sequences(cu_seqlens, initial_state, x, step, B, C), _sequences(cu_seqlens, dstate, dy), strict=True
+    )
+    for (xs, ss, bs, cs, state), (dys, dlast) in inputs:
+        folded, dys_folded = _fold_all(xs, ss, A, bs, cs, chunk_size), _fold(dys, bs.shape[2], chunk_size)
+        first = _first(xs, bs, state)
+        states, _ = _states(folded, first)
+        dlast = torch.zeros_like(first) if dlast is None else dlast.to(first.dtype).reshape(first.shape)
+        *grads, dfirst = _gradients(folded, states, dys_folded, dlast)
+        parts.append(
+            [_unfold(g, t) for g, t in zip(grads, (xs, ss, ss, bs, cs), strict=True)]
+            + [dfirst.view(xs.shape[0], *xs.shape[2:], B.shape[3])]
         )
-    y, state = _Chunks.apply(fold(x), fold(step), decay, fold(B).squeeze(3), fold(C).squeeze(3), skip, state, restarts)
-    y = y.unflatten(0, (batch, groups)).movedim(1, 3).reshape(batch, chunks * chunk, heads, head_dim)[:, :length]
-    y = (y + x * D).to(x.dtype) if D is not None and D.dim() == 2 else y
-    return y, state.view(batch, heads, head_dim, size)
+    dx, dstep, drate, dB, dC = (
+        torch.cat(t, 1).view(like.shape)
+        for t, like in zip(list(zip(*parts, strict=True))[:5], (x, dt, dt, B, C), strict=True)
+    )
+    dinitial = None if initial_state is None else torch.cat([p[5] for p in parts]).to(initial_state.dtype)
+
+    dD = None
+    if D is not None:
+        dx = dx + dy * _per_channel(D)
+        dD = (_wide(dy) * _wide(x)).sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
+    dA = (drate * step).sum((0, 1)).to(A.dtype)  # drate: of A dt, token by token
+    dstep = (dstep + drate * A) * ((step > low) & (step < high))  # clamped steps have no slope
+    if dt_softplus:
+        dstep = dstep * torch.sigmoid(_wide(dt) if dt_bias is None else _wide(dt) + dt_bias)
+    dbias = None if dt_bias is None else dstep.sum((0, 1)).to(dt_bias.dtype)
+    return dx.to(x.dtype), dstep.to(dt.dtype), dA, dB.to(B.dtype), dC.to(C.dtype), dD, dbias, dinitial
 
 
-class _Chunks(torch.autograd.Function):
-    """x [r, c, q, h, p], step and decay [r, c, q, h], B and C [r, c, q, n], skip [r, c, h] or None, state [r, h * p, n].
-
-    r: batch x groups, c: chunks, q: tokens of a chunk, h: heads of a group, p: head_dim, n: state. Rows are done a few at a
-    time, which bounds what is formed in between. Backward keeps the inputs and the chunks' states alone and forms the decays
-    [r, c, h, q, q] again, since they are larger than all of these.
-    """
-
-    @staticmethod
-    def forward(ctx, x, step, decay, B, C, skip, state, restarts):
-        inputs = (x, step, decay, B, C, skip, restarts)
-        parts = [_forward(*_take(inputs, rows), state[rows]) for rows in _blocks(x)]
-        y, states, last = map(_join, zip(*parts, strict=True))
-        ctx.save_for_backward(*inputs, states)
-        return y, last
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dlast):
-        inputs = ctx.saved_tensors
-        parts = [_backward(*_take(inputs, rows), dy[rows], dlast[rows]) for rows in _blocks(dy)]
-        dx, dstep, ddecay, dB, dC, dskip, dstate = map(_join, zip(*parts, strict=True))
-        return dx, dstep, ddecay, dB, dC, dskip, dstate, None
+def _sequences(cu_seqlens: Tensor | None, states: Tensor | None, *tensors: Tensor):
+    """(each sequence's tokens of the tensors, its state or None); all at once where each row is a sequence."""
+    if cu_seqlens is None:
+        yield (*tensors, states)
+        return
+    bounds = cu_seqlens.tolist()
+    flat = [t.reshape(1, -1, *t.shape[2:]) for t in tensors]
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        yield (*(t[:, start:end] for t in flat), None if states is None else states[i : i + 1])
 
 
-def _blocks(x: Tensor) -> list[slice]:
-    """Slices of rows of about 2^19 elements of x."""
-    rows = max(1, BLOCK // max(x[0].numel(), 1)) if x.shape[0] else 1
-    return [slice(i, i + rows) for i in range(0, max(x.shape[0], 1), rows)]
+def _fold(t: Tensor, groups: int, chunk_size: int) -> Tensor:
+    """[batch, length, groups * k, ...] -> [r, c, q, k, ...]; the last chunk is padded with zeros: steps of 0 change no state."""
+    length = t.shape[1]
+    chunk = min(chunk_size, max(length, 1))
+    pad = max(-(-length // chunk), 1) * chunk - length
+    t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk)).unflatten(3, (groups, -1))
+    return t.movedim(3, 1).flatten(0, 1)
 
 
-def _take(tensors, rows: slice) -> list[Tensor | None]:
-    return [None if t is None else t[rows] for t in tensors]
+def _unfold(t: Tensor, like: Tensor) -> Tensor:
+    """The inverse of _fold, for a tensor whose shape begins as that of `like`."""
+    batch, length = like.shape[:2]
+    t = t.unflatten(0, (batch, -1)).movedim(1, 3).flatten(3, 4).flatten(1, 2)
+    return t[:, :length]
 
 
-def _join(parts) -> Tensor | None:
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+def _fold_all(x, step, A, B, C, chunk_size: int) -> tuple[Tensor, ...]:
+    """x [r, c, q, h, p], step and a = cumsum(A dt) [r, c, q, h], B and C [r, c, q, n], in fp32 or fp64."""
+    groups = B.shape[2]
+    x, step, rate, B, C = (_fold(_wide(t), groups, chunk_size) for t in (x, step, step * A, B, C))
+    return x, step, rate.cumsum(2), B.squeeze(3), C.squeeze(3)
 
 
-def _forward(x, step, decay, B, C, skip, restarts, state) -> tuple[Tensor, Tensor, Tensor]:
-    """y [r, c, q, h, p], the state before each chunk [r, c, h * p, n] and after the last."""
-    r, c, q, h, p = x.shape
-    narrow = x.dtype if x.dtype == torch.bfloat16 else decay.dtype  # of the operands of the products over p, q and n
-    x, B, C = x.reshape(r * c, q, h, p), B.reshape(r * c, q, -1), C.reshape(r * c, q, -1)
-    into, onto, through = _decays(decay, step, restarts)
-    made = torch.bmm(_scaled(x, onto).to(narrow).flatten(2).mT, B.to(narrow))  # [r * c, h * p, n]
-    states, last = _pass_on(made.view(r, c, h * p, -1), through.repeat_interleave(p, 2)[..., None], state)
-    states = states.to(narrow)
-    mixed = _between(decay, step).mul_(_scores(C, B, restarts))
-    mixed = _add_skip(mixed, skip).to(narrow).flatten(0, 1)  # [r * c * h, q, q]
-    y = _scaled(torch.bmm(C.to(narrow), states.flatten(0, 1).mT).view_as(x), into)
-    y += torch.bmm(mixed, _by_head(x.to(narrow))).view(-1, h, q, p).transpose(1, 2)
-    return y.to(x.dtype).view(r, c, q, h, p), states, last
+def _first(x: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+    """The state before the first token, [r, h, p, n]."""
+    batch, _, heads, head_dim = x.shape
+    shape = (batch * B.shape[2], heads // B.shape[2], head_dim, B.shape[3])
+    return _wide(x).new_zeros(shape) if state is None else state.to(_wide(x).dtype).reshape(shape)
 
 
-def _backward(x, step, decay, B, C, skip, restarts, states, dy, dlast) -> tuple[Tensor | None, ...]:
-    """The gradients of x, step, decay, B, C, skip and the first state."""
-    r, c, q, h, p = dy.shape
-    narrow, wide = states.dtype, decay.dtype
-    x, dy, B, C = (t.reshape(r * c, q, *t.shape[3:]) for t in (x, dy, B, C))
-    B_, C_, states = B.to(narrow), C.to(narrow), states.flatten(0, 1)
-    into, onto, through = _decays(decay, step, restarts)
-
-    dy_into = _scaled(dy, into).to(narrow)  # [r * c, q, h, p]
-    wanted = torch.bmm(dy_into.flatten(2).mT, C_).view(r, c, h * p, -1)
-    dstates, dstate = _pass_back(wanted, through.repeat_interleave(p, 2)[..., None], dlast)
-    kept = (dstates.view(r * c, h, -1) * states.view(r * c, h, -1)).sum(-1).mul_(through.flatten(0, 1))  # [r * c, h]
-    dstates = dstates.to(narrow).flatten(0, 1)
-
-    x_heads, dy_heads = _by_head(x.to(narrow)), _by_head(dy.to(narrow))
-    between, scores = _between(decay, step), _scores(C, B, restarts)
-    mixed = _add_skip(between * scores, skip).to(narrow).flatten(0, 1)
-    dmixed = torch.bmm(dy_heads, x_heads.mT).view_as(between)
-    dskip = None if skip is None else dmixed.diagonal(dim1=2, dim2=3).sum(2, dtype=wide).view_as(skip)
-    dscores = between.mul_(dmixed.to(wide)).sum(1)
-    dscores = dscores.mul_(_seen(q, restarts, dy.device).view(-1, q, q)).to(narrow)
-    pairs = between.mul_(scores)  # [r * c, h, i, j]: each pair's share in the slope of the loss in a_i - a_j + log dt_j
-    given, taken = pairs.sum(3).transpose(1, 2), pairs.sum(2).transpose(1, 2)  # [r * c, q, h]
-
-    from_state = torch.bmm(B_, dstates.mT).view_as(x)
-    left = _dot(x, from_state).mul_(onto[..., 0])
-    entered = _dot(torch.bmm(C_, states.mT).view_as(x), dy_into)
-    ddecay = (given - taken).add_(entered).sub_(left)
-    ddecay[:, -1] += left.sum(1) + kept
-    dstep = (taken + left).div_(step.reshape(left.shape).clamp(min=2.0 ** RANGE[0]))
-    dx = _scaled(from_state, onto)
-    dx += torch.bmm(mixed.mT, dy_heads).view(-1, h, q, p).transpose(1, 2)
-    dB = torch.bmm(_scaled(x, onto).to(narrow).flatten(2), dstates) + torch.bmm(dscores.mT, C_)
-    dC = torch.bmm(dy_into.flatten(2), states) + torch.bmm(dscores, B_)
-    grads = (dx.to(x.dtype), dstep, ddecay, dB.to(B.dtype), dC.to(C.dtype))
-    return *(g.reshape(r, c, q, *g.shape[2:]) for g in grads), dskip, dstate
+def _states(folded, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, [r, c, h, p, n], and after the last."""
+    x, step, a, B, _ = folded
+    onto = step * _exp(a[:, :, -1:] - a)
+    made = torch.einsum("rcqh,rcqhp,rcqn->rchpn", onto, x, B)
+    through = _exp(a[:, :, -1])[..., None, None]
+    before = []
+    for c in range(x.shape[1]):
+        before.append(state)
+        state = through[:, c] * state + made[:, c]
+    return torch.stack(before, 1), state
 
 
-def _decays(decay: Tensor, step: Tensor, restarts: Tensor | None) -> tuple[Tensor, ...]:
-    """From a = cumsum(A dt), [r, c, q, h]: exp(a_i) [k, q, h, 1], exp(a_last - a_j) dt_j [k, q, h, 1], exp(a_last) [r, c, h].
-    Each is 0 where a sequence starts in between."""
-    a = decay * LOG2E
-    into, onto = a.clamp(*RANGE).exp2_(), (a[:, :, -1:] - a).clamp_(*RANGE).exp2_().mul_(step)
-    through = into[:, :, -1].clone()
-    if restarts is not None:
-        before = torch.cat([restarts[:, :1, 0], restarts[:, :-1, -1]], 1)[..., None]  # of the token before each chunk
-        into *= (restarts == before)[..., None]
-        onto *= (restarts == restarts[..., -1:])[..., None]
-        through *= restarts[..., -1:] == before
-    return into.flatten(0, 1)[..., None], onto.flatten(0, 1)[..., None], through
+def _outputs(folded, states: Tensor) -> Tensor:
+    """y without its skip, [r, c, q, h, p]."""
+    x, step, a, B, C = folded
+    entered = torch.einsum("rcqn,rchpn->rcqhp", C, states) * _exp(a)[..., None]
+    scores = torch.einsum("rcin,rcjn->rcij", C, B)
+    mixed = _between(a) * scores[:, :, None] * step.mT[..., None, :]
+    return entered + torch.einsum("rchij,rcjhp->rcihp", mixed, x)
 
 
-def _between(decay: Tensor, step: Tensor) -> Tensor:
-    """exp(a_i - a_j) dt_j, [k, h, i, j]; finite and of no meaning for j > i."""
-    to = (decay * LOG2E).flatten(0, 1).transpose(1, 2)
-    since = to - step.log2().flatten(0, 1).transpose(1, 2)
-    return (to[..., :, None] - since[..., None, :]).clamp_(*RANGE).exp2_()
+def _gradients(folded, states: Tensor, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of x, of step and A dt (both as if the other stood still), of B, C and the first state."""
+    x, step, a, B, C = folded
+    dy = dy.to(x.dtype)
+    into, onto, through = _exp(a), _exp(a[:, :, -1:] - a), _exp(a[:, :, -1])[..., None, None]
+
+    wanted = torch.einsum("rcqh,rcqhp,rcqn->rchpn", into, dy, C)
+    after = []
+    for c in reversed(range(x.shape[1])):
+        after.append(dlast)
+        dlast = through[:, c] * dlast + wanted[:, c]
+    dstates = torch.stack(after[::-1], 1)  # of the state after each chunk
+
+    between = _between(a)
+    scores = torch.einsum("rcin,rcjn->rcij", C, B)[:, :, None]
+    dmixed = torch.einsum("rcihp,rcjhp->rchij", dy, x)
+    weighted = step.mT[..., None, :]
+    pairs = between * scores * dmixed  # [r, c, h, i, j]
+    from_state = torch.einsum("rcqn,rchpn->rcqhp", B, dstates) * onto[..., None]
+    given = (from_state * x).sum(-1)  # [r, c, q, h]: what a token gives to the state, of its step
+    entered = torch.einsum("rcqn,rchpn,rcqhp->rcqh", C, states, dy) * into
+    kept = (dstates * states * through).sum((-1, -2))
+
+    slope = (pairs * weighted).sum(-1).mT - (pairs * weighted).sum(-2).mT + entered - given * step  # in a
+    slope[:, :, -1] += (given * step).sum(2) + kept
+    drate = slope.flip(2).cumsum(2).flip(2)
+    dstep = pairs.sum(-2).mT + given
+    dx = from_state * step[..., None] + torch.einsum("rchij,rcihp->rcjhp", between * scores * weighted, dy)
+    dscores = (between * weighted * dmixed).sum(2)
+    dB = torch.einsum("rcqhp,rcqh,rchpn->rcqn", x, onto * step, dstates) + torch.einsum("rcij,rcin->rcjn", dscores, C)
+    dC = torch.einsum("rcqhp,rcqh,rchpn->rcqn", dy, into, states) + torch.einsum("rcij,rcjn->rcin", dscores, B)
+    return dx, dstep, drate, dB[..., None, :], dC[..., None, :], dlast
 
 
-def _scores(C: Tensor, B: Tensor, restarts: Tensor | None) -> Tensor:
-    """C_i . B_j for j <= i of one sequence, else 0: [k, 1, i, j], shared by the heads. Too few products to round for speed."""
-    seen = _seen(C.shape[1], restarts, C.device).view(-1, *C.shape[1:2] * 2)
-    return torch.where(seen, torch.bmm(_wide(C), _wide(B).mT), 0)[:, None]
+def _between(a: Tensor) -> Tensor:
+    """exp(a_i - a_j) for j <= i, else 0: [r, c, h, i, j]. The mask comes first: what is discarded cannot overflow."""
+    a = a.mT
+    seen = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril()
+    return _exp((a[..., :, None] - a[..., None, :]).masked_fill(~seen, -math.inf))
 
 
-def _seen(q: int, restarts: Tensor | None, device: torch.device) -> Tensor:
-    """bool [..., i, j]: whether i sees j, which comes no later and belongs to the same sequence."""
-    seen = torch.ones(q, q, dtype=torch.bool, device=device).tril()
-    return seen if restarts is None else seen & (restarts[..., :, None] == restarts[..., None, :])
+def _exp(a: Tensor) -> Tensor:
+    """exp(min(a, 0)): decays only ever shrink; rounding in a cumsum may leave a difference just above 0."""
+    return a.clamp(max=0).exp()
 
 
-def _add_skip(mixed: Tensor, skip: Tensor | None) -> Tensor:
-    """Adds D [..., h] to the diagonals of mixed [k, h, i, j], in place."""
-    if skip is not None:
-        mixed.diagonal(dim1=2, dim2=3).add_(skip.reshape(*mixed.shape[:2], 1))
-    return mixed
-
-
-def _scaled(t: Tensor, factor: Tensor) -> Tensor:
-    """t * factor as a new tensor in fp32 (fp64), the copy multiplied in place: a third of the time of a mixed product."""
-    return t.to(factor.dtype, copy=True).mul_(factor)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """[k, q, h] from [k, q, h, p], summed in fp32."""
-    return (a * b).sum(-1, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-
-
-def _pass_on(made: Tensor, through: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, [r, c, h * p, n], and after the last."""
-    before = torch.empty(made.shape, dtype=state.dtype, device=state.device)
-    for chunk in range(made.shape[1]):
-        before[:, chunk] = state
-        state = torch.addcmul(made[:, chunk].to(state.dtype), through[:, chunk], state)
-    return before, state
-
-
-def _pass_back(wanted: Tensor, through: Tensor, dlast: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the state after each chunk, and of the first."""
-    after = torch.empty(wanted.shape, dtype=dlast.dtype, device=dlast.device)
-    for chunk in reversed(range(wanted.shape[1])):
-        after[:, chunk] = dlast
-        dlast = torch.addcmul(wanted[:, chunk].to(dlast.dtype), through[:, chunk], dlast)
-    return after, dlast
-
-
-def _by_head(t: Tensor) -> Tensor:
-    """[k, q, h, p] -> [k * h, q, p]."""
-    return t.transpose(1, 2).flatten(0, 1)
+def _per_channel(D: Tensor) -> Tensor:
+    return D if D.dim() == 2 else D[:, None]
 
 
 def _wide(t: Tensor) -> Tensor:

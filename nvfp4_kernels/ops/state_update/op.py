@@ -1,11 +1,13 @@
-"""state_update: one token of selective_scan, the state changed in place."""
+"""state_update: the next token or tokens of selective_scan, the state changed in place."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.selective_scan.op import check_per_head
 
 
@@ -21,12 +23,25 @@ def state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] = (0.0, math.inf),
+    *,
+    indices: Tensor | None = None,
+    intermediate: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """state <- exp(A dt) state + dt x B^T;  returns y = state C + D x, times silu(z) where given.
 
-    state: float [batch, heads, head_dim, state], written in place. x: [batch, heads, head_dim]. dt: [batch, heads].
-    A, dt_bias: [heads]. B, C: [batch, groups, state]. D: [heads] or [heads, head_dim]. z: as x. As in selective_scan.
-    Math in fp32 (fp64 for fp64 x); the state is rounded once, on the store. Returns y of the shape and dtype of x.
+    state: fp32, bf16, fp16 or fp64 [slots, heads, head_dim, state], written in place; slots = batch without indices.
+    x: float [batch, heads, head_dim], or [batch, tokens, heads, head_dim] for several tokens, one after the other; dt, B, C
+        and z then have the axis tokens too. dt: [batch, heads]. B, C: [batch, groups, state]. z: as x.
+    A, dt_bias: [heads]. D: [heads] or [heads, head_dim]. dt_softplus, dt_limit: as in selective_scan.
+    indices: int32 or int64 [batch], the slot of each row's state, no slot twice; -1: none, the row's y is 0.
+    intermediate: as state, [batch, tokens, heads, head_dim, state]: gets the state after each token, and `state` stays as
+        it is: speculative decoding copies the state after the last accepted token into its slot.
+    noise: int64 [2] (seed, offset), on the state's device: rounds a bf16 or fp16 state stochastically, token t with offset + t.
+        The element at flat index e of [batch, heads, head_dim, state] takes the halfword e % 8 of the Philox4x32-10 draw
+        e // 8 as r / 2^16, and rounds |v| to the multiple of the last place at or below |v| + r. None: to nearest.
+    Math in fp32 (fp64 for fp64 x); the state is rounded once a token, y is not computed from the rounded one. Several tokens
+    give the bits that as many calls with one token give. Returns y of the shape and dtype of x.
     Not differentiable: generation alone uses it. Raises TypeError or ValueError naming the argument.
     """
     require(
@@ -36,14 +51,50 @@ def state_update(
         "a floating-point tensor",
         TypeError,
     )
-    require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, heads, head_dim]")
-    batch, heads, head_dim = x.shape
-    require(tuple(dt.shape) == (batch, heads), "dt", f"shape {list(dt.shape)}", str([batch, heads]))
-    require(B.dim() == 3 and B.shape[0] == batch, "B", f"shape {list(B.shape)}", f"[{batch}, groups, state]")
-    require(heads % max(B.shape[1], 1) == 0, "B", f"{B.shape[1]} groups", f"a divisor of {heads} heads")
+    require(x.dim() in (3, 4), "x", f"shape {list(x.shape)}", "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]")
+    batch, (heads, head_dim), lead = x.shape[0], x.shape[-2:], x.shape[:-2]
+    require(tuple(dt.shape) == (*lead, heads), "dt", f"shape {list(dt.shape)}", str([*lead, heads]))
+    require(B.dim() == x.dim() and B.shape[:-2] == lead, "B", f"shape {list(B.shape)}", f"{[*lead]} + [groups, state]")
+    require(heads % max(B.shape[-2], 1) == 0, "B", f"{B.shape[-2]} groups", f"a divisor of {heads} heads")
     require(C.shape == B.shape, "C", f"shape {list(C.shape)}", f"{list(B.shape)}, as B")
-    shape = (batch, heads, head_dim, B.shape[2])
-    require(tuple(state.shape) == shape, "state", f"shape {list(state.shape)}", str(list(shape)))
     check_per_head(x, A, D, z, dt_bias)
-    arguments = (state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+    slots = state.shape[0] if indices is not None and state.dim() == 4 else batch
+    shape = (slots, heads, head_dim, B.shape[-1])
+    require(tuple(state.shape) == shape, "state", f"shape {list(state.shape)}", str(list(shape)))
+    require(state.is_floating_point(), "state", state.dtype, "a floating-point tensor", TypeError)
+    if indices is not None:
+        require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "int32, int64", TypeError)
+        require(tuple(indices.shape) == (batch,), "indices", f"shape {list(indices.shape)}", f"[{batch}]")
+    if intermediate is not None:
+        shape = (*(lead if x.dim() == 4 else (batch, 1)), heads, head_dim, B.shape[-1])
+        require(tuple(intermediate.shape) == shape, "intermediate", f"shape {list(intermediate.shape)}", str(list(shape)))
+        require(intermediate.dtype == state.dtype, "intermediate", intermediate.dtype, f"{state.dtype}, as state", TypeError)
+    if noise is not None:
+        require(state.dtype in (torch.bfloat16, torch.float16), "noise", f"noise for {state.dtype}", "a 16-bit state", TypeError)
+        require(noise.dtype == torch.int64 and tuple(noise.shape) == (2,), "noise", f"{noise.dtype} {list(noise.shape)}", "int64 [2]")
+    for name, t in (("state", state), ("dt", dt), ("A", A), ("B", B), ("C", C), ("indices", indices), ("noise", noise)):
+        require(t is None or t.device == x.device, name, f"device {getattr(t, 'device', None)}", f"{x.device}, where x is")
+    low, high = map(float, dt_limit)
+    if x.dim() == 3:
+        x, dt, B, C, z = (None if t is None else t.unsqueeze(1) for t in (x, dt, B, C, z))
+    y = torch.ops.nvfp4.state_update(
+        state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_softplus, low, high
+    )
+    return y if len(lead) == 2 else y.squeeze(1)
+
+
+def _run(*arguments) -> Tensor:
     return select("state_update", *arguments).run(*arguments)
+
+
+def _fake(state, x, *rest) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+register(
+    "state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, Tensor? indices, Tensor(b!)? intermediate, Tensor? noise, bool dt_softplus, float low, float high) "
+    "-> Tensor",
+    _run,
+    _fake,
+)
