@@ -7,6 +7,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # before any kernel is defined: the Triton kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch.utils._device import _device_constructors  # noqa: E402
 
 _device_constructors()  # remembers the plain torch.empty, for `with torch.device("meta")`, before it is poisoned

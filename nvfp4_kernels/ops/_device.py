@@ -40,6 +40,21 @@ def chips() -> list[Chip]:
     return found
 
 
+def too_old_for_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on a CUDA device; None where they do."""
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        None
+        if capability >= (8, 0)
+        else f"the Triton kernels need sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
+    )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks a persistent kernel should launch: the SMs of a CUDA device; a few elsewhere, for tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def default_device() -> str:
     """Where a model goes when nobody says: the first CUDA device, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,7 +51,9 @@ def state_update(
         "a floating-point tensor",
         TypeError,
     )
-    require(x.dim() in (3, 4), "x", f"shape {list(x.shape)}", "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]")
+    require(
+        x.dim() in (3, 4), "x", f"shape {list(x.shape)}", "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]"
+    )
     batch, (heads, head_dim), lead = x.shape[0], x.shape[-2:], x.shape[:-2]
     require(tuple(dt.shape) == (*lead, heads), "dt", f"shape {list(dt.shape)}", str([*lead, heads]))
     require(B.dim() == x.dim() and B.shape[:-2] == lead, "B", f"shape {list(B.shape)}", f"{[*lead]} + [groups, state]")
@@ -67,13 +69,30 @@ def state_update(
         require(tuple(indices.shape) == (batch,), "indices", f"shape {list(indices.shape)}", f"[{batch}]")
     if intermediate is not None:
         shape = (*(lead if x.dim() == 4 else (batch, 1)), heads, head_dim, B.shape[-1])
-        require(tuple(intermediate.shape) == shape, "intermediate", f"shape {list(intermediate.shape)}", str(list(shape)))
-        require(intermediate.dtype == state.dtype, "intermediate", intermediate.dtype, f"{state.dtype}, as state", TypeError)
+        require(
+            tuple(intermediate.shape) == shape, "intermediate", f"shape {list(intermediate.shape)}", str(list(shape))
+        )
+        require(
+            intermediate.dtype == state.dtype, "intermediate", intermediate.dtype, f"{state.dtype}, as state", TypeError
+        )
     if noise is not None:
-        require(state.dtype in (torch.bfloat16, torch.float16), "noise", f"noise for {state.dtype}", "a 16-bit state", TypeError)
-        require(noise.dtype == torch.int64 and tuple(noise.shape) == (2,), "noise", f"{noise.dtype} {list(noise.shape)}", "int64 [2]")
+        require(
+            state.dtype in (torch.bfloat16, torch.float16),
+            "noise",
+            f"noise for {state.dtype}",
+            "a 16-bit state",
+            TypeError,
+        )
+        require(
+            noise.dtype == torch.int64 and tuple(noise.shape) == (2,),
+            "noise",
+            f"{noise.dtype} {list(noise.shape)}",
+            "int64 [2]",
+        )
     for name, t in (("state", state), ("dt", dt), ("A", A), ("B", B), ("C", C), ("indices", indices), ("noise", noise)):
-        require(t is None or t.device == x.device, name, f"device {getattr(t, 'device', None)}", f"{x.device}, where x is")
+        require(
+            t is None or t.device == x.device, name, f"device {getattr(t, 'device', None)}", f"{x.device}, where x is"
+        )
     low, high = map(float, dt_limit)
     if x.dim() == 3:
         x, dt, B, C, z = (None if t is None else t.unsqueeze(1) for t in (x, dt, B, C, z))

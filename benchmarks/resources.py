@@ -1,0 +1,108 @@
+"""Compiles the Triton kernels, without a GPU, for each architecture, and says what each of them takes.
+
+    python benchmarks/resources.py                    all kernels, all architectures; writes benchmarks/results/resources.json
+    python benchmarks/resources.py --op matmul --arch 90 100    a part of it, only printed
+
+A case runs an op on tensors of the meta device at a size that counts; what it would have launched is compiled as Triton itself
+would specialize it. A row: op, case, kernel, arch, registers, spills (bytes a thread), shared memory (bytes), and how often
+each instruction stands in the SASS that the case or the architecture makes one expect.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from nvfp4_kernels.ops import _triton
+
+ARCHS = (80, 90, 100, 103, 120)
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What to count: tensor-core products by generation, conversions to FP4, asynchronous copies.
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTCOMMA", "OMMA", "UTMALDG", "LDGSTS", "F2FP")
+
+
+def cases():
+    """(op, name of the case, function that calls the op's Triton implementation on meta tensors)."""
+    folder = Path(__file__).parent / "cases"
+    for path in sorted(folder.glob("[a-z]*.py")):
+        module = importlib.import_module(f"benchmarks.cases.{path.stem}")
+        for name, run in module.CASES.items():
+            yield path.stem, name, run
+
+
+def launches(run) -> list[tuple]:
+    with _triton.recorded() as found:
+        run()
+    return found
+
+
+def compile_for(arch: int, kernel, arguments, constants, options):
+    """The compiled kernel, specialized as a launch with these arguments would be."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = constants | options | {"debug": False}
+    bound, specialization, rest = binder(*arguments, **keywords)
+    packed, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=packed.__dict__)
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(BIN / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def row(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
+    found = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", sass, re.M))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return {
+        "registers": registers,
+        "spills": stack,
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "instructions": {name: found[name] for name in INSTRUCTIONS if found[name]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", help="one op alone; default: all")
+    parser.add_argument("--arch", type=int, nargs="+", help=f"default: {' '.join(map(str, ARCHS))}")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    given = parser.parse_args()
+    rows = []
+    for op, name, run in cases():
+        if given.op not in (None, op):
+            continue
+        for kernel, arguments, constants, options in launches(run):
+            for arch in given.arch or ARCHS:
+                about = {"op": op, "case": name, "kernel": kernel.__name__, "arch": arch}
+                rows.append(about | row(compile_for(arch, kernel, arguments, constants, options)))
+                if not given.json:
+                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if given.json:
+        print(json.dumps(rows))
+    elif given.op is None and given.arch is None:
+        target = Path(__file__).parent / "results" / "resources.json"
+        target.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

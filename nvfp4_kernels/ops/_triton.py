@@ -1,0 +1,84 @@
+"""What the Triton kernels share: Triton if it is there, who may call them, and the one place that launches.
+
+With TRITON_INTERPRET=1, set before this is imported, the kernels run on CPU tensors, element by element: for tests. A launch
+can be recorded instead of run, on tensors of the meta device: so benchmarks/resources.py compiles, for any architecture
+and without a GPU, exactly what the ops would launch.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops import _device
+
+try:
+    import triton
+    import triton.language as tl
+
+    missing = None
+    jit = triton.jit
+except ImportError:
+    triton = None
+    tl = SimpleNamespace(constexpr=object)  # so that the kernels' files import, to say why they refuse
+    missing = "Triton is not installed (pip install triton)"
+
+    def jit(kernel):
+        return kernel
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Called with (kernel, positional arguments, constants, options) in place of each launch, when set.
+_recorder: Callable | None = None
+
+
+def refuses_device(x: Tensor) -> str | None:
+    """Why no Triton kernel can serve a call on x's device; None when one can."""
+    if missing:
+        return missing
+    if x.is_cuda:
+        return _device.too_old_for_triton(x.device)
+    if INTERPRETED and x.is_cpu or _recorder is not None:
+        return None
+    return (
+        f"the Triton kernels take CUDA tensors, not {x.device.type} (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+    )
+
+
+def launch(
+    kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 2, fusion: bool = True, **constants
+) -> None:
+    """kernel[grid](*arguments, **constants) on the device of the first tensor; nothing when the grid is empty.
+
+    fusion: let the compiler contract a * b + c; bitwise contracts forbid it.
+    """
+    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fusion)
+    if _recorder is not None:
+        _recorder(kernel, arguments, constants, options)
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*arguments, **constants, **options)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple]]:
+    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run."""
+    global _recorder
+    launches: list[tuple] = []
+    _recorder = lambda *launch: launches.append(launch)  # noqa: E731
+    try:
+        yield launches
+    finally:
+        _recorder = None
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,31 @@
+"""Every Triton kernel compiles for every architecture, at sizes that count, without spilling."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvfp4_kernels.ops import _dispatch, _triton
+
+ROOT = Path(__file__).parent.parent
+ARCHS = {80, 90, 100, 103, 120}
+OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names]
+
+pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_everywhere_without_spills(op):
+    compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "resources.py"), "--op", op, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=compiled)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert rows, f"benchmarks/cases/{op}.py has no case"
+    for kernel in {row["kernel"] for row in rows}:
+        assert {row["arch"] for row in rows if row["kernel"] == kernel} == ARCHS, kernel
+    spilled = [(row["case"], row["kernel"], row["arch"], row["spills"]) for row in rows if row["spills"]]
+    assert not spilled
