@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.mixer import mixer
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
@@ -19,6 +20,17 @@ class Mamba2State:
 
     conv: Tensor  # [batch, channels, width - 1], the last inputs of the convolution
     ssm: Tensor  # [batch, heads, head_dim, state], fp32
+
+    def advance(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
+        """The scan of the next tokens, arguments as selective_scan's; `ssm` becomes the state after them."""
+        if x.shape[1] == 1:
+            tokens = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
+            return state_update(self.ssm, *tokens, dt_bias=dt_bias, dt_limit=dt_limit)[:, None]
+        y, self.ssm = selective_scan(
+            x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=self.ssm, return_state=True,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        return y
 
 
 class Mamba2(nn.Module):
@@ -70,25 +82,17 @@ class Mamba2(nn.Module):
         state: of the tokens before x, brought up to date in place; rows are then documents.
         """
         z, xBC, dt = self.in_proj(x).split(self.split, -1)
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log)
         if state is None:
-            xBC = causal_conv1d(xBC, weight, bias, "silu", cu_seqlens=cu_seqlens)
-        else:
-            xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
+            y = mixer(
+                z, xBC, dt, weight, bias, A, self.D, self.dt_bias, self.norm.weight, cu_seqlens,
+                self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
+            )  # fmt: skip
+            return self.out_proj(y)
+        xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
         inner, shared = self.split[0], self.groups * self.state
         x, B, C = xBC.split((inner, shared, shared), -1)
-        x, B, C = (
-            x.unflatten(-1, (self.heads, -1)),
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
-        )
-        A, steps = -torch.exp(self.A_log), dict(dt_bias=self.dt_bias, dt_limit=self.dt_limit)
-        if state is None:
-            y = selective_scan(x, dt, A, B, C, self.D, **steps, cu_seqlens=cu_seqlens, chunk_size=self.chunk_size)
-        elif x.shape[1] == 1:
-            y = state_update(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, **steps)[:, None]
-        else:
-            y, state.ssm = selective_scan(
-                x, dt, A, B, C, self.D, **steps, initial_state=state.ssm, return_state=True, chunk_size=self.chunk_size
-            )
+        x = x.unflatten(-1, (self.heads, -1))
+        B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
+        y = state.advance(x, dt, A, B, C, self.D, self.dt_bias, self.dt_limit, self.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z))

@@ -72,6 +72,11 @@ def candidates(op: str) -> tuple[str, ...]:
     return _forced or TABLE[op]
 
 
+def forced(name: str) -> bool:
+    """Whether the user named this backend, alone or among others."""
+    return name in _forced
+
+
 def refusals(op: str, *args) -> dict[str, str | None]:
     """For each candidate: None, or why it cannot serve a call with these arguments."""
     return {

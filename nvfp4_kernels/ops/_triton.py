@@ -1,8 +1,8 @@
 """What the Triton kernels share: Triton if it is there, who may call them, and the one place that launches.
 
-With TRITON_INTERPRET=1, set before this is imported, the kernels run on CPU tensors, element by element: for tests. A launch
-can be recorded instead of run, on tensors of the meta device: so benchmarks/resources.py compiles, for any architecture
-and without a GPU, exactly what the ops would launch.
+With TRITON_INTERPRET=1, set before this is imported, the kernels run on CPU tensors, element by element, where the backend is
+forced: for tests, being far too slow to be anybody's choice. A launch can be recorded instead of run, on tensors of the meta
+device: so benchmarks/resources.py compiles, for any architecture and without a GPU, exactly what the ops would launch.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops import _device, _dispatch
 
 try:
     import triton
@@ -42,11 +42,9 @@ def refuses_device(x: Tensor) -> str | None:
         return missing
     if x.is_cuda:
         return _device.too_old_for_triton(x.device)
-    if INTERPRETED and x.is_cpu or _recorder is not None:
+    if INTERPRETED and x.is_cpu and _dispatch.forced("triton") or _recorder is not None:
         return None
-    return (
-        f"the Triton kernels take CUDA tensors, not {x.device.type} (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
-    )
+    return f"the Triton kernels take CUDA tensors, not {x.device.type}"
 
 
 def launch(
