@@ -233,12 +233,7 @@ void hadamard_and_dequantize_everywhere() {
     }
 }
 
-int run_matmul(const MatmulParams& p) {
-#if defined(NVFP4_X86)
-    if (isa() == Isa::avx512bf16) return avx512bf16::matmul(p);
-#endif
-    return NVFP4_CALL(matmul, p);
-}
+int run_matmul(const MatmulParams& p) { return NVFP4_CALL_BF16(matmul, p); }
 
 void matmul_everywhere() {
     std::mt19937 random(4);
