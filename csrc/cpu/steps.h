@@ -17,6 +17,8 @@ struct Single32 {  // fp32 steps
         for (int i = 0; i < vectors16; ++i) store(to + i * F::lanes, from[i]);
     }
     static F first(F step) { return step; }
+    template <class T>
+    static void store_rounded(T* to, F x) { store(to, x); }
 };
 
 #if defined(NVFP4_ISA_AVX512BF16)
@@ -33,6 +35,13 @@ struct Pair16 {  // bf16 pairs
         const __m256bh rounded = _mm512_cvtneps_pbh(from->v);
         __builtin_memcpy(to, &rounded, 32);
     }
+    // One instruction instead of ten; a subnormal result becomes zero.
+    static void store_rounded(Brain* to, F x) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(x.v);
+        __builtin_memcpy(to, &rounded, 32);
+    }
+    template <class T>
+    static void store_rounded(T* to, F x) { store(to, x); }
     // The first value of each step, beside a zero.
     static U first(U steps) { return steps & U(0x0000FFFFu); }
     // Thirty-two values rounded, in order.

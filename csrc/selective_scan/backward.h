@@ -49,7 +49,7 @@ public:
                 __builtin_memcpy(starts_ + k / segment_ * whole_, running_, static_cast<size_t>(whole_) * 4);
                 if (k / segment_ == segments - 1) break;
             }
-            advance(spans_[k]);
+            advance(spans_[k], running_, running_, nullptr);
         }
         return true;
     }
@@ -59,25 +59,35 @@ public:
         const i64 segment = k / segment_;
         if (segment != ready_) {
             ready_ = segment;
-            __builtin_memcpy(running_, starts_ + segment * whole_, static_cast<size_t>(whole_) * 4);
-            for (i64 i = segment * segment_; i <= k; ++i) {
-                store_kept<P>(running_, whole_, kept_ + i % segment_ * (whole_ / P::values));
-                if (i < k) advance(spans_[i]);
+            const float* at = starts_ + segment * whole_;
+            store_kept<P>(at, whole_, kept_);
+            for (i64 i = segment * segment_; i < k; ++i) {
+                Step* next = kept_ + (i % segment_ + 1) * (whole_ / P::values);
+                if constexpr (P::values == 1) {
+                    advance(spans_[i], at, next, nullptr);
+                    at = next;
+                } else {
+                    advance(spans_[i], at, running_, next);
+                    at = running_;
+                }
             }
         }
         return kept_ + (k % segment_ * whole_ + h * size_.state) / P::values;
     }
 
 private:
-    void advance(Span s) {
+    void advance(Span s, const float* from, float* to, Step* kept) {
         read_view(p_.B, work_, s, work_.group, p_.state, size_.n, size_.n, rows_);
         const auto* B = paired<P>(rows_, span, span, size_.n, size_.n, nullptr, B_paired_);
         for (i64 h = 0; h < work_.heads; ++h) {
             Decays decays;
             decays.read(p_, work_, s, work_.first + h);
             read_view(p_.x, work_, s, work_.first + h, p_.head_dim, size_.p, panel, x_);
+            if (h + 1 < work_.heads) prefetch_view(p_.x, work_, s, work_.first + h + 1, p_.head_dim);
             const auto* x = paired<P>(x_, span, span, size_.p, panel, decays.onto, x_onto_);
-            pass_on<P>(running_ + h * size_.state, decays.through, B, x, s.count, size_.n, size_.p);
+            const i64 at = h * size_.state;
+            pass_on<P>(from + at, to + at, decays.through, B, x, s.count, size_.n, size_.p,
+                       kept ? kept + at / P::values : nullptr, nullptr);
         }
     }
 
@@ -180,26 +190,31 @@ static inline void add_head(const ScanBackwardParams& p, const Work& work, const
     read_skip(p.scan, head, size.p, b.skip);
     read_view(p.scan.x, work, s, head, p.scan.head_dim, size.p, panel, b.x);
     read_view(p.dy, work, s, head, p.scan.head_dim, size.p, panel, b.dy);
+    if (h + 1 < work.heads) {
+        prefetch_view(p.scan.x, work, s, head + 1, p.scan.head_dim);
+        prefetch_view(p.dy, work, s, head + 1, p.scan.head_dim);
+    }
     turn(kept<P>(b.x, span * size.p, b.x_kept), span, size.p / P::values, panel / P::values, b.x_turned);
     const auto* dy = kept<P>(b.dy, span * size.p, b.dy_kept);
     turn(dy, span, size.p / P::values, panel / P::values, b.dy_turned);
     score<P>(dy, b.x_turned, ceil_to(s.count, tile_rows), size.p / P::values, panel / P::values, b.dmixed);
     differentiate_pairs(decays, b.scores, b.dmixed, s.count, b.mixed, b.dscores, b.pairs, slopes);
 
-    const auto* dstate_kept = kept<P>(dstate, size.state, b.dstate_kept);
+    typename P::Step* narrow_kept = b.dstates_kept + h * size.state / P::values;
+    typename P::Step* narrow_paired = b.dstates_paired + h * size.state / P::values;
+    const auto *dstate_kept = either<P>(dstate, narrow_kept), *dstate_paired = either<P>(dstate, narrow_paired);
     add_through_state<P>(state, b.dy_turned, size, decays.into, b.C_lanes, b.dC, slopes.entered);
     add_through_state<P>(dstate_kept, b.x_turned, size, decays.onto, b.B_lanes, b.dB, slopes.given);
     slopes.kept = decays.through * dot_all(dstate_kept, state, size.state / P::values);
     write_step_gradients(p, decays, slopes, s, token, head, b.dA[h], b.ddt_bias[h]);
 
-    const auto* dstate_paired = paired<P>(dstate, size.n, size.n, size.p, panel, nullptr, b.dstate_paired);
     const auto* mixed = paired<P>(b.mixed, ceil_to(s.count, P::values), span, span, span, nullptr, b.mixed_paired);
     const auto* dy_paired = paired<P>(b.dy, span, span, size.p, panel, nullptr, b.dy_paired);
     write_dx<P>(p, b, size, group.B_kept, dstate_paired, mixed, dy_paired, decays.onto, s.count, token, head);
     if (p.dD) add_skip_gradient(b.x, b.dy, s.count, size.p, b.dD + h * size.p);
 
     dy_paired = paired<P>(b.dy, span, span, size.p, panel, decays.into, b.dy_into);
-    pass_on<P>(dstate, decays.through, group.C_paired, dy_paired, s.count, size.n, size.p);
+    pass_on<P>(dstate, dstate, decays.through, group.C_paired, dy_paired, s.count, size.n, size.p, narrow_kept, narrow_paired);
 }
 
 // dB and dC of a span, once all heads have added to them.
@@ -238,6 +253,13 @@ static inline bool backward(const ScanBackwardParams& p, const Work& work, i64 b
     const BackwardBuffers<P> b(pieces, size, work.heads);
 
     read_initial(f, work, p.dlast, size, b.dstates);
+    if constexpr (P::values > 1) {
+        store_kept<P>(b.dstates, work.heads * size.state, b.dstates_kept);
+        for (i64 h = 0; h < work.heads; ++h) {
+            const i64 at = h * size.state;
+            paired<P>(b.dstates + at, size.n, size.n, size.p, panel, nullptr, b.dstates_paired + at / P::values);
+        }
+    }
     for (i64 h = 0; h < work.heads; ++h) b.dA[h] = b.ddt_bias[h] = 0.0;
     for (i64 i = 0; i < work.heads * size.p; ++i) b.dD[i] = 0.0f;
     for (i64 k = spans.count() - 1; k >= 0; --k) {

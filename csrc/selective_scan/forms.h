@@ -11,6 +11,16 @@
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
+// A matrix of fp32 steps is both forms of itself; one of bf16 has them apart.
+template <class P>
+static inline const typename P::Step* either(const float* wide, const typename P::Step* narrow) {
+    if constexpr (P::values == 1) {
+        return wide;
+    } else {
+        return narrow;
+    }
+}
+
 // Thirty-two values in order.
 template <class P>
 NVFP4_INLINE void store_kept32(const F* from, typename P::Step* to) {
@@ -87,18 +97,21 @@ static inline void turn(const Step* from, i64 rows, i64 steps, i64 width, Step* 
 // `count` rows of `cols` values, `stride` apart, to `height` rows of `padded` in panels of `width`, zero where there are none.
 template <class T>
 static inline void read_rows(const T* from, i64 stride, i64 count, i64 cols, i64 height, i64 padded, i64 width, float* to) {
-    for (i64 c = 0; c < padded; c += 16) {
-        const i64 start = c / width * width, w = at_most(width, padded - start);
-        float* out = to + start * height + (c - start);
-        const int inside = static_cast<int>(at_most(cols > c ? cols - c : 0, 16));
-        for (i64 r = 0; r < count; ++r) {
-            if (inside == 16) {
-                widen16(from + r * stride + c, out + r * w);
-            } else {
-                widen_some(from + (inside ? r * stride + c : 0), 1, inside, out + r * w);
+    for (i64 r = 0; r < count; ++r, from += stride) {  // a row at a time: many rows may share few cache sets
+        for (i64 c = 0; c < padded; c += width) {
+            const i64 w = at_most(width, padded - c);
+            float* out = to + c * height + r * w;
+            i64 i = 0;
+            for (; i < w && c + i + 16 <= cols; i += 16) widen16(from + c + i, out + i);
+            for (; i < w; i += 16) {
+                const i64 left = at_most(cols > c + i ? cols - c - i : 0, 16);
+                widen_some(from + (left ? c + i : 0), 1, static_cast<int>(left), out + i);
             }
         }
-        for (i64 r = count; r < height; ++r) __builtin_memset(out + r * w, 0, 64);
+    }
+    for (i64 c = 0; c < padded && count < height; c += width) {
+        const i64 w = at_most(width, padded - c);
+        __builtin_memset(to + c * height + count * w, 0, static_cast<size_t>((height - count) * w) * 4);
     }
 }
 

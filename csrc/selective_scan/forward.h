@@ -9,21 +9,21 @@ template <class P>
 struct ForwardBuffers {
     using Step = typename P::Step;
     float *rows, *scores, *x, *skip, *states;
-    Step *C, *B_turned, *B_paired, *mixed, *x_paired, *x_onto, *state_paired;
+    Step *C, *B_turned, *B_paired, *mixed, *x_paired, *x_onto, *states_paired;
 
     ForwardBuffers(Pieces& from, const Padded<P>& size, i64 heads) {
         rows = from.take<float>(span * size.n);
         scores = from.take<float>(span * span);
         x = from.take<float>(span * size.p);
         skip = from.take<float>(size.p);
-        states = from.take<float>(heads * size.n * size.p);
+        states = from.take<float>(heads * size.state);
         C = from.take<Step>(span * size.n);
         B_turned = from.take<Step>(span * size.n);
         B_paired = from.take<Step>(span * size.n);
         mixed = from.take<Step>(span * span);
         x_paired = from.take<Step>(span * size.p);
         x_onto = from.take<Step>(span * size.p);
-        state_paired = from.take<Step>(size.n * size.p);
+        states_paired = from.take<Step>(P::values == 1 ? 0 : heads * size.state);
     }
 };
 
@@ -54,7 +54,7 @@ static inline void write_outputs(const ScanParams& p, const ForwardBuffers<P>& b
         sums.scale_rows(decays.into + row);
         add_products_before<P>(sums, Left<P>{b.mixed + row * (span / P::values), span / P::values, 1},
                                Right<P>{x + col * (span / P::values), width}, row);
-        write_tile(sums, p.x.dtype, p.y, start + row * stride + col, stride, at_most(tile_rows, count - row), p.head_dim - col,
+        write_tile<P>(sums, p.x.dtype, p.y, start + row * stride + col, stride, at_most(tile_rows, count - row), p.head_dim - col,
                    b.skip + col, b.x + col * span + row * width);
     });
 }
@@ -73,6 +73,11 @@ static inline bool forward(const ScanParams& p, const Work& work) {
 
     const i64 n = size.n / P::values;
     read_initial(p, work, p.initial, size, b.states);
+    if constexpr (P::values > 1) {
+        for (i64 h = 0; h < work.heads; ++h) {
+            paired<P>(b.states + h * size.state, size.n, size.n, size.p, panel, nullptr, b.states_paired + h * size.state / P::values);
+        }
+    }
     const Spans spans(work.sequence->length, p.chunk_size);
     for (i64 k = 0; k < spans.count(); ++k) {
         const Span s = spans[k];
@@ -85,16 +90,21 @@ static inline bool forward(const ScanParams& p, const Work& work) {
         for (i64 h = 0; h < work.heads; ++h) {
             const i64 head = work.first + h;
             float* state = b.states + h * size.state;
+            typename P::Step* narrow = b.states_paired + h * size.state / P::values;
             Decays decays;
             decays.read(p, work, s, head);
             mix<P>(decays, b.scores, s.count, b.mixed);
             read_view(p.x, work, s, head, p.head_dim, size.p, panel, b.x);
+            if (h + 1 < work.heads) {
+                prefetch_view(p.x, work, s, head + 1, p.head_dim);
+            } else if (k + 1 < spans.count()) {
+                prefetch_view(p.x, work, spans[k + 1], work.first, p.head_dim);
+            }
             read_skip(p, head, size.p, b.skip);
             const auto* x = paired<P>(b.x, span, span, size.p, panel, nullptr, b.x_paired);
-            const auto* before = paired<P>(state, size.n, size.n, size.p, panel, nullptr, b.state_paired);
-            write_outputs<P>(p, b, size, decays, before, x, s.count, token_number(p, work, s), head);
+            write_outputs<P>(p, b, size, decays, either<P>(state, narrow), x, s.count, token_number(p, work, s), head);
             x = paired<P>(b.x, span, span, size.p, panel, decays.onto, b.x_onto);
-            pass_on<P>(state, decays.through, B, x, s.count, size.n, size.p);
+            pass_on<P>(state, state, decays.through, B, x, s.count, size.n, size.p, nullptr, narrow);
         }
     }
     write_last(p, work, b.states, size, p.last);

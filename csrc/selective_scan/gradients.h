@@ -16,8 +16,8 @@ struct BackwardBuffers {
     Step *dscores_paired, *dscores_kept, *dscores_turned;
     float *x, *dy, *skip, *mixed, *dmixed, *pairs;  // of a head
     Step *x_kept, *x_turned, *dy_kept, *dy_turned, *dy_paired, *dy_into, *mixed_paired;
-    Step *dstate_kept, *dstate_paired;
     float *dstates, *dD;  // of all heads
+    Step *dstates_kept, *dstates_paired;
     double *dA, *ddt_bias;
 
     BackwardBuffers(Pieces& from, const Padded<P>& size, i64 heads) {
@@ -27,9 +27,9 @@ struct BackwardBuffers {
         for (Step** to : {&dscores_paired, &dscores_kept, &dscores_turned, &mixed_paired}) *to = from.take<Step>(span * span);
         for (float** to : {&x, &dy}) *to = from.take<float>(span * size.p);
         for (Step** to : {&x_kept, &x_turned, &dy_kept, &dy_turned, &dy_paired, &dy_into}) *to = from.take<Step>(span * size.p);
-        for (Step** to : {&dstate_kept, &dstate_paired}) *to = from.take<Step>(size.n * size.p);
+        for (Step** to : {&dstates_kept, &dstates_paired}) *to = from.take<Step>(P::values == 1 ? 0 : heads * size.state);
         skip = from.take<float>(size.p);
-        dstates = from.take<float>(heads * size.n * size.p);
+        dstates = from.take<float>(heads * size.state);
         dD = from.take<float>(heads * size.p);
         dA = from.take<double>(heads);
         ddt_bias = from.take<double>(heads);
@@ -95,7 +95,7 @@ static inline void write_dx(const ScanBackwardParams& p, const BackwardBuffers<P
         sums.scale_rows(onto + row);
         add_products<P>(sums, Left<P>{mixed + before * span + row, 1, span},
                         Right<P>{dy + col * (span / P::values) + before * width, width}, steps - before);
-        write_tile(sums, p.scan.x.dtype, p.dx, start + row * stride + col, stride, at_most(tile_rows, count - row),
+        write_tile<P>(sums, p.scan.x.dtype, p.dx, start + row * stride + col, stride, at_most(tile_rows, count - row),
                    p.scan.head_dim - col, b.skip + col, b.dy + col * span + row * width);
     });
 }

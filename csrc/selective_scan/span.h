@@ -85,14 +85,29 @@ struct Division {
     }
 };
 
-// Rows `start` .. `start` + count of a head (or group) of a view, widened, in panels.
-static inline void read_view(const ScanView& x, const Work& work, Span s, i64 head, i64 cols, i64 padded, i64 width, float* to) {
+// The tokens of a span in a head (or group) of a view: f(pointer to the first token's elements).
+template <class Function>
+static inline void at_span(const ScanView& x, const Work& work, Span s, i64 head, Function f) {
     with_dtype(x.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const T* from = static_cast<const T*>(x.data) + work.sequence->row * x.row_stride +
-                        (work.sequence->start + s.start) * x.token_stride + head * x.head_stride;
-        read_rows(from, x.token_stride, s.count, cols, span, padded, width, to);
+        f(static_cast<const std::remove_pointer_t<decltype(type)>*>(x.data) + work.sequence->row * x.row_stride +
+          (work.sequence->start + s.start) * x.token_stride + head * x.head_stride);
     });
+}
+
+// These, widened, in panels.
+static inline void read_view(const ScanView& x, const Work& work, Span s, i64 head, i64 cols, i64 padded, i64 width, float* to) {
+    at_span(x, work, s, head, [&](auto* from) { read_rows(from, x.token_stride, s.count, cols, span, padded, width, to); });
+}
+
+// Starts fetching what the next read_view will want: short pieces of many rows, which no hardware prefetcher foresees. Inlined,
+// since GCC takes a function that only prefetches for one without effect and drops its calls.
+NVFP4_INLINE void prefetch_view(const ScanView& x, const Work& work, Span s, i64 head, i64 cols) {
+    const i64 size = x.dtype == fp32 ? 4 : 2;
+    const i64 start = work.sequence->row * x.row_stride + (work.sequence->start + s.start) * x.token_stride + head * x.head_stride;
+    for (i64 r = 0; r < s.count; ++r) {
+        const char* row = static_cast<const char*>(x.data) + (start + r * x.token_stride) * size;
+        for (i64 i = 0; i < cols * size; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
 }
 
 // The steps of a head's tokens in a span and how the state decays by them. As products of each token's exp(A dt), at most 1,
@@ -107,10 +122,7 @@ struct Decays {
     float through;                  // decay over all of the span
 
     void read(const ScanParams& p, const Work& work, Span s, i64 head) {
-        with_dtype(p.dt.dtype, [&](auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            const T* from = static_cast<const T*>(p.dt.data) + work.sequence->row * p.dt.row_stride +
-                            (work.sequence->start + s.start) * p.dt.token_stride + head * p.dt.head_stride;
+        at_span(p.dt, work, s, head, [&](auto* from) {
             for (i64 i = 0; i < span; i += 16) {
                 const i64 left = s.count > i ? at_most(s.count - i, 16) : 0;
                 widen_some(from + (left ? i * p.dt.token_stride : 0), p.dt.token_stride, static_cast<int>(left), raw + i);
@@ -174,20 +186,26 @@ NVFP4_INLINE void next_row(const float* factors, float decay, i64 i, F* row) {
 }
 
 // Row r of the tile, plus skip times row r of `input`, to out + r * stride: `rows` rows, `cols` columns at most.
-template <int vectors>
+template <class P, int vectors>
 NVFP4_INLINE void write_tile(const Sums<vectors>& sums, int dtype, void* out, i64 start, i64 stride, i64 rows, i64 cols,
                              const float* skip, const float* input) {
     constexpr i64 width = vectors * F::lanes;
+    alignas(64) float made[tile_rows * width];  // all rows, since registers have no numbers at run time
+    for (int r = 0; r < tile_rows; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+            const i64 at = r * width + v * F::lanes;
+            store(made + at, fma(load(skip + v * F::lanes), load(input + at), sums.v[r][v]));
+        }
+    }
     with_dtype(dtype, [&](auto* type) {
-        auto* to = static_cast<decltype(type)>(out) + start;
-        for (i64 r = 0; r < rows; ++r) {
-            for (i64 i = 0; i < width; i += 16) {
-                F made[vectors16];
-                for (int v = 0; v < vectors16; ++v) {
-                    const i64 at = i + v * F::lanes;
-                    made[v] = fma(load(skip + at), load(input + r * width + at), sums.v[r][at / F::lanes]);
-                }
-                if (cols > i) store_some(made, to + r * stride + i, static_cast<int>(at_most(cols - i, 16)));
+        using T = std::remove_pointer_t<decltype(type)>;
+        T* to = static_cast<T*>(out) + start;
+        for (i64 r = 0; r < rows; ++r, to += stride) {
+            for (i64 i = 0; i < width && i < cols; i += 16) {
+                T run[16];
+                T* whole = cols - i < 16 ? run : to + i;
+                for (int v = 0; v < 16; v += F::lanes) P::store_rounded(whole + v, load(made + r * width + i + v));
+                if (whole == run) __builtin_memcpy(to + i, run, static_cast<size_t>(cols - i) * sizeof(T));
             }
         }
     });
@@ -210,21 +228,29 @@ static inline void score(const typename P::Step* left, const typename P::Step* r
     });
 }
 
-// state = through * state + (tokens of `left`)^T (tokens of `right`), both paired; n rows and p columns.
+// to = through * from + (tokens of `left`)^T (tokens of `right`), states of n rows and p columns; left and right paired. With
+// steps of bf16 also the kept and paired forms of the result, where wanted.
 template <class P>
-static inline void pass_on(float* state, float through, const typename P::Step* left, const typename P::Step* right, i64 count,
-                           i64 n, i64 p) {
+static inline void pass_on(const float* from, float* to, float through, const typename P::Step* left,
+                           const typename P::Step* right, i64 count, i64 n, i64 p, typename P::Step* kept,
+                           typename P::Step* paired) {
     each_tile(n, p, [&](i64 row, i64 col, auto vectors) {
         constexpr i64 width = vectors * F::lanes;
+        const i64 at = col * n + row * width;
         Sums<vectors> sums;
-        float* at = state + col * n + row * width;
         for (int r = 0; r < tile_rows; ++r) {
-            for (int v = 0; v < vectors; ++v) sums.v[r][v] = load(at + r * width + v * F::lanes) * F(through);
+            for (int v = 0; v < vectors; ++v) sums.v[r][v] = load(from + at + r * width + v * F::lanes) * F(through);
         }
         add_products<P>(sums, Left<P>{left + row, 1, n}, Right<P>{right + col * (span / P::values), width},
                         (count + P::values - 1) / P::values);
         for (int r = 0; r < tile_rows; ++r) {
-            for (int v = 0; v < vectors; ++v) store(at + r * width + v * F::lanes, sums.v[r][v]);
+            for (int v = 0; v < vectors; ++v) store(to + at + r * width + v * F::lanes, sums.v[r][v]);
+        }
+        if constexpr (P::values == 2 && vectors == 2) {
+            for (int r = 0; kept && r < tile_rows; ++r) store_kept32<P>(sums.v[r], kept + (at + r * width) / 2);
+            for (int r = 0; paired && r < tile_rows; r += 2) {
+                for (int v = 0; v < 2; ++v) store(paired + (at + r * width) / 2 + v * F::lanes, P::pair(sums.v[r][v], sums.v[r + 1][v]));
+            }
         }
     });
 }
