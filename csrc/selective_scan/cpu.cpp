@@ -34,7 +34,7 @@ bool share(i64 works, int threads, Body body) {
 }
 
 template <class Run>
-int with_steps(const ScanParams& p, Run run) {
+int with_steps([[maybe_unused]] const ScanParams& p, Run run) {
 #if defined(NVFP4_ISA_AVX512BF16)
     if (p.x.dtype == bf16 && p.B.dtype == bf16 && p.C.dtype == bf16) return run(static_cast<Pair16*>(nullptr));
 #endif

@@ -76,9 +76,7 @@ def backward(
     """The gradients of x, dt, A, B, C, D, dt_bias and initial_state; None for those not given."""
     step = steps(dt, dt_bias, dt_softplus, low, high)
     parts = []
-    inputs = zip(
-        _sequences(cu_seqlens, initial_state, x, step, B, C), _sequences(cu_seqlens, dstate, dy), strict=True
-    )
+    inputs = zip(_sequences(cu_seqlens, initial_state, x, step, B, C), _sequences(cu_seqlens, dstate, dy), strict=True)
     for (xs, ss, bs, cs, state), (dys, dlast) in inputs:
         folded, dys_folded = _fold_all(xs, ss, A, bs, cs, chunk_size), _fold(dys, bs.shape[2], chunk_size)
         first = _first(xs, bs, state)
@@ -119,7 +117,7 @@ def _sequences(cu_seqlens: Tensor | None, states: Tensor | None, *tensors: Tenso
 
 
 def _fold(t: Tensor, groups: int, chunk_size: int) -> Tensor:
-    """[batch, length, groups * k, ...] -> [r, c, q, k, ...]; the last chunk is padded with zeros: steps of 0 change no state."""
+    """[batch, length, groups * k, ...] -> [r, c, q, k, ...]; the last chunk ends in zeros: steps of 0 change no state."""
     length = t.shape[1]
     chunk = min(chunk_size, max(length, 1))
     pad = max(-(-length // chunk), 1) * chunk - length
