@@ -5,7 +5,6 @@
 //   turned       [cols / values][rows]         right, summed over columns
 // For fp32 steps the first two are the matrix itself.
 #pragma once
-#include "cpu/tile.h"
 #include "product.h"
 
 namespace nvfp4 {
@@ -112,34 +111,6 @@ static inline void read_rows(const T* from, i64 stride, i64 count, i64 cols, i64
     for (i64 c = 0; c < padded && count < height; c += width) {
         const i64 w = at_most(width, padded - c);
         __builtin_memset(to + c * height + count * w, 0, static_cast<size_t>((height - count) * w) * 4);
-    }
-}
-
-// A state [head_dim, state] of the tensors to the form the products use, [padded state][padded head_dim] in panels; and back.
-static inline void read_state(const float* from, i64 head_dim, i64 state, i64 p, i64 n, float* to) {
-    const Matrix matrix{from, fp32, head_dim, state, state, 1};
-    Tile tile;
-    for (i64 c = 0; c < p; c += 16) {
-        const i64 start = c / panel * panel, w = at_most(panel, p - start);
-        for (i64 r = 0; r < n; r += 16) {
-            load_tile<Single>(matrix, c, r, tile);
-            transpose16(tile.v[0], 16, to + start * n + r * w + (c - start), w);
-        }
-    }
-}
-
-static inline void write_state(const float* from, i64 head_dim, i64 state, i64 p, i64 n, float* to) {
-    Tile tile;
-    for (i64 c = 0; c < head_dim; c += 16) {
-        const i64 start = c / panel * panel, w = at_most(panel, p - start);
-        for (i64 r = 0; r < state; r += 16) {
-            transpose16(from + start * n + r * w + (c - start), w, tile.v[0], 16);
-            for (i64 i = 0; i < at_most(16, head_dim - c); ++i) {
-                F row[vectors16];
-                for (int v = 0; v < vectors16; ++v) row[v] = load(tile.v[i] + v * F::lanes);
-                store_some(row, reinterpret_cast<Single*>(to + (c + i) * state + r), static_cast<int>(at_most(16, state - r)));
-            }
-        }
     }
 }
 

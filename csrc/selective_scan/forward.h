@@ -1,6 +1,6 @@
 // y and the last states of some heads, span after span.
 #pragma once
-#include "span.h"
+#include "state.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 #include <initializer_list>
 
-#include "span.h"
+#include "state.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {

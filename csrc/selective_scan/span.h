@@ -1,5 +1,6 @@
 // A sequence is done in spans of up to 32 tokens. Spans begin anew with every chunk: a chunk's results so depend on the state
-// before it and on its own tokens alone. The chunk itself may be long; what is quadratic in tokens stays within a span.
+// before it and on its own tokens alone. The products with the state cost the same whatever the span, 4 head_dim x state a
+// token and head; those among tokens grow with it, and the passes over the state, once a span, shrink.
 #pragma once
 #include "cpu/exp.h"
 #include "cpu/scratch.h"
@@ -61,14 +62,6 @@ static inline i64 token_number(const ScanParams& p, const Work& work, Span s) {
 static inline void read_skip(const ScanParams& p, i64 head, i64 padded, float* to) {
     for (i64 i = 0; i < padded; ++i) to[i] = p.D && i < p.head_dim ? p.D[head * p.head_dim + i] : 0.0f;
 }
-
-// Rounded up so that every form has whole vectors.
-template <class P>
-struct Padded {
-    i64 n, p, state;
-    explicit Padded(const ScanParams& s)
-        : n(ceil_to(s.state, 16 * P::values)), p(ceil_to(s.head_dim, 16 * P::values)), state(n * p) {}
-};
 
 // How the heads of a group are shared among pieces of work.
 struct Division {
@@ -150,34 +143,12 @@ struct Decays {
     }
 };
 
-// The states before the first token.
-template <class P>
-static inline void read_initial(const ScanParams& p, const Work& work, const float* from, const Padded<P>& size, float* to) {
-    const i64 stored = p.head_dim * p.state;
-    for (i64 h = 0; h < work.heads; ++h, to += size.state) {
-        if (from) {
-            read_state(from + (work.sequence->index * p.heads + work.first + h) * stored, p.head_dim, p.state, size.p, size.n, to);
-        } else {
-            __builtin_memset(to, 0, static_cast<size_t>(size.state) * 4);
-        }
-    }
-}
-
-template <class P>
-static inline void write_last(const ScanParams& p, const Work& work, const float* from, const Padded<P>& size, float* to) {
-    const i64 stored = p.head_dim * p.state;
-    to += (work.sequence->index * p.heads + work.first) * stored;
-    for (i64 h = 0; h < work.heads; ++h) {
-        write_state(from + h * size.state, p.head_dim, p.state, size.p, size.n, to + h * stored);
-    }
-}
-
 // Lanes 0 .. i of a row of the span, zero beyond; the vector starts at lane `start`.
 NVFP4_INLINE F until(F x, i64 start, i64 i) {
     return select(less_int(lane_numbers() + U(static_cast<u32>(start)), U(static_cast<u32>(i + 1))), x, F(0.0f));
 }
 
-// Row i of `decayed`, made from row i - 1: decay from after token j to after token i, times factor j; zero for j > i.
+// Row i of a span's decays, made from row i - 1: from after token j to after token i, times factor j; zero for j > i.
 NVFP4_INLINE void next_row(const float* factors, float decay, i64 i, F* row) {
     for (int v = 0; v < span_vectors; ++v) {
         const U lanes = lane_numbers() + U(static_cast<u32>(v * F::lanes));
@@ -224,33 +195,6 @@ static inline void score(const typename P::Step* left, const typename P::Step* r
         }
         for (int r = 0; r < tile_rows; ++r) {
             for (int v = 0; v < vectors; ++v) store(scores + (row + r) * span + col + v * F::lanes, sums.v[r][v]);
-        }
-    });
-}
-
-// to = through * from + (tokens of `left`)^T (tokens of `right`), states of n rows and p columns; left and right paired. With
-// steps of bf16 also the kept and paired forms of the result, where wanted.
-template <class P>
-static inline void pass_on(const float* from, float* to, float through, const typename P::Step* left,
-                           const typename P::Step* right, i64 count, i64 n, i64 p, typename P::Step* kept,
-                           typename P::Step* paired) {
-    each_tile(n, p, [&](i64 row, i64 col, auto vectors) {
-        constexpr i64 width = vectors * F::lanes;
-        const i64 at = col * n + row * width;
-        Sums<vectors> sums;
-        for (int r = 0; r < tile_rows; ++r) {
-            for (int v = 0; v < vectors; ++v) sums.v[r][v] = load(from + at + r * width + v * F::lanes) * F(through);
-        }
-        add_products<P>(sums, Left<P>{left + row, 1, n}, Right<P>{right + col * (span / P::values), width},
-                        (count + P::values - 1) / P::values);
-        for (int r = 0; r < tile_rows; ++r) {
-            for (int v = 0; v < vectors; ++v) store(to + at + r * width + v * F::lanes, sums.v[r][v]);
-        }
-        if constexpr (P::values == 2 && vectors == 2) {
-            for (int r = 0; kept && r < tile_rows; ++r) store_kept32<P>(sums.v[r], kept + (at + r * width) / 2);
-            for (int r = 0; paired && r < tile_rows; r += 2) {
-                for (int v = 0; v < 2; ++v) store(paired + (at + r * width) / 2 + v * F::lanes, P::pair(sums.v[r][v], sums.v[r + 1][v]));
-            }
         }
     });
 }
