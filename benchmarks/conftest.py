@@ -30,3 +30,10 @@ def matmul_rate() -> float:
     """Operations a second of torch's bf16 matmul at 2048^3."""
     a, b = torch.randn(2, 2048, 2048).bfloat16()
     return 2 * 2048**3 / median_seconds(lambda: a @ b.t(), rounds=7)
+
+
+@pytest.fixture(scope="session")
+def fp32_matmul_rate() -> float:
+    """The same in fp32."""
+    a, b = torch.randn(2, 2048, 2048)
+    return 2 * 2048**3 / median_seconds(lambda: a @ b.t(), rounds=5)

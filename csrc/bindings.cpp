@@ -7,6 +7,7 @@
 #include "hadamard/params.h"
 #include "matmul/params.h"
 #include "quantize/params.h"
+#include "selective_scan/params.h"
 
 namespace py = pybind11;
 using namespace nvfp4;
@@ -61,10 +62,43 @@ int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype
     const MatmulParams p{operand(a), operand(b), pointer<const void>(bias), bias_dtype, pointer<void>(out), out_dtype,
                          accumulate, threads};
     const py::gil_scoped_release release;
-#if defined(NVFP4_X86)
-    if (isa() == Isa::avx512bf16) return avx512bf16::matmul(p);
-#endif
-    return NVFP4_CALL(matmul, p);
+    return NVFP4_CALL_BF16(matmul, p);
+}
+
+// (data, dtype, row_stride, token_stride, head_stride)
+ScanView view(const py::handle& h) {
+    const auto t = h.cast<py::tuple>();
+    return {pointer<const void>(t[0].cast<u64>()), t[1].cast<int>(), t[2].cast<i64>(), t[3].cast<i64>(), t[4].cast<i64>()};
+}
+
+// inputs: (x, dt, B, C, A, D, dt_bias, initial), the first four views; sequences: pointer to int64 [count, 4];
+// sizes: (rows, length, heads, groups, head_dim, state); rules: (dt_softplus, low, high, chunk_size)
+ScanParams scan(const py::tuple& inputs, u64 sequences, i64 count, const py::tuple& sizes, const py::tuple& rules, int threads) {
+    const auto floats = [&](int i) { return pointer<const float>(inputs[i].cast<u64>()); };
+    const auto size = [&](int i) { return sizes[i].cast<i64>(); };
+    return {view(inputs[0]), view(inputs[1]), view(inputs[2]), view(inputs[3]), floats(4), floats(5), floats(6), floats(7),
+            pointer<const ScanSequence>(sequences), count, size(0), size(1), size(2), size(3), size(4), size(5),
+            rules[0].cast<bool>(), rules[1].cast<float>(), rules[2].cast<float>(), rules[3].cast<i64>(), nullptr, nullptr, threads};
+}
+
+int call_selective_scan(const py::tuple& inputs, u64 sequences, i64 count, const py::tuple& sizes, const py::tuple& rules, u64 y,
+                        u64 last, int threads) {
+    ScanParams p = scan(inputs, sequences, count, sizes, rules, threads);
+    p.y = pointer<void>(y);
+    p.last = pointer<float>(last);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL_BF16(selective_scan, p);
+}
+
+// made: (dx, ddt, dB, dC, dA, dD, ddt_bias, dinitial)
+int call_selective_scan_backward(const py::tuple& inputs, u64 sequences, i64 count, const py::tuple& sizes,
+                                 const py::tuple& rules, const py::tuple& dy, u64 dlast, const py::tuple& made, int threads) {
+    const auto any = [&](int i) { return pointer<void>(made[i].cast<u64>()); };
+    const auto floats = [&](int i) { return pointer<float>(made[i].cast<u64>()); };
+    const ScanBackwardParams p{scan(inputs, sequences, count, sizes, rules, threads), view(dy), pointer<const float>(dlast),
+                               any(0), any(1), any(2), any(3), floats(4), floats(5), floats(6), floats(7)};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL_BF16(selective_scan_backward, p);
 }
 
 }  // namespace
@@ -75,6 +109,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("dequantize", &call_dequantize);
     m.def("hadamard", &call_hadamard);
     m.def("matmul", &call_matmul);
+    m.def("selective_scan", &call_selective_scan);
+    m.def("selective_scan_backward", &call_selective_scan_backward);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }

@@ -2,12 +2,10 @@
 #pragma once
 #include "numerics/e2m1.h"
 #include "numerics/mxfp8.h"
-#include "simd.h"
+#include "steps.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {
-
-constexpr int vectors16 = 16 / F::lanes;  // vectors that hold sixteen values
 
 alignas(64) static const float e2m1_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                                   -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};

@@ -20,6 +20,9 @@ bool isa_available(Isa isa);
     (isa() == Isa::scalar ? scalar::function(params)                            \
      : isa() == Isa::avx2 ? avx2::function(params)                              \
                           : avx512::function(params))
+// For ops that are compiled for avx512bf16 as well.
+#define NVFP4_CALL_BF16(function, params) (isa() == Isa::avx512bf16 ? avx512bf16::function(params) : NVFP4_CALL(function, params))
 #else
 #define NVFP4_CALL(function, params) scalar::function(params)
+#define NVFP4_CALL_BF16(function, params) scalar::function(params)
 #endif

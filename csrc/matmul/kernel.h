@@ -15,16 +15,6 @@ constexpr i64 kernel_rows = 6, panel = 16;
 constexpr i64 kernel_rows = 2, panel = 16;
 #endif
 
-static inline F broadcast(float x) { return F(x); }
-static inline F dot(F sum, F a, F b) { return fma(a, b, sum); }
-#if defined(NVFP4_ISA_AVX512BF16)
-// sum + a0 b0 + a1 b1 in each lane; the instruction takes and gives zero for subnormals.
-static inline U broadcast(u32 x) { return U(x); }
-static inline F dot(F sum, U a, U b) {
-    return _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v));
-}
-#endif
-
 template <class P, int rows, int width>
 static inline void multiply_tile(const typename P::Step* a, i64 a_stride, const typename P::Step* b, i64 steps, float* c,
                                  i64 c_stride, bool first) {

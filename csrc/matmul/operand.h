@@ -1,4 +1,4 @@
-// Operands as the kernels read them: rows of steps, a step being one fp32 value, or two bf16 values for the bf16 dot product.
+// Operands as the kernels read them: rows of steps (cpu/steps.h).
 // Codes are decoded with the block scale alone, which is exact in bf16 (at most 6 significant bits).
 #pragma once
 #include <type_traits>
@@ -8,25 +8,6 @@
 
 namespace nvfp4 {
 namespace NVFP4_ISA {
-
-struct Single32 {  // fp32 steps
-    using Step = float;
-    static constexpr int values = 1;
-    static void put16(const F* from, float* to) {
-        for (int i = 0; i < vectors16; ++i) store(to + i * F::lanes, from[i]);
-    }
-};
-
-#if defined(NVFP4_ISA_AVX512BF16)
-struct Pair16 {  // bf16 pairs
-    using Step = u32;
-    static constexpr int values = 2;
-    static void put16(const F* from, u32* to) {  // the values are exact in bf16
-        const __m256bh rounded = _mm512_cvtneps_pbh(from->v);
-        __builtin_memcpy(to, &rounded, 32);
-    }
-};
-#endif
 
 static inline bool exact_in_bf16(const Operand& x) { return x.kind != Kind::fp32 && x.kind != Kind::fp16; }
 

@@ -18,7 +18,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "route": ("reference",),
     "permute": ("reference",),
     "causal_conv1d": ("reference",),
-    "selective_scan": ("reference",),
+    "selective_scan": ("native", "reference"),
     "state_update": ("reference",),
     "gated_rms_norm": ("triton", "reference"),
     "relu2": ("reference",),

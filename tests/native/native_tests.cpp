@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "dequantize/params.h"
+#include "exp_tests.h"
 #include "hadamard/params.h"
 #include "matmul/params.h"
 #include "numerics/block_scale.h"
@@ -16,6 +17,7 @@
 #include "numerics/mxfp8.h"
 #include "numerics/philox.h"
 #include "quantize/params.h"
+#include "selective_scan/params.h"
 
 using namespace nvfp4;
 
@@ -232,12 +234,7 @@ void hadamard_and_dequantize_everywhere() {
     }
 }
 
-int run_matmul(const MatmulParams& p) {
-#if defined(NVFP4_X86)
-    if (isa() == Isa::avx512bf16) return avx512bf16::matmul(p);
-#endif
-    return NVFP4_CALL(matmul, p);
-}
+int run_matmul(const MatmulParams& p) { return NVFP4_CALL_BF16(matmul, p); }
 
 void matmul_everywhere() {
     std::mt19937 random(4);
@@ -287,13 +284,124 @@ void matmul_everywhere() {
     }
 }
 
+float value_at(const Bytes& data, int dtype, i64 i) {
+    if (dtype == 0) {
+        float x;
+        std::memcpy(&x, &data[static_cast<size_t>(i * 4)], 4);
+        return x;
+    }
+    u16 h;
+    std::memcpy(&h, &data[static_cast<size_t>(i * 2)], 2);
+    if (dtype == 2) return from_bits(static_cast<u32>(h) << 16);
+    const int exponent = h >> 10 & 31, mantissa = h & 0x3FF;
+    return static_cast<float>(std::ldexp(exponent ? mantissa + 1024 : mantissa, (exponent ? exponent : 1) - 25) * (h >> 15 ? -1 : 1));
+}
+
+// Two sequences of one row, `length` and 2 tokens: values against the recurrence in double, gradients against the scalar ones.
+void selective_scan_everywhere() {
+    std::mt19937 random(5);
+    const i64 shapes[][6] = {{0, 1, 1, 1, 1, 1},  {1, 2, 1, 3, 5, 4},   {37, 6, 2, 20, 12, 16},
+                             {70, 5, 1, 80, 33, 64}, {33, 2, 2, 17, 40, 9}, {9, 1, 1, 256, 3, 1}};
+    for (const auto& shape : shapes) {
+        const i64 length = shape[0] + 2, heads = shape[1], groups = shape[2], p = shape[3], n = shape[4];
+        for (int dtype = 0; dtype < 3; ++dtype) {
+            const i64 gap = 3, x_stride = heads * p + gap, b_stride = groups * n + gap, dt_stride = heads + gap;
+            const auto reach = [&](i64 stride) { return (length - 1) * stride + stride - gap; };
+            const Bytes x = values(dtype, reach(x_stride), random, false), B = values(dtype, reach(b_stride), random, false);
+            const Bytes C = values(dtype, reach(b_stride), random, false), dt = values(dtype, reach(dt_stride), random, false);
+            const Bytes dy = values(dtype, reach(x_stride), random, false);
+            const i64 states = 2 * heads * p * n;
+            std::vector<float> A(static_cast<size_t>(heads)), D(static_cast<size_t>(heads * p)), first(static_cast<size_t>(states));
+            for (auto& a : A) a = -static_cast<float>(random() % 1000) / 100;
+            for (auto& d : D) d = static_cast<float>(random() % 1000) / 500 - 1;
+            for (auto& v : first) v = static_cast<float>(random() % 1000) / 500 - 1;
+            const ScanSequence sequences[2] = {{0, 2, shape[0], 1}, {0, 0, 2, 0}};
+            ScanParams scan{{x.data(), dtype, 0, x_stride, p}, {dt.data(), dtype, 0, dt_stride, 1},
+                            {B.data(), dtype, 0, b_stride, n}, {C.data(), dtype, 0, b_stride, n}, A.data(), D.data(), A.data(),
+                            first.data(), sequences, 2, 1, length, heads, groups, p, n, true, 0.0f, 10.0f, shape[5], nullptr, nullptr, 3};
+            std::vector<double> exact(static_cast<size_t>(length * heads * p)), last(first.begin(), first.end());
+            for (const ScanSequence& s : sequences) {
+                for (i64 h = 0; h < heads; ++h) {
+                    double* state = &last[static_cast<size_t>((s.index * heads + h) * p * n)];
+                    for (i64 t = s.start; t < s.start + s.length; ++t) {
+                        const double a = A[static_cast<size_t>(h)], raw = value_at(dt, dtype, t * dt_stride + h) + a;
+                        const double step = std::fmin(std::log1p(std::exp(raw)), 10.0);
+                        for (i64 i = 0; i < p; ++i) {
+                            const double in = value_at(x, dtype, t * x_stride + h * p + i);
+                            double y = D[static_cast<size_t>(h * p + i)] * in;
+                            for (i64 j = 0; j < n; ++j) {
+                                const i64 at = t * b_stride + h / (heads / groups) * n + j;
+                                double& v = state[i * n + j];
+                                v = std::exp(a * step) * v + step * in * value_at(B, dtype, at);
+                                y += v * value_at(C, dtype, at);
+                            }
+                            exact[static_cast<size_t>((t * heads + h) * p + i)] = y;
+                        }
+                    }
+                }
+            }
+            std::vector<float> expected;
+            for (const char* name : isas()) {
+                set_isa(name);
+                const i64 width = dtype == 0 ? 4 : 2;
+                Bytes y(static_cast<size_t>(length * heads * p * width)), dx(y.size()), ddt(static_cast<size_t>(length * heads * width));
+                Bytes dB(static_cast<size_t>(length * groups * n * width)), dC(dB.size());
+                std::vector<float> end(first.size()), dA(A.size()), dD(D.size()), dbias(A.size()), dfirst(first.size());
+                scan.y = y.data();
+                scan.last = end.data();
+                expect(NVFP4_CALL_BF16(selective_scan, scan) == 0, "selective_scan status");
+                const double tolerance = dtype == 0 ? 1e-5 : dtype == 1 ? 1e-3 : 1e-2;
+                double error = 0, size = 0;
+                for (size_t i = 0; i < exact.size(); ++i) {
+                    const double off = value_at(y, dtype, static_cast<i64>(i)) - exact[i];
+                    error += off * off;
+                    size += exact[i] * exact[i];
+                }
+                for (size_t i = 0; i < last.size(); ++i) {
+                    error += (end[i] - last[i]) * (end[i] - last[i]);
+                    size += last[i] * last[i];
+                }
+                expect(error <= tolerance * tolerance * size, name, shape[0], heads, dtype);
+                const ScanBackwardParams back{scan, {dy.data(), dtype, 0, x_stride, p}, first.data(), dx.data(), ddt.data(),
+                                              dB.data(), dC.data(), dA.data(), dD.data(), dbias.data(), dfirst.data()};
+                expect(NVFP4_CALL_BF16(selective_scan_backward, back) == 0, "selective_scan_backward status");
+                std::vector<float> got;
+                for (const auto* narrow : {&dx, &ddt, &dB, &dC}) {
+                    for (i64 i = 0; i < static_cast<i64>(narrow->size()) / width; ++i) got.push_back(value_at(*narrow, dtype, i));
+                }
+                for (const auto* wide : {&dA, &dD, &dbias, &dfirst}) got.insert(got.end(), wide->begin(), wide->end());
+                if (expected.empty()) expected = got;
+                error = size = 0;
+                for (size_t i = 0; i < got.size(); ++i) {
+                    error += (got[i] - expected[i]) * (got[i] - expected[i]);
+                    size += expected[i] * expected[i];
+                }
+                expect(error <= tolerance * tolerance * size, name, shape[0], heads, dtype + 10);
+            }
+        }
+    }
+}
+
+void exp_everywhere() {
+    for (const char* name : isas()) {
+        set_isa(name);
+        const ExpErrors worst = NVFP4_CALL(exp_errors, 1021);
+        expect(worst.exp < 1, "exp", static_cast<i64>(worst.exp * 1000));
+        expect(worst.softplus < 3, "softplus", static_cast<i64>(worst.softplus * 1000));
+        expect(worst.sigmoid < 2.5 && worst.silu < 2.5, "silu", static_cast<i64>(worst.silu * 1000));
+        expect(worst.faded < 2e-36, "silu of very negative values", static_cast<i64>(worst.faded * 1e39));
+    }
+}
+
 }  // namespace
 
 int main() {
     definitions();
+    exp_everywhere();
     quantize_everywhere();
     hadamard_and_dequantize_everywhere();
     matmul_everywhere();
+    selective_scan_everywhere();
     std::printf("%s: %d failures; instruction sets:", failures ? "FAILED" : "passed", failures);
     for (const char* name : isas()) std::printf(" %s", name);
     std::printf("\n");

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+import nvfp4_kernels as nk
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.selective_scan.reference import recurrence
 from nvfp4_kernels.ops.state_update.op import state_update
 
+BACKENDS = ("reference", "native")
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
 
@@ -115,26 +117,32 @@ def test_recurrence_is_the_oracle():
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)])
-def test_rounding_stays_within_the_dtype(dtype, tolerance):
+def test_rounding_stays_within_the_dtype(dtype, tolerance, backend):
     arguments = inputs(length=130, heads=4, head_dim=16, groups=1, state=8, dtype=dtype)
     for name in ("A", "D", "dt_bias", "initial_state"):
         arguments[name] = arguments[name].detach().float().requires_grad_()
-    compare(arguments, tolerance, chunk_size=64)
+    with nk.backend(backend):
+        compare(arguments, tolerance, chunk_size=64)
 
 
-def test_strong_decay_stays_finite():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strong_decay_stays_finite(backend):
     """|A| dt summed over a chunk far above 88, where an exponential taken before its mask overflows in fp32."""
     arguments = inputs(length=64, dtype=torch.float32, scale=100.0)
-    y = selective_scan(**arguments, chunk_size=64)
-    y.sum().backward()
+    with nk.backend(backend):
+        y = selective_scan(**arguments, chunk_size=64)
+        y.sum().backward()
     assert y.isfinite().all() and all(tensor.grad.isfinite().all() for tensor in arguments.values())
 
 
-def test_small_steps_keep_their_relative_accuracy():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_steps_keep_their_relative_accuracy(backend):
     dt = torch.full((1, 1, 1), -12.0)  # softplus 6.1e-6; log(1 + exp(dt)) in fp32 is 1e-2 off
     one = torch.ones(1, 1, 1, 1)
-    y = selective_scan(one, dt, -torch.ones(1), one, one)
+    with nk.backend(backend):
+        y = selective_scan(one, dt, -torch.ones(1), one, one)
     torch.testing.assert_close(y.double().item(), math.log1p(math.exp(-12.0)), rtol=1e-6, atol=0)
 
 
