@@ -81,6 +81,7 @@ static inline void load_nibbles(const u8* p, U* out) {
 
 static inline F lookup16(const float* table, U index) { return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table)); }
 static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+static inline F times_power(F p, F n) { return _mm512_scalef_ps(p.v, n.v); }
 static inline float sum(F x) { return _mm512_reduce_add_ps(x.v); }
 static inline float largest(F x) { return _mm512_reduce_max_ps(x.v); }
 static inline U lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }

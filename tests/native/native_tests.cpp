@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "dequantize/params.h"
+#include "exp_tests.h"
 #include "hadamard/params.h"
 #include "matmul/params.h"
 #include "numerics/block_scale.h"
@@ -287,10 +288,22 @@ void matmul_everywhere() {
     }
 }
 
+void exp_everywhere() {
+    for (const char* name : isas()) {
+        set_isa(name);
+        const ExpErrors worst = NVFP4_CALL(exp_errors, 1021);
+        expect(worst.exp < 1, "exp", static_cast<i64>(worst.exp * 1000));
+        expect(worst.softplus < 3, "softplus", static_cast<i64>(worst.softplus * 1000));
+        expect(worst.sigmoid < 2.5 && worst.silu < 2.5, "silu", static_cast<i64>(worst.silu * 1000));
+        expect(worst.faded < 2e-36, "silu of very negative values", static_cast<i64>(worst.faded * 1e39));
+    }
+}
+
 }  // namespace
 
 int main() {
     definitions();
+    exp_everywhere();
     quantize_everywhere();
     hadamard_and_dequantize_everywhere();
     matmul_everywhere();
