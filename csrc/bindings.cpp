@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "dequantize/params.h"
+#include "gated_rms_norm/params.h"
 #include "hadamard/params.h"
 #include "matmul/params.h"
 #include "quantize/params.h"
@@ -101,6 +102,36 @@ int call_selective_scan_backward(const py::tuple& inputs, u64 sequences, i64 cou
     return NVFP4_CALL_BF16(selective_scan_backward, p);
 }
 
+// x, z, dy: (pointer, row stride); z with pointer 0: none
+GatedRmsNormParams norm(int dtype, i64 rows, i64 channels, i64 group, float eps, bool norm_before_gate, const py::tuple& x,
+                        const py::tuple& z, u64 weight, int threads) {
+    GatedRmsNormParams p{};
+    p.dtype = dtype, p.rows = rows, p.channels = channels, p.group = group, p.eps = eps, p.threads = threads;
+    p.x = pointer<const void>(x[0].cast<u64>()), p.x_stride = x[1].cast<i64>();
+    p.z = pointer<const void>(z[0].cast<u64>()), p.z_stride = z[1].cast<i64>();
+    p.gate = !p.z ? Gate::none : norm_before_gate ? Gate::after_norm : Gate::before_norm;
+    p.weight = pointer<const float>(weight);
+    return p;
+}
+
+int call_gated_rms_norm(int dtype, i64 rows, i64 channels, i64 group, float eps, bool norm_before_gate, const py::tuple& x,
+                        const py::tuple& z, u64 weight, u64 y, int threads) {
+    GatedRmsNormParams p = norm(dtype, rows, channels, group, eps, norm_before_gate, x, z, weight, threads);
+    p.y = pointer<void>(y);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(gated_rms_norm, p);
+}
+
+int call_gated_rms_norm_backward(int dtype, i64 rows, i64 channels, i64 group, float eps, bool norm_before_gate,
+                                 const py::tuple& x, const py::tuple& z, u64 weight, const py::tuple& dy, u64 dx, u64 dz,
+                                 u64 dweight, int threads) {
+    GatedRmsNormParams p = norm(dtype, rows, channels, group, eps, norm_before_gate, x, z, weight, threads);
+    p.dy = pointer<const void>(dy[0].cast<u64>()), p.dy_stride = dy[1].cast<i64>();
+    p.dx = pointer<void>(dx), p.dz = pointer<void>(dz), p.dweight = pointer<float>(dweight);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(gated_rms_norm_backward, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -111,6 +142,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("matmul", &call_matmul);
     m.def("selective_scan", &call_selective_scan);
     m.def("selective_scan_backward", &call_selective_scan_backward);
+    m.def("gated_rms_norm", &call_gated_rms_norm);
+    m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }

@@ -20,7 +20,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "causal_conv1d": ("reference",),
     "selective_scan": ("native", "reference"),
     "state_update": ("reference",),
-    "gated_rms_norm": ("triton", "reference"),
+    "gated_rms_norm": ("native", "triton", "reference"),
     "relu2": ("reference",),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))

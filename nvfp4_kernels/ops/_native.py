@@ -26,6 +26,13 @@ def refuses_device(x) -> str | None:
     return None if x.is_cpu else f"the CPU kernels take CPU tensors, not {x.device.type}"
 
 
+def refuses_float(x) -> str | None:
+    """As refuses_device, and why not for x's dtype."""
+    if refuses_device(x) is None and x.dtype not in DTYPES:
+        return f"the CPU kernels take {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {x.dtype}"
+    return refuses_device(x)
+
+
 def check(status: int) -> None:
     """Raise what a status of the module means."""
     if status:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 
@@ -43,6 +43,8 @@ def gated_rms_norm(
     if z is not None:
         require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
         require(z.dtype == x.dtype, "z", z.dtype, f"{x.dtype}, as x", TypeError)
+        same_device("z", z, x.device)
+    same_device("weight", weight, x.device)
     return torch.ops.nvfp4.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
 
 
