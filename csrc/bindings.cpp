@@ -2,6 +2,7 @@
 // memory ran out). nvfp4_kernels/ops/<op>/native.py calls these after op.py has checked everything.
 #include <pybind11/pybind11.h>
 
+#include "causal_conv1d/params.h"
 #include "cpu/isa.h"
 #include "dequantize/params.h"
 #include "gated_rms_norm/params.h"
@@ -132,6 +133,38 @@ int call_gated_rms_norm_backward(int dtype, i64 rows, i64 channels, i64 group, f
     return NVFP4_CALL(gated_rms_norm_backward, p);
 }
 
+// sizes: (dtype, tokens, channels, sequences, width, silu); x, dy: (pointer, row stride, token stride); initial: (pointer, dtype)
+CausalConv1dParams convolution(const py::tuple& sizes, u64 starts, const py::tuple& x, u64 taps, u64 bias,
+                               const py::tuple& initial, int threads) {
+    CausalConv1dParams p{};
+    p.dtype = sizes[0].cast<int>(), p.tokens = sizes[1].cast<i64>(), p.channels = sizes[2].cast<i64>();
+    p.sequences = sizes[3].cast<i64>(), p.width = sizes[4].cast<int>(), p.silu = sizes[5].cast<bool>();
+    p.starts = pointer<const i64>(starts), p.threads = threads;
+    p.x = pointer<const void>(x[0].cast<u64>()), p.x_row = x[1].cast<i64>(), p.x_token = x[2].cast<i64>();
+    p.taps = pointer<const float>(taps), p.bias = pointer<const float>(bias);
+    p.initial = pointer<const void>(initial[0].cast<u64>()), p.initial_dtype = initial[1].cast<int>();
+    return p;
+}
+
+int call_causal_conv1d(const py::tuple& sizes, u64 starts, const py::tuple& x, u64 taps, u64 bias, const py::tuple& initial,
+                       u64 y, u64 state, int threads) {
+    CausalConv1dParams p = convolution(sizes, starts, x, taps, bias, initial, threads);
+    p.y = pointer<void>(y), p.state = pointer<void>(state);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(causal_conv1d, p);
+}
+
+int call_causal_conv1d_backward(const py::tuple& sizes, u64 starts, const py::tuple& x, u64 taps, u64 bias,
+                                const py::tuple& initial, const py::tuple& dy, u64 dstate, u64 dx, u64 dtaps, u64 dinitial,
+                                int threads) {
+    CausalConv1dParams p = convolution(sizes, starts, x, taps, bias, initial, threads);
+    p.dy = pointer<const void>(dy[0].cast<u64>()), p.dy_row = dy[1].cast<i64>(), p.dy_token = dy[2].cast<i64>();
+    p.dstate = pointer<const void>(dstate), p.dx = pointer<void>(dx);
+    p.dtaps = pointer<float>(dtaps), p.dinitial = pointer<float>(dinitial);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(causal_conv1d_backward, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -144,6 +177,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("selective_scan_backward", &call_selective_scan_backward);
     m.def("gated_rms_norm", &call_gated_rms_norm);
     m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
+    m.def("causal_conv1d", &call_causal_conv1d);
+    m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }

@@ -10,6 +10,9 @@ struct Part {
     int count;  // 1 .. lanes - 1
 };
 
+static inline int size(Whole) { return F::lanes; }
+static inline int size(Part part) { return part.count; }
+
 template <class T>
 static inline F load(const T* p, Whole) { return load(p); }
 template <class T>
@@ -41,6 +44,15 @@ static inline void over(i64 n, const Body& body) {
     }
     for (; i + F::lanes <= n; i += F::lanes) body(i, 0, Whole{});
     if (i < n) body(i, 1, Part{static_cast<int>(n - i)});
+}
+
+// out[i] = the sum over b of blocks[b][i], in the order of b: sums over many rows are made so, block by block, whatever threads.
+static inline void add_blocks(const float* blocks, i64 count, i64 length, float* out) {
+    over(length, [&](i64 i, int, auto extent) {
+        F sum = F(0.0f);
+        for (i64 b = 0; b < count; ++b) sum = sum + load(blocks + b * length + i, extent);
+        store(out + i, sum, extent);
+    });
 }
 
 static inline float total(const F* s) { return sum((s[0] + s[1]) + (s[2] + s[3])); }

@@ -159,11 +159,7 @@ int gated_rms_norm_backward(const GatedRmsNormParams& p) {
         });
     };
     parallel(threads, body);
-    over(p.channels, [&](i64 i, int, auto extent) {
-        F sum = F(0.0f);
-        for (i64 b = 0; b < blocks; ++b) sum = sum + load(sums_of_blocks + b * p.channels + i, extent);
-        store(p.dweight + i, sum, extent);
-    });
+    add_blocks(sums_of_blocks, blocks, p.channels, p.dweight);
     return 0;
 }
 

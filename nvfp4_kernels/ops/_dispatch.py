@@ -17,7 +17,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "matmul": ("native", "reference"),
     "route": ("reference",),
     "permute": ("reference",),
-    "causal_conv1d": ("reference",),
+    "causal_conv1d": ("native", "reference"),
     "selective_scan": ("native", "reference"),
     "state_update": ("reference",),
     "gated_rms_norm": ("native", "triton", "reference"),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 
@@ -25,7 +25,7 @@ def causal_conv1d(
     cu_seqlens: int [sequences + 1], ascending from 0 to batch * length: where sequences start in the batch * length tokens
         taken row after row; no sequence sees another. None: each row is one.
     Returns y of the shape and dtype of x; with return_state also the state after each sequence, as initial_state.
-    Differentiable in x, weight, bias and initial_state. Sums in fp32; bf16 and fp16 round once before the activation.
+    Differentiable in x, weight, bias and initial_state. All math in fp32 (fp64 for fp64 x), one rounding at the end.
     Raises TypeError or ValueError naming the argument.
     """
     require(
@@ -56,6 +56,9 @@ def causal_conv1d(
         require(
             tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
         )
+    for name, t in (("weight", weight), ("bias", bias), ("initial_state", initial_state)):
+        if t is not None:
+            same_device(name, t, x.device)
     silu = activation == "silu"
     y, state = torch.ops.nvfp4.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
     return (y, state) if return_state else y
