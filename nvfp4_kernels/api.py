@@ -12,6 +12,7 @@ from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
 from nvfp4_kernels.nn.convert import convert
 from nvfp4_kernels.nn.linear import Linear
+from nvfp4_kernels.nn.replay import ReplayState
 from nvfp4_kernels.ops._dispatch import Refused, backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
@@ -55,6 +56,7 @@ __all__ = [
     "linear",
     "experts",
     "Linear",
+    "ReplayState",
     "convert",
     "HybridConfig",
     "preset",

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import platform
 from importlib import metadata
 
@@ -105,6 +106,17 @@ def _call(op: str, refuses, device: str) -> list:
         return [q.codes, q.scales, q.global_scale, 32, torch.bfloat16]
     if op == "matmul":
         return [quantize(x), quantize(x), None, torch.bfloat16, None, False]
+    tokens, heads, shared, A = x.view(1, 32, 2, 16), x.new_ones(1, 32, 2), x.view(1, 32, 1, 32), x.new_ones(2).float()
+    if op == "causal_conv1d":
+        return [x[None], x.new_ones(32, 4), None, None, None, True]
+    if op == "gated_rms_norm":
+        return [x, x, x.new_ones(32), 1e-5, 32, False]
+    if op == "selective_scan":
+        return [tokens, heads, A, shared, shared, None, None, None, None, True, 0.0, math.inf, 16]
+    if op == "state_update":
+        row = [t[:, :1] for t in (tokens, heads, shared)]
+        state = x.new_ones(1, 2, 16, 32)
+        return [state, row[0], row[1], A, row[2], row[2], *[None] * 6, True, 0.0, math.inf]
     return [x] * len(inspect.signature(refuses).parameters)
 
 
