@@ -35,7 +35,7 @@ class ReplayState:
     def advance(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, **options
     ) -> Tensor:
-        """y of the next tokens, one or many, as many for each row: the bits of selective_scan over all so far.
+        """y of the next tokens, as many for each row: the bits of selective_scan over all so far.
 
         Arguments as selective_scan's, options being dt_bias, dt_softplus and dt_limit; a gate z is the caller's to put behind it,
         element by element. Not differentiable. Raises ValueError naming the argument.
