@@ -37,8 +37,8 @@ class ReplayState:
     ) -> Tensor:
         """y of the next tokens, as many for each row: the bits of selective_scan over all so far.
 
-        Arguments as selective_scan's, options being dt_bias, dt_softplus and dt_limit; a gate z is the caller's to put behind it,
-        element by element. Not differentiable. Raises ValueError naming the argument.
+        Arguments as selective_scan's, options being dt_bias, dt_softplus and dt_limit; a gate z is the caller's to put behind
+        it, element by element. Not differentiable. Raises ValueError naming the argument.
         """
         batch, tokens = x.shape[:2]
         require(batch == len(self.counts), "x", f"{batch} rows", f"{len(self.counts)}, as border")
