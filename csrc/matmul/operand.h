@@ -79,8 +79,8 @@ static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 le
 }
 
 // Starts fetching what read_row will want. A block of k is a short piece of each of many rows, which no hardware prefetcher
-// foresees.
-static inline void prefetch_row(const Operand& x, i64 row, i64 k, i64 length) {
+// foresees. Always inlined, since GCC takes a function that only prefetches for one without effect and drops its calls.
+__attribute__((always_inline)) static inline void prefetch_row(const Operand& x, i64 row, i64 k, i64 length) {
     if (row >= x.rows || k >= x.cols || (x.kind < Kind::nvfp4 && x.col_stride != 1)) return;
     const char* base = static_cast<const char*>(x.data);
     const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind == Kind::mxfp8 ? 4 : 8;  // of a byte
