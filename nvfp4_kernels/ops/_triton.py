@@ -23,7 +23,7 @@ try:
     jit = triton.jit
 except ImportError:
     triton = None
-    tl = SimpleNamespace(constexpr=object)  # so that the kernels' files import, to say why they refuse
+    tl = SimpleNamespace(constexpr=lambda value: value)  # so that the kernels' files import, to say why they refuse
     missing = "Triton is not installed (pip install triton)"
 
     def jit(kernel):
