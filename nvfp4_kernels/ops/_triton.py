@@ -69,13 +69,17 @@ def launch(
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[tuple]]:
-    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run."""
+def recorded(capability: tuple[int, int] | None = None) -> Iterator[list[tuple]]:
+    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run.
+
+    capability: that of the device which the meta tensors stand for.
+    """
     global _recorder
     launches: list[tuple] = []
     _recorder = lambda *launch: launches.append(launch)  # noqa: E731
     try:
-        yield launches
+        with _device.assumed(capability):
+            yield launches
     finally:
         _recorder = None
 

@@ -102,6 +102,26 @@ def gather_bytes(a, b, c, d, BYTE: tl.constexpr):
 
 
 @jit
+def e2m1_word(q, START: tl.constexpr):
+    """Eight fp32 to the E2M1 codes of a word by the conversion of devices with FP4 tensor cores: nearest even, at most 6."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b8 c<4>;
+        cvt.rn.satfinite.e2m1x2.f32 c0, $2, $1;
+        cvt.rn.satfinite.e2m1x2.f32 c1, $4, $3;
+        cvt.rn.satfinite.e2m1x2.f32 c2, $6, $5;
+        cvt.rn.satfinite.e2m1x2.f32 c3, $8, $7;
+        mov.b32 $0, {c0, c1, c2, c3};
+        }""",
+        "=r,f,f,f,f,f,f,f,f",
+        [q[START], q[START + 1], q[START + 2], q[START + 3], q[START + 4], q[START + 5], q[START + 6], q[START + 7]],
+        tl.int32,
+        True,
+        1,
+    )
+
+
+@jit
 def e4m3_magnitude(m):
     """E4M3 code of a magnitude that is no NaN, saturating at 448."""
     return on_grid(tl.minimum(m, 448.0), 121, 3) & 0x7F

@@ -10,6 +10,7 @@ from nvfp4_kernels.ops._triton_numerics import (
     anchor,
     bits,
     e2m1_value,
+    e2m1_word,
     e4m3_magnitude,
     e4m3_value,
     gather_bytes,
@@ -88,6 +89,14 @@ def magnitudes(v):
 
 
 @jit
+def saturated(v):
+    result = ()
+    for j in tl.static_range(16):
+        result += (tl.maximum(tl.minimum(v[j], BF16_MAX), -BF16_MAX),)
+    return result
+
+
+@jit
 def error(v, scale, amax, g_dec, SPEC: tl.constexpr):
     """Sum of the errors under a candidate scale, element after element, in the order that block_scale.h states."""
     enc, decode = encode_scale(scale, g_dec), e4m3_value(scale)
@@ -129,11 +138,15 @@ def both(low, high):
 
 
 @jit
-def nearest_word(v, enc, limit, START: tl.constexpr):
+def nearest_word(v, enc, limit, START: tl.constexpr, CONVERTS: tl.constexpr):
+    """CONVERTS: the device rounds to E2M1 itself; infinities, which stand for what the limit is, become 6 as it is here."""
     c = ()
     for j in tl.static_range(8):
-        c += (on_grid(tl.minimum(tl.abs(v[START + j] * enc), limit), LOWEST, 1),)
-    return packed(c, v, START, 0)
+        if CONVERTS:
+            c += (v[START + j] * enc,)
+        else:
+            c += (on_grid(tl.minimum(tl.abs(v[START + j] * enc), limit), LOWEST, 1),)
+    return e2m1_word(c, 0) if CONVERTS else packed(c, v, START, 0)
 
 
 @jit
@@ -148,7 +161,9 @@ def stochastic_word(v, enc, limit, noise, more_noise, START: tl.constexpr):
 
 
 @jit
-def encode_nvfp4(v, index, amax, g_enc, g_dec, finite, noise_ptr, ADVANCE: tl.constexpr, SPEC: tl.constexpr):
+def encode_nvfp4(
+    v, index, amax, g_enc, g_dec, finite, seed, offset, SPEC: tl.constexpr, CONVERTS: tl.constexpr
+):  # fmt: skip
     """(16 codes as an int64, scale code) of each run; index: the run's number in the form, for the noise.
 
     A rotated value may be an infinity where the reference saturates at BF16_MAX: the limit of the scaled magnitude and the
@@ -163,19 +178,18 @@ def encode_nvfp4(v, index, amax, g_enc, g_dec, finite, noise_ptr, ADVANCE: tl.co
     if SPEC.four_over_six is None:
         scale = e4m3_magnitude(block_amax * (g_enc * 0.16666667163372040))
     else:
-        clamped = ()
-        for j in tl.static_range(16):
-            clamped += (tl.maximum(tl.minimum(v[j], BF16_MAX), -BF16_MAX) if SPEC.hadamard is not None else v[j],)
-        scale = four_over_six(clamped, block_amax, amax, g_enc, g_dec, SPEC)
+        if SPEC.hadamard is not None:
+            v = saturated(v)
+        scale = four_over_six(v, block_amax, amax, g_enc, g_dec, SPEC)
     enc = encode_scale(scale, g_dec)
     if SPEC.hadamard is not None:
         limit = tl.minimum(enc * BF16_MAX, 6.0)
     if SPEC.stochastic:
         # the sign of a magnitude is zero: the index so takes the values' layout, where the noise is wanted
-        n0, n1, n2, n3 = philox(index | (bits(block_amax) >> 31), tl.load(noise_ptr), tl.load(noise_ptr + 1) + ADVANCE)
+        n0, n1, n2, n3 = philox(index | (bits(block_amax) >> 31), seed, offset)
         codes = both(stochastic_word(v, enc, limit, n0, n1, 0), stochastic_word(v, enc, limit, n2, n3, 8))
     else:
-        codes = both(nearest_word(v, enc, limit, 0), nearest_word(v, enc, limit, 8))
+        codes = both(nearest_word(v, enc, limit, 0, CONVERTS), nearest_word(v, enc, limit, 8, CONVERTS))
     return tl.where(finite, codes, 0), tl.where(finite, scale, 0)
 
 

@@ -45,8 +45,8 @@ def rotate(v, SIGNS: tl.constexpr):
 
 @jit
 def form(
-    x_ptr, codes_ptr, scales_ptr, noise_ptr, line, block, lines, length, line_stride, step, scale,
-    ADVANCE: tl.constexpr, SPEC: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, line, block, lines, length, line_stride, step, scale, seed, offset,
+    SPEC: tl.constexpr, WIDE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns."""
     v = load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE)
@@ -61,7 +61,7 @@ def form(
         if SPEC.hadamard is not None:
             v = rotate(v, SPEC.hadamard)
         index = line[:, None].to(tl.int64) * runs + block[None, :]
-        codes, scales = encode_nvfp4(v, index, scale[0], scale[1], scale[2], scale[3], noise_ptr, ADVANCE, SPEC)
+        codes, scales = encode_nvfp4(v, index, scale[0], scale[1], scale[2], scale[3], seed, offset, SPEC, CONVERTS)
         store(codes_ptr, codes, line, block, lines, runs, WIDE)
         store(scales_ptr, scales.to(tl.uint8), line, block, lines, runs, WIDE)
 
@@ -88,31 +88,32 @@ def quantize_kernel(
     x_ptr, amax_ptr, noise_ptr, row_codes_ptr, row_scales_ptr, row_global_ptr, col_codes_ptr, col_scales_ptr,
     col_global_ptr, rows, cols, row_stride, col_stride, programs,
     ROW: tl.constexpr, COL: tl.constexpr, WIDE: tl.constexpr, COL_ADVANCE: tl.constexpr, ROW_ADVANCE: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row_scale, col_scale = (0.0, 0.0, 0.0, True), (0.0, 0.0, 0.0, True)
     if ROW is not None and ROW.block != "1x32":
         row_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 1, ROW)
-        if tl.program_id(0) == 0:
+        if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(row_global_ptr, tl.where(row_scale[3], row_scale[2], float("nan")))
     if COL is not None and COL.block != "1x32":
         col_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 2, COL)
-        if tl.program_id(0) == 0:
+        if tl.program_id(0) + tl.program_id(1) == 0:
             tl.store(col_global_ptr, tl.where(col_scale[3], col_scale[2], float("nan")))
-    across = tl.cdiv(cols, COLS)
-    for t in range(tl.program_id(0), tl.cdiv(rows, ROWS) * across, tl.num_programs(0)):
-        row, col = (t // across) * ROWS, (t % across) * COLS
+    seed, offset = tl.load(noise_ptr), tl.load(noise_ptr + 1)
+    col = tl.program_id(0) * COLS
+    for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        row = down * ROWS
         if ROW is not None:
             line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
             form(
-                x_ptr, row_codes_ptr, row_scales_ptr, noise_ptr, line, block, rows, cols, row_stride, col_stride,
-                row_scale, ROW_ADVANCE, ROW, WIDE,
+                x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride, row_scale,
+                seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
             )  # fmt: skip
         if COL is not None:
             line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
             form(
-                x_ptr, col_codes_ptr, col_scales_ptr, noise_ptr, line, block, cols, rows, col_stride, row_stride,
-                col_scale, COL_ADVANCE, COL, False,
+                x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride, col_scale,
+                seed, offset + COL_ADVANCE, COL, False, CONVERTS,
             )  # fmt: skip
 
 
@@ -136,15 +137,18 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     found = amaxes(x, row_spec, col_spec, wide) if scaled else x
     programs = found.shape[1] if scaled else 0
     tall, broad, warps = tile(rows, cols, row_spec, col_spec)
-    tiles = -(-rows // tall) * -(-cols // broad)
+    across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
+    # a program walks down a few tiles, which share what it needs of the scales
+    down = min(down, max(1, 16 * _device.multiprocessors(x.device) // across))
     launch(
         quantize_kernel,
-        (max(1, min(tiles, 16 * _device.multiprocessors(x.device))),),  # a few tiles each share the scales' setup
-        *(x, found, found if noise is None else noise.contiguous()),
+        (across, down),
+        *(x, found, torch.zeros(2, dtype=torch.int64, device=x.device) if noise is None else noise.contiguous()),
         *_pointers(row_spec, row[1], found),
         *_pointers(col_spec, col[1], found),
         *(rows, cols, *x.stride(), programs),
         **dict(ROW=row_spec, COL=col_spec, WIDE=wide, ROW_ADVANCE=row[2], COL_ADVANCE=col[2]),
+        **dict(CONVERTS=_device.converts_to_fp4(x.device)),
         **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad),
         num_warps=warps,
         fusion=False,
