@@ -5,9 +5,29 @@ a packed word takes no other thread. Rounding is written in fp32 sums and intege
 interpreter converts wrongly. No expression here may be contracted: launch with fusion=False.
 """
 
+import torch
+from torch import Tensor
+
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 
-WRITTEN_OUT = tl.constexpr(INTERPRETED)
+WRITTEN_OUT = tl.constexpr(INTERPRETED)  # the interpreter runs no inline assembly
+BF16_MAX = tl.constexpr(3.3895313892515355e38)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x as the kernels take it: bf16 by its bits, since the interpreter's conversions of bf16 are wrong."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def writable(out: Tensor) -> Tensor:
+    """What the kernels write `rounded` values to: the bits of bf16 where they are written out."""
+    return readable(out) if INTERPRETED else out
+
+
+def wide(x: Tensor) -> bool:
+    """Whether a thread may load neighbours of a row of x [rows, cols] as 32-bit words."""
+    per_word = 4 // x.element_size()
+    return x.stride(1) == 1 and all(n % per_word == 0 for n in (x.shape[1], x.stride(0), x.storage_offset()))
 
 
 @jit
@@ -43,6 +63,15 @@ def nearest_bf16(x):
     """fp32 to the nearest bf16, ties to even, as the fp32 bits; NaN stays NaN."""
     b = bits(x)
     return tl.where(x == x, (b + 0x7FFF + ((b >> 16) & 1)) & -65536, 0x7FC00000)
+
+
+@jit
+def rounded(x, out_ptr):
+    """fp32 in the type that out_ptr takes, `writable`."""
+    if out_ptr.dtype.element_ty == tl.int16:
+        return (nearest_bf16(x) >> 16).to(tl.int16)
+    else:
+        return x.to(out_ptr.dtype.element_ty)
 
 
 @jit
@@ -194,6 +223,14 @@ def quarters(x):
     v0, v2 = tl.split(even)
     v1, v3 = tl.split(odd)
     return v0, v1, v2, v3
+
+
+@jit
+def eighths_joined(w):
+    """Eight [A, B] to [A, B, 8], in order."""
+    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
+    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
+    return tl.reshape(tl.join(even, odd), [w[0].shape[0], w[0].shape[1], 8])
 
 
 @jit

@@ -6,6 +6,7 @@ SPEC is the form's QuantSpec, a constant of the compiled kernel.
 
 from nvfp4_kernels.ops._triton import jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
+    BF16_MAX,
     add_down,
     anchor,
     bits,
@@ -22,7 +23,6 @@ from nvfp4_kernels.ops._triton_numerics import (
 )
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
-BF16_MAX = tl.constexpr(3.3895313892515355e38)
 INFINITY = tl.constexpr(0x7F800000)
 LOWEST = tl.constexpr(127)  # E2M1's lowest binade of normal numbers is that of 1
 

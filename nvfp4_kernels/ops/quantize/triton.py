@@ -12,7 +12,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
-from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, values_of
+from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
 from nvfp4_kernels.ops.quantize._triton_amax import amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, tensor_scale
 
@@ -30,8 +30,8 @@ def tile(rows: int, cols: int, row: QuantSpec | None, col: QuantSpec | None) -> 
     if col is not None:
         return 64, 64, 4
     tall = 16 if row is not None and row.block == "16x16" else min(16, next_power_of_2(rows))
-    wide = max(32, min(next_power_of_2(cols), 1024, 4096 // tall))
-    return tall, wide, max(1, tall * wide // 1024)
+    broad = max(32, min(next_power_of_2(cols), 1024, 4096 // tall))
+    return tall, broad, max(1, tall * broad // 1024)
 
 
 @jit
@@ -130,11 +130,10 @@ def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor |
 
 def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     rows, cols = x.shape
-    wide = _wide(x)
+    words, x = wide(x), readable(x)
     row_spec, col_spec = row[0], col[0]
     scaled = [spec for spec in (row_spec, col_spec) if spec is not None and spec.format == "nvfp4"]
-    x = x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-    found = amaxes(x, row_spec, col_spec, wide) if scaled else x
+    found = amaxes(x, row_spec, col_spec, words) if scaled else x
     programs = found.shape[1] if scaled else 0
     tall, broad, warps = tile(rows, cols, row_spec, col_spec)
     across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
@@ -147,18 +146,12 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
         *_pointers(row_spec, row[1], found),
         *_pointers(col_spec, col[1], found),
         *(rows, cols, *x.stride(), programs),
-        **dict(ROW=row_spec, COL=col_spec, WIDE=wide, ROW_ADVANCE=row[2], COL_ADVANCE=col[2]),
+        **dict(ROW=row_spec, COL=col_spec, WIDE=words, ROW_ADVANCE=row[2], COL_ADVANCE=col[2]),
         **dict(CONVERTS=_device.converts_to_fp4(x.device)),
         **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad),
         num_warps=warps,
         fusion=False,
     )
-
-
-def _wide(x: Tensor) -> bool:
-    """Whether a thread may load neighbours of a row as 32-bit words."""
-    per_word = 4 // x.element_size()
-    return x.stride(1) == 1 and all(n % per_word == 0 for n in (x.shape[1], x.stride(0), x.storage_offset()))
 
 
 def _parts(x: Tensor, spec: QuantSpec | None, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
