@@ -15,13 +15,13 @@ BF16_MAX = tl.constexpr(3.3895313892515355e38)
 
 
 def readable(x: Tensor) -> Tensor:
-    """x as the kernels take it: bf16 by its bits, since the interpreter's conversions of bf16 are wrong."""
+    """x with bf16 as bits, int16: whoever loads it unpacks pairs, and the interpreter's conversions of bf16 are wrong."""
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
-def writable(out: Tensor) -> Tensor:
-    """What the kernels write `rounded` values to: the bits of bf16 where they are written out."""
-    return readable(out) if INTERPRETED else out
+def portable(x: Tensor) -> Tensor:
+    """x, or the bits of bf16 where the interpreter runs: what `rounded` values are written to."""
+    return readable(x) if INTERPRETED else x
 
 
 def wide(x: Tensor) -> bool:
@@ -67,7 +67,7 @@ def nearest_bf16(x):
 
 @jit
 def rounded(x, out_ptr):
-    """fp32 in the type that out_ptr takes, `writable`."""
+    """fp32 in the type that out_ptr, a `portable` tensor, takes."""
     if out_ptr.dtype.element_ty == tl.int16:
         return (nearest_bf16(x) >> 16).to(tl.int16)
     else:
@@ -98,7 +98,9 @@ def with_low_byte(word, noise, BYTE: tl.constexpr):
     if WRITTEN_OUT:
         return word | ((noise >> (8 * BYTE)) & 255).to(tl.int32, bitcast=True)
     else:
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,n,n", [noise, word, 0x7650 + BYTE], tl.int32, True, 1)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,n,n", [noise, word, 0x7650 + BYTE], tl.int32, True, 1
+        )
 
 
 @jit
@@ -165,9 +167,15 @@ def e4m3_value(code):
 
 
 @jit
+def e2m1_bits(word, PLACE: tl.constexpr):
+    """The E2M1 code at place PLACE (0 to 7) of a word as fp32, which reads it as 2^-126 of its value."""
+    return real(((word << (28 - 4 * PLACE)) >> 6) & -0x7E400000)
+
+
+@jit
 def e2m1_value(code):
-    """Value of an E2M1 code in the low 4 bits of an int32, exact: fp32 reads the magnitude as 2^-126 of its value."""
-    return real(((code & 7) << 22) | ((code & 8) << 28)) * 8.507059173023462e37
+    """Value of an E2M1 code in the low 4 bits of an int32, exact."""
+    return e2m1_bits(code, 0) * 8.507059173023462e37
 
 
 @jit
@@ -223,6 +231,12 @@ def quarters(x):
     v0, v2 = tl.split(even)
     v1, v3 = tl.split(odd)
     return v0, v1, v2, v3
+
+
+@jit
+def quarters_joined(w):
+    """Four [A, B] to [A, B, 4], in order."""
+    return tl.reshape(tl.join(tl.join(w[0], w[2]), tl.join(w[1], w[3])), [w[0].shape[0], w[0].shape[1], 4])
 
 
 @jit

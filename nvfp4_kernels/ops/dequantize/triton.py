@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
-from nvfp4_kernels.ops._triton_numerics import e2m1_value, e4m3_value, e8m0_value, real, rounded, writable
+from nvfp4_kernels.ops._triton_numerics import e2m1_value, e4m3_value, e8m0_value, portable, rounded
 
 
 def refuses(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, dtype: torch.dtype) -> str | None:
@@ -25,7 +25,7 @@ def tile(rows: int, words: int) -> tuple[int, int, int]:
 @jit
 def dequantize_kernel(
     codes_ptr, scales_ptr, global_ptr, out_ptr, rows, cols, words,
-    NVFP4: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    NVFP4: tl.constexpr, GLOBAL: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(words, WORDS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -35,7 +35,9 @@ def dequantize_kernel(
     word = tl.load(codes_ptr + line * words + w[None, :], inside, 0)[:, :, None]
     if NVFP4:
         scale = tl.load(scales_ptr + line * (words // 2) + (w // 2)[None, :], inside, 0).to(tl.int32)
-        decode = e4m3_value(scale) * tl.load(global_ptr)
+        decode = e4m3_value(scale)
+        if GLOBAL:
+            decode = decode * tl.load(global_ptr)
         j = tl.arange(0, 8)[None, None, :]
         x = e2m1_value(word >> (4 * j))
         at = w[None, :, None] * 8 + j
@@ -51,17 +53,21 @@ def dequantize_kernel(
 
 def run(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
     """[rows, cols] in `dtype`. NVFP4: packed codes, E4M3 scales, fp32 global scale. MXFP8: E4M3 codes, E8M0 scales, None."""
-    codes, scales = codes.contiguous().view(torch.int32), scales.contiguous().view(torch.uint8)
     out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
+    decode(codes, scales, global_scale, "mxfp8" if global_scale is None else "nvfp4", out)
+    return out
+
+
+def decode(codes: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, out: Tensor) -> None:
+    """The values to `out` [rows, cols], contiguous; without a global scale those of NVFP4 under the block scales alone."""
+    codes, scales = codes.contiguous().view(torch.int32), scales.contiguous().view(torch.uint8)
     rows, words = codes.shape
     tall, broad, warps = tile(rows, words)
-    nvfp4 = global_scale is not None
     launch(
         dequantize_kernel,
         (-(-rows // tall) * -(-words // broad),),
-        *(codes, scales, global_scale if nvfp4 else out, writable(out), rows, cols, words),
-        **dict(NVFP4=nvfp4, ROWS=tall, WORDS=broad),
+        *(codes, scales, scales if global_scale is None else global_scale, portable(out), rows, out.shape[1], words),
+        **dict(NVFP4=format == "nvfp4", GLOBAL=global_scale is not None, ROWS=tall, WORDS=broad),
         num_warps=warps,
         fusion=False,
     )
-    return out

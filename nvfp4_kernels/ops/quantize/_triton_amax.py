@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _device
-from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, tl
+from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, tl
 from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, hadamard, load_runs
 from nvfp4_kernels.ops.quantize._triton_encode import magnitudes
 
