@@ -71,6 +71,12 @@ def fp4_tensor_cores(device: torch.device) -> str | None:
     return FP4_TENSOR_CORES.get(_capability(device))
 
 
+def matrix_instruction(device: torch.device) -> str:
+    """By which instruction a device multiplies 16-bit tiles: "tcgen05", "wgmma" or "mma.sync"; the CPU counts as the last."""
+    major = (_capability(device) or (0, 0))[0]
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(major, "mma.sync")
+
+
 def converts_to_fp4(device: torch.device) -> bool:
     """Whether a device rounds fp32 to E2M1 by an instruction: those with FP4 tensor cores do (PTX ISA 9, cvt)."""
     return fp4_tensor_cores(device) is not None

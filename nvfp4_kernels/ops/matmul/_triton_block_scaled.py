@@ -15,7 +15,7 @@ def tile(M: int, N: int, K: int, cores: str) -> Tile:
     """tcgen05 multiplies 128 rows at a time, whatever M is, and its sums lie in tensor memory: 128 x 256, 256 values deep,
     keep it fed. mma.sync has 99 KB of shared memory and sums in registers: 128 x 128, 128 deep."""
     if cores == "tcgen05":
-        block = (128, 128 if M <= 128 or N <= 128 else 256, 256, 4)
+        block = (128, 128, 256, 4) if M <= 128 or N <= 128 else (128, 256, 256, 8)
     else:
         block = (16 if M <= 16 else 128, 128, 128, 4 if M <= 16 else 8)
     return Tile(*block, 3, blocks_to_fill(M, N, K, *block[:3]))
@@ -62,7 +62,7 @@ def block_scaled_kernel(
 
 def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool, cores: str) -> None:
     K = a.length
-    unit = 256 if K % 256 == 0 else a.unit  # the wider, the wider the loads of scales
+    unit = next(unit for unit in (256, 64, 16) if K % unit == 0)  # a row's length in units: the wider, the wider the loads
     sides = (
         (x.codes.view(torch.uint8), x.scales.view(torch.float8_e4m3fn), x.global_scale, K // unit) for x in (a, b)
     )

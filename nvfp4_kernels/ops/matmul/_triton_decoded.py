@@ -2,7 +2,7 @@
 
 An NVFP4 value under its block scale has 6 significant bits at most and an MXFP8 value 4: both are exact in bf16, NVFP4 in
 fp16 too, and bf16 and fp16 together in tf32. What is exact decides what the tensor cores are given; a plain fp32 operand
-alone goes without them. The interpreter's dot is right in fp32 only.
+goes in three products of tf32 parts, 22 of its 24 bits. The interpreter's dot is right in fp32 only.
 
 NVFP4 comes out of registers as 2^-9 of its value under the block scale: bf16 (and fp32) reads the shifted magnitude bits as
 2^-126 of the code's value, and 2^117 is as much as the scale's own exponent leaves room for. The sums make up for it. Two
@@ -12,6 +12,7 @@ in the time that a weight takes to arrive. Source of the trick: Marlin's and QuA
 
 import torch
 
+from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
     as_fp32,
@@ -28,7 +29,7 @@ EXACT = {  # formats that are exact in what the tensor cores multiply, and tl.do
     "bfloat16": (torch.bfloat16, {"nvfp4", "mxfp8", "bfloat16"}, "tf32"),
     "float16": (torch.float16, {"nvfp4", "float16"}, "tf32"),
     "tf32": (torch.float32, {"nvfp4", "mxfp8", "bfloat16", "float16"}, "tf32"),
-    "float32": (torch.float32, {"nvfp4", "mxfp8", "bfloat16", "float16", "float32"}, "ieee"),
+    "float32": (torch.float32, {"nvfp4", "mxfp8", "bfloat16", "float16", "float32"}, "tf32x3"),
 }
 
 
@@ -37,17 +38,19 @@ def computed_in(a: str, b: str) -> str:
     return next(name for name, (_, formats, _) in EXACT.items() if {a, b} <= formats)
 
 
-def tile(M: int, N: int, K: int, compute: str) -> Tile:
+def tile(M: int, N: int, K: int, compute: str, instruction: str) -> Tile:
     """What a program takes. 16-bit operands: few rows of a meet long stretches of b, whose codes are what has to be read;
-    many rows a square that the tensor cores can be kept busy with (128 x 256 where there are enough of them).
-    fp32 operands take twice the shared memory, and without tensor cores the registers hold no larger square than 64 x 64.
+    many rows a square that the tensor cores can be kept busy with, 128 x 256 where their sums leave registers for it.
+    Each fp32 product is three of tf32, for whose parts the registers have room in a square of 64 x 64.
     """
     if compute == "float32":
         block, stages = (16 if M <= 16 else 64, 64, 32, 4), 2
+    elif compute == "tf32":
+        block, stages = (128, 128, 32, 8), 3
     elif M <= 64:
-        block, stages = (16 if M <= 16 else 32 if M <= 32 else 64, 128, 128 if M <= 32 else 64, 4), 3
-    elif compute == "tf32" or M <= 256 or N <= 256:
-        block, stages = (128, 128, 32 if compute == "tf32" else 64, 8), 3
+        block, stages = (16 if M <= 16 else 32, 128, 128, 8) if M <= 32 else (64, 128, 64, 4), 3
+    elif instruction == "mma.sync" or M <= 256 or N <= 256:
+        block, stages = (128, 128, 64, 8), 3
     else:
         block, stages = (128, 256, 64, 8), 3
     return Tile(*block, stages, blocks_to_fill(M, N, K, *block[:3]))
@@ -164,22 +167,30 @@ def decoded_kernel(
     write(sums, m, n, split, M, N, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, partial_ptr, FINISH, SPLIT)
 
 
+def unit(x: Side, t: Tile) -> int:
+    """How many values make a unit of the operand's row; a step along K takes whole units."""
+    choices = {"nvfp4": (64, 16), "mxfp8": (32,)}.get(x.format, (1,))
+    return next(choice for choice in choices if x.length % choice == 0 and t.k % choice == 0)
+
+
 def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool) -> None:
     compute = computed_in(a.format, b.format)
     dtype, _, precision = EXACT[compute]
     if INTERPRETED:
         dtype, precision = torch.float32, "ieee"
     K = min(a.length, b.length)  # beyond it one operand, or both, would have zeros
+    t = tile(out.shape[0], out.shape[1], K, compute, _device.matrix_instruction(out.device))
+    units = [unit(x, t) for x in (a, b)]
     multiply_tiles(
         decoded_kernel,
-        tile(out.shape[0], out.shape[1], K, compute),
+        t,
         K,
-        (a.codes, a.scales, a.global_scale, a.width, *a.strides),
-        (b.codes, b.scales, b.global_scale, b.width, *b.strides),
+        (a.codes, a.scales, a.global_scale, a.length // units[0], *a.strides),
+        (b.codes, b.scales, b.global_scale, b.length // units[1], *b.strides),
         bias,
         out,
         512.0 ** ((a.format == "nvfp4") + (b.format == "nvfp4")),
         accumulate,
-        **dict(A=a.format, A_UNIT=a.unit, B=b.format, B_UNIT=b.unit),
+        **dict(A=a.format, A_UNIT=units[0], B=b.format, B_UNIT=units[1]),
         **dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision),
     )

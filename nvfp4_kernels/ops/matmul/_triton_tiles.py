@@ -26,16 +26,11 @@ class Side:
     global_scale: Tensor | None
     format: str  # "nvfp4", "mxfp8", or the plain dtype's name
     length: int
-    unit: int  # the row is `width` units of `unit` values each
     strides: tuple[int, int] = (0, 0)
 
     @property
     def rows(self) -> int:
         return self.codes.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.length // self.unit
 
 
 def side(x: NVFP4Tensor | MXFP8Tensor | Tensor) -> Side:
@@ -44,15 +39,14 @@ def side(x: NVFP4Tensor | MXFP8Tensor | Tensor) -> Side:
     nvfp4 = isinstance(x, NVFP4Tensor)
     codes, scales = x.codes.contiguous(), x.scales.contiguous().view(torch.uint8)
     length = codes.shape[1] * (2 if nvfp4 else 1)
-    unit = next(unit for unit in ((64, 16) if nvfp4 else (128, 32)) if length % unit == 0)
     global_scale = x.global_scale if nvfp4 else None
-    return Side(codes.view(torch.int32), scales, global_scale, "nvfp4" if nvfp4 else "mxfp8", length, unit)
+    return Side(codes.view(torch.int32), scales, global_scale, "nvfp4" if nvfp4 else "mxfp8", length)
 
 
 def plain_side(x: Tensor, global_scale: Tensor | None) -> Side:
     """A plain operand; global_scale: what its products are still to be multiplied by."""
     values = portable(x)
-    return Side(values, values, global_scale, str(x.dtype)[6:], x.shape[1], 1, x.stride())
+    return Side(values, values, global_scale, str(x.dtype)[6:], x.shape[1], x.stride())
 
 
 @dataclass(frozen=True)
