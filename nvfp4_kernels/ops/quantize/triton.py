@@ -174,4 +174,4 @@ def _pointers(spec: QuantSpec | None, parts: tuple[Tensor, ...], nothing: Tensor
     if spec is None:
         return nothing, nothing, nothing
     codes, scales, global_scale = parts
-    return codes.view(torch.int64), scales.view(torch.uint8), global_scale
+    return codes.flatten().view(torch.int64), scales.view(torch.uint8), global_scale
