@@ -12,9 +12,9 @@ from nvfp4_kernels.formats import e2m1
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops._dispatch import implementation
-from tests.oracles import nvfp4_brute as brute
 from tests.ops.test_native_quantize import NOISE, SPECS, same_bytes
 from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+from tests.oracles import nvfp4_brute as brute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [name for name in NAMES if name.endswith("64x96")]

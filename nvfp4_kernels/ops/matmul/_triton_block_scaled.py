@@ -62,10 +62,10 @@ def block_scaled_kernel(
 
 def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool, cores: str) -> None:
     K = a.length
-    unit = next(unit for unit in (256, 64, 16) if K % unit == 0)  # a row's length in units: the wider, the wider the loads
-    sides = (
-        (x.codes.view(torch.uint8), x.scales.view(torch.float8_e4m3fn), x.global_scale, K // unit) for x in (a, b)
-    )
+    unit = next(
+        unit for unit in (256, 64, 16) if K % unit == 0
+    )  # a row's length in units: the wider, the wider the loads
+    sides = ((x.codes.view(torch.uint8), x.scales.view(torch.float8_e4m3fn), x.global_scale, K // unit) for x in (a, b))
     multiply_tiles(
         block_scaled_kernel,
         tile(out.shape[0], out.shape[1], K, cores),
