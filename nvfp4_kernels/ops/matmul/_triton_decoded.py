@@ -83,6 +83,16 @@ def bf16_values(word, scales):
 
 
 @jit
+def bf16_decoded(word, scale):
+    """The eight codes of a word times a scale (fp32), in bf16: 2^-9 of the products."""
+    decode = scale * 1.661534994731145e35  # 2^117
+    pair = bf16_pair(decode, decode)
+    v04, v15 = bf16_values(word << 12, pair), bf16_values(word << 8, pair)
+    v26, v37 = bf16_values(word << 4, pair), bf16_values(word, pair)
+    return v04[0], v15[0], v26[0], v37[0], v04[1], v15[1], v26[1], v37[1]
+
+
+@jit
 def load_nvfp4(
     codes_ptr, scales_ptr, row, rows, k, units, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -100,14 +110,10 @@ def load_nvfp4(
         scale = tl.reshape(four[:, :, None] >> (tl.arange(0, 8) // 2 * 8)[None, None, :], word.shape) & 255
     else:
         scale = tl.load(scales_ptr + line * units + (w // 2)[None, :], inside & (w < words)[None, :], 0).to(tl.int32)
-    decode = e4m3_value(scale) * 1.661534994731145e35
     if COMPUTE == tl.bfloat16:
-        pair = bf16_pair(decode, decode)
-        v04, v15 = bf16_values(word << 12, pair), bf16_values(word << 8, pair)
-        v26, v37 = bf16_values(word << 4, pair), bf16_values(word, pair)
-        x = (v04[0], v15[0], v26[0], v37[0], v04[1], v15[1], v26[1], v37[1])
+        x = bf16_decoded(word, e4m3_value(scale))
     else:
-        x = ()
+        decode, x = e4m3_value(scale) * 1.661534994731145e35, ()
         for j in tl.static_range(8):
             x += ((e2m1_bits(word, j) * decode).to(COMPUTE),)
     return tl.reshape(eighths_joined(x), [row.shape[0], BLOCK_K])

@@ -145,6 +145,7 @@ def multiply_tiles(
         **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        fusion=False,
     )
     if splits > 1:
         launch(
@@ -153,4 +154,5 @@ def multiply_tiles(
             *(partial, splits, M, N, a[2], b[2], bias, y),
             **dict(FINISH=finish, BLOCK_M=16, BLOCK_N=64),
             num_warps=4,
+            fusion=False,
         )
