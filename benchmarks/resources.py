@@ -42,8 +42,8 @@ def cases():
             yield path.stem, name, run
 
 
-def launches(run) -> list[tuple]:
-    with _triton.recorded() as found:
+def launches(run, arch: int) -> list[tuple]:
+    with _triton.recorded(divmod(arch, 10)) as found:
         run()
     return found
 
@@ -91,8 +91,8 @@ def main() -> None:
     for op, name, run in cases():
         if given.op not in (None, op):
             continue
-        for kernel, arguments, constants, options in launches(run):
-            for arch in given.arch or ARCHS:
+        for arch in given.arch or ARCHS:
+            for kernel, arguments, constants, options in launches(run, arch):
                 about = {"op": op, "case": name, "kernel": kernel.__name__, "arch": arch}
                 rows.append(about | row(compile_for(arch, kernel, arguments, constants, options)))
                 if not given.json:

@@ -25,7 +25,7 @@ def test_compiles_everywhere_without_spills(op):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout)
     assert rows, f"benchmarks/cases/{op}.py has no case"
-    for kernel in {row["kernel"] for row in rows}:
-        assert {row["arch"] for row in rows if row["kernel"] == kernel} == ARCHS, kernel
+    for case in {row["case"] for row in rows}:
+        assert {row["arch"] for row in rows if row["case"] == case} == ARCHS, case
     spilled = [(row["case"], row["kernel"], row["arch"], row["spills"]) for row in rows if row["spills"]]
     assert not spilled

@@ -1,5 +1,7 @@
 """What each chip is and can do, as data: the only place that asks a device for its capabilities."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,9 @@ FP4_TENSOR_CORES = {
     (12, 1): "mma.sync",
 }
 HARDWARE_STOCHASTIC = {(10, 0), (10, 3)}
+
+# The capability that tensors of the meta device are taken to have, while kernels are compiled without a device.
+_assumed: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,44 @@ def too_old_for_triton(device: torch.device) -> str | None:
     )
 
 
+@contextlib.contextmanager
+def assumed(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Within it, tensors of the meta device stand for tensors on a device of this capability."""
+    global _assumed
+    before, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def fp4_tensor_cores(device: torch.device) -> str | None:
+    """The instruction by which a device multiplies E2M1 with block scales: "tcgen05", "mma.sync", or None."""
+    return FP4_TENSOR_CORES.get(_capability(device))
+
+
+def matrix_instruction(device: torch.device) -> str:
+    """By which instruction a device multiplies 16-bit tiles: "tcgen05", "wgmma" or "mma.sync"; the CPU counts as the last."""
+    major = (_capability(device) or (0, 0))[0]
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(major, "mma.sync")
+
+
+def converts_to_fp4(device: torch.device) -> bool:
+    """Whether a device rounds fp32 to E2M1 by an instruction: those with FP4 tensor cores do (PTX ISA 9, cvt)."""
+    return fp4_tensor_cores(device) is not None
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type == "meta":
+        return _assumed
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks a persistent kernel should launch: the SMs of a CUDA device; a few elsewhere, for tests."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """How many blocks a persistent kernel should launch: the SMs of a CUDA device; a few on the CPU, for tests."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
 
 
 def default_device() -> str:

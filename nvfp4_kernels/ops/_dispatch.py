@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from types import ModuleType
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "quantize": ("native", "reference"),
-    "dequantize": ("native", "reference"),
-    "hadamard": ("native", "reference"),
-    "matmul": ("native", "reference"),
+    "quantize": ("native", "triton", "reference"),
+    "dequantize": ("native", "triton", "reference"),
+    "hadamard": ("native", "triton", "reference"),
+    "matmul": ("native", "triton", "reference"),
     "route": ("reference",),
     "permute": ("reference",),
     "causal_conv1d": ("native", "reference"),

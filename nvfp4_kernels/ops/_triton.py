@@ -23,7 +23,7 @@ try:
     jit = triton.jit
 except ImportError:
     triton = None
-    tl = SimpleNamespace(constexpr=object)  # so that the kernels' files import, to say why they refuse
+    tl = SimpleNamespace(constexpr=lambda value: value)  # so that the kernels' files import, to say why they refuse
     missing = "Triton is not installed (pip install triton)"
 
     def jit(kernel):
@@ -67,13 +67,17 @@ def launch(
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[tuple]]:
-    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run."""
+def recorded(capability: tuple[int, int] | None = None) -> Iterator[list[tuple]]:
+    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run.
+
+    capability: that of the device which the meta tensors stand for.
+    """
     global _recorder
     launches: list[tuple] = []
     _recorder = lambda *launch: launches.append(launch)  # noqa: E731
     try:
-        yield launches
+        with _device.assumed(capability):
+            yield launches
     finally:
         _recorder = None
 

@@ -1,0 +1,177 @@
+"""quantize in Triton: one read of x for the amax (_triton_amax.py), one for the codes and scales of both forms.
+
+A thread holds whole blocks: 16 consecutive values of a row for the row form, of a column for the column form, whose second
+load of the tile finds it in the L1 cache. No thread so ever waits for another, but for the one amax of a 16x16 tile; the
+packed words of the column form alone, half a byte a value, change threads on their way out. Nothing is read by the host.
+Bytes a value, bf16 in: 2 read for the amax, 2 for the codes, 0.5625 written a form (MXFP8 1.03).
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
+from nvfp4_kernels.ops.quantize._triton_amax import amaxes
+from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, tensor_scale
+
+
+def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
+    return refuses_device(x)
+
+
+def tile(rows: int, cols: int, row: QuantSpec | None, col: QuantSpec | None) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps: 32 values a thread, which hides latency in few registers (72 at most).
+
+    With a column form 64 x 64: 32 bytes of codes, a memory sector, in a row of either form. Without one rows of 256, or
+    longer where there are few, for longer runs of memory.
+    """
+    if col is not None:
+        return 64, 64, 4
+    tall = 16 if row is not None and row.block == "16x16" else min(16, next_power_of_2(rows))
+    broad = max(32, min(next_power_of_2(cols), 1024, 4096 // tall))
+    return tall, broad, max(1, tall * broad // 1024)
+
+
+@jit
+def rotate(v, SIGNS: tl.constexpr):
+    """The transform, rounded to bf16, as fp32."""
+    turned, rounded = hadamard(v, SIGNS), ()
+    for i in tl.static_range(0, 16, 2):
+        rounded += values_of(bf16_pair(turned[i], turned[i + 1]), tl.int16)
+    return rounded
+
+
+@jit
+def form(
+    x_ptr, codes_ptr, scales_ptr, line, block, lines, length, line_stride, step, scale, seed, offset,
+    SPEC: tl.constexpr, WIDE: tl.constexpr, CONVERTS: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns."""
+    v = load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE)
+    if SPEC.block == "1x32":
+        runs = tl.cdiv(length, 32) * 2
+        low, high, exponent = encode_mxfp8(v)
+        pair = tl.min(tl.reshape(block, [block.shape[0] // 2, 2]), 1) // 2
+        store(codes_ptr, tl.join(low, high), line, block, lines, runs, WIDE)
+        store(scales_ptr, exponent.to(tl.uint8), line, pair, lines, runs // 2, WIDE)
+    else:
+        runs = tl.cdiv(length, 16)
+        if SPEC.hadamard is not None:
+            v = rotate(v, SPEC.hadamard)
+        index = line[:, None].to(tl.int64) * runs + block[None, :]
+        codes, scales = encode_nvfp4(v, index, scale[0], scale[1], scale[2], scale[3], seed, offset, SPEC, CONVERTS)
+        store(codes_ptr, codes, line, block, lines, runs, WIDE)
+        store(scales_ptr, scales.to(tl.uint8), line, block, lines, runs, WIDE)
+
+
+@jit
+def store(out_ptr, x, line, block, lines, runs, WIDE: tl.constexpr):
+    """x [lines, blocks], or with a last axis of 2, to rows of `runs` elements. WIDE: threads follow the blocks already;
+    else x is turned first, so that its own addresses lend their layout to the store alone."""
+    if not WIDE:
+        x = tl.permute(x, (1, 0, 2)) if len(x.shape) == 3 else tl.trans(x)
+        line, block = line[None, :], block[:, None]
+    else:
+        line, block = line[:, None], block[None, :]
+    at = line.to(tl.int64) * runs + block
+    inside = (line < lines) & (block < runs)
+    if len(x.shape) == 3:
+        at = at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        inside = inside[:, :, None]
+    tl.store(out_ptr + at, x, inside)
+
+
+@jit
+def quantize_kernel(
+    x_ptr, amax_ptr, noise_ptr, row_codes_ptr, row_scales_ptr, row_global_ptr, col_codes_ptr, col_scales_ptr,
+    col_global_ptr, rows, cols, row_stride, col_stride, programs,
+    ROW: tl.constexpr, COL: tl.constexpr, WIDE: tl.constexpr, COL_ADVANCE: tl.constexpr, ROW_ADVANCE: tl.constexpr,
+    CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    row_scale, col_scale = (0.0, 0.0, 0.0, True), (0.0, 0.0, 0.0, True)
+    if ROW is not None and ROW.block != "1x32":
+        row_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 1, ROW)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(row_global_ptr, tl.where(row_scale[3], row_scale[2], float("nan")))
+    if COL is not None and COL.block != "1x32":
+        col_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 2, COL)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(col_global_ptr, tl.where(col_scale[3], col_scale[2], float("nan")))
+    seed, offset = tl.load(noise_ptr), tl.load(noise_ptr + 1)
+    col = tl.program_id(0) * COLS
+    for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+        row = down * ROWS
+        if ROW is not None:
+            line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+            form(
+                x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride, row_scale,
+                seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
+            )  # fmt: skip
+        if COL is not None:
+            line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
+            form(
+                x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride, col_scale,
+                seed, offset + COL_ADVANCE, COL, False, CONVERTS,
+            )  # fmt: skip
+
+
+def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
+    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
+    row_parts, col_parts = _parts(x, row, *x.shape), _parts(x, col, *x.shape[::-1])
+    advance = int(row is not None and row.stochastic)
+    if x.stride(0) == 1 and x.stride(1) != 1:  # column-major: the transpose is row-major, and its forms change places
+        _launch(x.t(), (col, col_parts, advance), (row, row_parts, 0), noise)
+    else:
+        _launch(x, (row, row_parts, 0), (col, col_parts, advance), noise)
+    return (*row_parts, *col_parts)
+
+
+def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
+    rows, cols = x.shape
+    words, x = wide(x), readable(x)
+    row_spec, col_spec = row[0], col[0]
+    scaled = [spec for spec in (row_spec, col_spec) if spec is not None and spec.format == "nvfp4"]
+    found = amaxes(x, row_spec, col_spec, words) if scaled else x
+    programs = found.shape[1] if scaled else 0
+    tall, broad, warps = tile(rows, cols, row_spec, col_spec)
+    across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
+    # a program walks down a few tiles, which share what it needs of the scales
+    down = min(down, max(1, 16 * _device.multiprocessors(x.device) // across))
+    launch(
+        quantize_kernel,
+        (across, down),
+        *(x, found, torch.zeros(2, dtype=torch.int64, device=x.device) if noise is None else noise.contiguous()),
+        *_pointers(row_spec, row[1], found),
+        *_pointers(col_spec, col[1], found),
+        *(rows, cols, *x.stride(), programs),
+        **dict(ROW=row_spec, COL=col_spec, WIDE=words, ROW_ADVANCE=row[2], COL_ADVANCE=col[2]),
+        **dict(CONVERTS=_device.converts_to_fp4(x.device)),
+        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad),
+        num_warps=warps,
+        fusion=False,
+    )
+
+
+def _parts(x: Tensor, spec: QuantSpec | None, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The output tensors of one form."""
+
+    def empty(dtype, *shape):
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    if spec is None:
+        return empty(torch.uint8, 0), empty(torch.uint8, 0), empty(torch.float32, 0)
+    blocks = -(-cols // spec.run)
+    if spec.format == "mxfp8":
+        codes, scales = empty(torch.float8_e4m3fn, rows, blocks * 32), empty(torch.uint8, rows, blocks)
+        return codes, scales, empty(torch.float32, 0)
+    return empty(torch.uint8, rows, blocks * 8), empty(torch.float8_e4m3fn, rows, blocks), empty(torch.float32)
+
+
+def _pointers(spec: QuantSpec | None, parts: tuple[Tensor, ...], nothing: Tensor) -> tuple[Tensor, ...]:
+    """What the kernel writes to: codes eight bytes at a time, scales as bytes."""
+    if spec is None:
+        return nothing, nothing, nothing
+    codes, scales, global_scale = parts
+    return codes.flatten().view(torch.int64), scales.view(torch.uint8), global_scale
