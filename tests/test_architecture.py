@@ -18,6 +18,7 @@ STOREYS = {
     "recipe": 3,
     "autograd": 4,
     "nn": 5,
+    "compat": 5,
     "model": 6,
     "checkpoint": 7,
     "train": 8,

@@ -1,0 +1,84 @@
+"""The functions of causal-conv1d under their own names and arguments: channels before time, [batch, dim, seqlen]."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.compat.packing import boundaries
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x [batch, dim, seqlen], best as a transposed view of [batch, seqlen, dim], which is read without a copy; weight [dim,
+    width]; seq_idx int [batch, seqlen], tokens of -1 giving zeros; initial_states [batch, dim, width - 1].
+
+    Returns out as x, and final_states [batch, dim, width - 1] where asked for (in final_states_out where given).
+    Raises TypeError or ValueError naming the argument.
+    """
+    require(
+        seq_idx is None or (initial_states is None and not return_final_states),
+        "seq_idx",
+        "packed sequences with initial or final states",
+        "one of them; nk.causal_conv1d has both by cu_seqlens",
+    )
+    bounds = None if seq_idx is None else boundaries(seq_idx)
+    y, last = causal_conv1d(x.transpose(1, 2), weight, bias, _silu(activation), initial_states, True, bounds)
+    y = y if seq_idx is None else y.masked_fill((seq_idx < 0)[..., None], 0)
+    if not return_final_states:
+        return y.transpose(1, 2)
+    return y.transpose(1, 2), last if final_states_out is None else final_states_out.copy_(last)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """The next token or tokens: x [batch, dim] or [batch, dim, seqlen]; conv_state [slots, dim, state_len], state_len at least
+    width - 1, in place.
+
+    cache_seqlens: int [batch], tokens so far: conv_state is then a ring, token t at t % state_len.
+    conv_state_indices: int [batch], the slot of each row, no slot twice.
+    Returns out as x. Raises ValueError naming the argument.
+    """
+    history, length = weight.shape[1] - 1, conv_state.shape[-1]
+    require(length >= history, "conv_state", f"state_len {length}", f"at least {history}, the width - 1")
+    tokens = x[..., None] if x.dim() == 2 else x
+    require(
+        cache_seqlens is None or tokens.shape[2] <= length,
+        "x",
+        f"{tokens.shape[2]} tokens",
+        f"at most {length}, the length of the ring",
+    )
+    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
+    if cache_seqlens is None:
+        past, after = state[..., length - history :], torch.cat([state, tokens.to(state.dtype)], -1)[..., -length:]
+    else:
+        steps = torch.arange(-history, tokens.shape[2], device=x.device)
+        places = ((cache_seqlens.long()[:, None] + steps) % length)[:, None].expand(-1, state.shape[1], -1)
+        past = state.gather(2, places[..., :history])
+        after = state.scatter(2, places[..., history:], tokens.to(state.dtype))
+    y = causal_conv1d(tokens.transpose(1, 2), weight, bias, _silu(activation), past).transpose(1, 2)
+    if conv_state_indices is None:
+        conv_state.copy_(after)
+    else:
+        conv_state[conv_state_indices.long()] = after
+    return y.view(x.shape) if x.dim() == 2 else y
+
+
+def _silu(activation: str | None) -> str | None:
+    require(activation in (None, "silu", "swish"), "activation", repr(activation), "None, 'silu', 'swish'")
+    return None if activation is None else "silu"

@@ -1,0 +1,20 @@
+"""seq_idx, a number for each token that says which sequence it belongs to, as boundaries."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import require
+
+
+def boundaries(seq_idx: Tensor) -> Tensor:
+    """int64 [sequences + 1]: where seq_idx [batch, seqlen] changes and where rows start. Reads the count back on a GPU."""
+    require(seq_idx.dim() == 2, "seq_idx", f"shape {list(seq_idx.shape)}", "[batch, seqlen]")
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    where = starts.flatten().nonzero().flatten()
+    return torch.cat([where, where.new_full((1,), seq_idx.numel())])
+
+
+def first_of_rows(bounds: Tensor, batch: int, length: int) -> Tensor:
+    """The index of the sequence that each row starts with."""
+    return torch.searchsorted(bounds, torch.arange(batch, device=bounds.device, dtype=bounds.dtype) * length)
