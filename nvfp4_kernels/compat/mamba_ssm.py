@@ -102,8 +102,8 @@ def mamba_split_conv1d_scan_combined(
     """mamba_ssm.ops.triton.ssd_combined: a whole mixer from its projection zxbcdt [batch, seqlen, columns], the columns being
     MLP gate and value [mlp] each, z and x [dim], B and C [ngroups * dstate], dt [nheads].
 
-    dim = nheads * headdim; D [nheads] with headdim given, or [nheads, headdim]. Without rmsnorm_weight z gates the scan; with it
-    the norm has groups of dim / ngroups. Returns out [batch, seqlen, mlp + dim] or through outproj_weight, and the final
+    dim = nheads * headdim; D [nheads] with headdim given, or [nheads, headdim]. Without rmsnorm_weight z gates the scan; with
+    it the norm has groups of dim / ngroups. Returns out [batch, seqlen, mlp + dim] or through outproj_weight, and the final
     states where asked for. Raises TypeError or ValueError naming the argument.
     """
     require(D.dim() == 2 or headdim is not None, "headdim", "None", "the head dimension, where D has one value a head")
