@@ -17,7 +17,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "matmul": ("native", "reference"),
     "route": ("reference",),
     "permute": ("reference",),
-    "causal_conv1d": ("reference",),
+    "causal_conv1d": ("triton", "reference"),
     "selective_scan": ("reference",),
     "state_update": ("reference",),
     "gated_rms_norm": ("triton", "reference"),
