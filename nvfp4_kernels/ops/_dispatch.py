@@ -19,7 +19,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "permute": ("reference",),
     "causal_conv1d": ("triton", "reference"),
     "selective_scan": ("reference",),
-    "state_update": ("reference",),
+    "state_update": ("triton", "reference"),
     "gated_rms_norm": ("triton", "reference"),
     "relu2": ("reference",),
 }

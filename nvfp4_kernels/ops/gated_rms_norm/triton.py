@@ -29,7 +29,7 @@ def tile(group_size: int) -> dict:
 
 
 def backward_programs(rows: int, groups: int, warps: int, device: torch.device) -> int:
-    """Programs for each group: 16 warps an SM, as many as its registers hold at 128 a lane, so that rows hide each other's waits."""
+    """Programs for each group: 16 warps an SM, as many as its registers hold at 128 a lane; rows hide each other's waits."""
     return max(1, min(rows, _device.multiprocessors(device) * 16 // (warps * groups)))
 
 
@@ -113,7 +113,7 @@ def backward_kernel(
             n = (x if GATE_LAST else x * gate) * rstd
             dn = dy * gate if GATE_LAST else dy
             if PIECES > 1:
-                before = tl.load(dweight_ptr + at, inside & (row != tl.program_id(0)), 0.0)
+                before = tl.load(dweight_ptr + at, inside, 0.0)  # zeros in front of the first row
                 tl.store(dweight_ptr + at, before + dn * n, inside)
             else:
                 dweight += dn * n
@@ -151,7 +151,6 @@ def backward(
     form = tile(group_size)
     groups = channels // group_size
     programs = backward_programs(x.shape[0], groups, form["num_warps"], x.device)
-    # the program without a row leaves its partial as it is
     partial = torch.zeros(programs, channels, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel,
