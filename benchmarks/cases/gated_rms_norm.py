@@ -1,4 +1,4 @@
-"""The output norm of Nano's and Super's mixers over 8,192 tokens, and a plain norm over Super's hidden size."""
+"""Over 8,192 tokens: the output norm of Nano's and Super's mixers, a plain norm over Super's hidden size, the largest group."""
 
 import torch
 
@@ -17,4 +17,5 @@ CASES = {
     "Nano mixer": lambda: both_ways(4096, 512, True),
     "Super mixer": lambda: both_ways(8192, 1024, True),
     "Super hidden": lambda: both_ways(4096, 4096, False),
+    "largest group": lambda: both_ways(triton.LARGEST, triton.LARGEST, True),
 }

@@ -17,9 +17,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "matmul": ("native", "triton", "reference"),
     "route": ("reference",),
     "permute": ("reference",),
-    "causal_conv1d": ("native", "reference"),
+    "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "reference"),
-    "state_update": ("reference",),
+    "state_update": ("triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "relu2": ("reference",),
 }

@@ -84,3 +84,9 @@ def recorded(capability: tuple[int, int] | None = None) -> Iterator[list[tuple]]
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [rows, channels] with contiguous channels, without a copy where its strides allow it."""
+    x = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return x if x.stride(-1) == 1 else x.contiguous()
