@@ -45,7 +45,7 @@ def run(
         ys.append(torch.matmul(after, C[:, t, :, :, None]).squeeze(-1))
     y = torch.stack(ys, 1) if ys else x.new_empty(x.shape, dtype=wide)
     if D is not None:
-        y = y + x * (D if D.dim() == 2 else D[:, None])
+        y = y + x.to(wide) * (D if D.dim() == 2 else D[:, None])
     y = y if z is None else y * F.silu(z.to(wide))
     if intermediate is None:
         used = slots >= 0
