@@ -166,7 +166,7 @@ def test_a_state_carries_over_any_cut(data):
 
 
 def test_a_state_of_another_dtype(isa):
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in (torch.float32, torch.float64):  # which hold all bf16 values
         arguments = inputs(dtype=torch.bfloat16)
         dy, dstate = slopes(arguments)
         expected = results(convolution, arguments, dy, dstate)

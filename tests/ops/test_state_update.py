@@ -279,7 +279,7 @@ def test_native_rounds_as_the_reference_bit_for_bit(isa, dtype, sizes):
         v = units(dtype)[torch.randperm(4096)[: batch * heads * n]].view(batch, heads, n)
         with nk.backend("native"):
             got = rounding(v, dtype, noise, x)
-        expected = stochastic(x[:, None] * v[:, :, None], dtype, noise, 0)
+        expected = stochastic(x[:, None] * v[:, :, None] + 0.0, dtype, noise, 0)  # a state of +0 makes a sum of -0 +0
         assert torch.equal(got.isnan(), expected.isnan())
         bits = (t.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).view(torch.int16) for t in (got, expected))
         assert torch.equal(*bits)

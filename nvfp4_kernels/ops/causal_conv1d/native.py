@@ -84,5 +84,7 @@ def _pointer(t: Tensor | None) -> int:
 
 def _check(status: int, cu_seqlens: Tensor | None) -> None:
     if status == 2:
-        raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}; allowed: ascending from 0 to the number of tokens of x")
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.tolist()}; allowed: ascending from 0 to the number of tokens of x"
+        )
     check(status)
