@@ -9,7 +9,7 @@
 #include "hadamard/params.h"
 #include "matmul/params.h"
 #include "quantize/params.h"
-#include "selective_scan/params.h"
+#include "state_update/params.h"
 
 namespace py = pybind11;
 using namespace nvfp4;
@@ -103,6 +103,27 @@ int call_selective_scan_backward(const py::tuple& inputs, u64 sequences, i64 cou
     return NVFP4_CALL_BF16(selective_scan_backward, p);
 }
 
+// (data, slot_stride, token_stride, head_stride, row_stride)
+StateView states(const py::tuple& t) {
+    return {pointer<void>(t[0].cast<u64>()), t[1].cast<i64>(), t[2].cast<i64>(), t[3].cast<i64>(), t[4].cast<i64>()};
+}
+
+// sizes: (batch, tokens, heads, groups, head_dim, state, slots, dtype of the states); inputs: the views x, dt, B, C, z (with
+// data 0: none), then A, D, D_of_channels, dt_bias; rules: (dt_softplus, low, high); noise: as in call_quantize
+int call_state_update(const py::tuple& sizes, const py::tuple& kept, const py::tuple& intermediate, const py::tuple& inputs,
+                      u64 indices, const py::tuple& rules, u64 noise, u64 y, int threads) {
+    const auto size = [&](int i) { return sizes[i].cast<i64>(); };
+    const auto floats = [&](int i) { return pointer<const float>(inputs[i].cast<u64>()); };
+    const u64* drawn = pointer<const u64>(noise);
+    const StateUpdateParams p{size(0), size(1), size(2), size(3), size(4), size(5), size(6), sizes[7].cast<int>(), states(kept),
+                              states(intermediate), view(inputs[0]), view(inputs[1]), view(inputs[2]), view(inputs[3]),
+                              view(inputs[4]), floats(5), floats(6), inputs[7].cast<bool>(), floats(8),
+                              pointer<const i64>(indices), rules[0].cast<bool>(), rules[1].cast<float>(), rules[2].cast<float>(),
+                              drawn != nullptr, drawn ? drawn[0] : 0, drawn ? drawn[1] : 0, pointer<void>(y), threads};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(state_update, p);
+}
+
 // x, z, dy: (pointer, row stride); z with pointer 0: none
 GatedRmsNormParams norm(int dtype, i64 rows, i64 channels, i64 group, float eps, bool norm_before_gate, const py::tuple& x,
                         const py::tuple& z, u64 weight, int threads) {
@@ -175,6 +196,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("matmul", &call_matmul);
     m.def("selective_scan", &call_selective_scan);
     m.def("selective_scan_backward", &call_selective_scan_backward);
+    m.def("state_update", &call_state_update);
     m.def("gated_rms_norm", &call_gated_rms_norm);
     m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
     m.def("causal_conv1d", &call_causal_conv1d);

@@ -19,7 +19,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "permute": ("reference",),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "reference"),
-    "state_update": ("triton", "reference"),
+    "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "relu2": ("reference",),
 }

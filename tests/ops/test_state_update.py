@@ -1,11 +1,36 @@
-"""state_update, one token, against the formula element by element in float64."""
+"""state_update against the formula in float64, and what its bits may and may not depend on, on both backends."""
 
 import math
 
 import pytest
 import torch
 
+import nvfp4_kernels as nk
+from nvfp4_kernels.ops._dispatch import Refused
+from nvfp4_kernels.ops._native import native
+from nvfp4_kernels.ops.state_update import native as native_backend
 from nvfp4_kernels.ops.state_update.op import state_update
+from nvfp4_kernels.ops.state_update.reference import stochastic
+from tests.oracles import nvfp4_brute as brute
+
+TOKENS = ("x", "dt", "B", "C", "z")  # inputs with an axis of tokens
+NARROW = (torch.bfloat16, torch.float16)
+SHAPES = {  # batch, tokens, heads, head_dim, groups, state
+    "plain": (2, 3, 4, 16, 2, 32),
+    "head-dim-80": (1, 2, 3, 80, 3, 128),
+    "one": (3, 1, 1, 1, 1, 1),
+    "odd": (2, 5, 6, 7, 3, 17),
+    "nothing": (2, 0, 2, 3, 1, 5),
+    "no-rows": (0, 2, 2, 3, 1, 5),
+}
+
+
+@pytest.fixture(params=("native", "reference"))
+def backend(request):
+    if request.param == "native" and native is None:
+        pytest.skip("no native module")
+    with nk.backend(request.param):
+        yield request.param
 
 
 def inputs(batch=2, heads=4, head_dim=3, groups=2, state=5, dtype=torch.float64):
@@ -52,6 +77,347 @@ def test_state_keeps_its_dtype_and_memory():
     state = values["state"] = values["state"].bfloat16()
     y = state_update(**values)
     assert y.dtype == torch.bfloat16 and values["state"] is state and state.isfinite().all()
+
+
+def several(batch=2, tokens=3, heads=4, head_dim=16, groups=2, state=32, dtype=torch.float32, kept=torch.float32):
+    made = dict(
+        x=torch.randn(batch, tokens, heads, head_dim).to(dtype), dt=torch.randn(batch, tokens, heads).to(dtype),
+        B=torch.randn(batch, tokens, groups, state).to(dtype), C=torch.randn(batch, tokens, groups, state).to(dtype),
+        z=torch.randn(batch, tokens, heads, head_dim).to(dtype), A=-torch.rand(heads), D=torch.randn(heads),
+        dt_bias=torch.randn(heads), state=torch.randn(batch, heads, head_dim, state).to(kept),
+    )  # fmt: skip
+    return made
+
+
+def update(values, **options):
+    """y and the states afterwards; the given state stays as it is."""
+    state = values["state"].clone()
+    return state_update(**(values | {"state": state}), **options), state
+
+
+def token(values, t):
+    return {name: tensor[:, t] if name in TOKENS else tensor for name, tensor in values.items()}
+
+
+def oracle(values, dt_softplus=True, low=0.0, high=math.inf):
+    """In float64, head by head: y, the state after each token, and the sum of the magnitudes that y is a sum of."""
+    v = {name: tensor.double() for name, tensor in values.items()}
+    batch, tokens, heads, head_dim = v["x"].shape
+    ys, sizes, states = torch.zeros_like(v["x"]), torch.zeros_like(v["x"]), []
+    current = v["state"].clone()
+    for t in range(tokens):
+        for b in range(batch):
+            for h in range(heads):
+                raw = float(v["dt"][b, t, h] + v["dt_bias"][h])
+                step = min(max(math.log1p(math.exp(raw)) if dt_softplus else raw, low), high)
+                g, x = h // (heads // v["B"].shape[2]), v["x"][b, t, h]
+                current[b, h] *= math.exp(float(v["A"][h]) * step)
+                current[b, h] += step * x[:, None] * v["B"][b, t, g][None, :]
+                skip = v["D"][h] * x
+                gate = v["z"][b, t, h] / (1 + torch.exp(-v["z"][b, t, h]))
+                ys[b, t, h] = ((current[b, h] * v["C"][b, t, g]).sum(1) + skip) * gate
+                sizes[b, t, h] = ((current[b, h] * v["C"][b, t, g]).abs().sum(1) + skip.abs()) * gate.abs()
+        states.append(current.clone())
+    return ys, states, sizes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", [{}, dict(dt_softplus=False), dict(dt_limit=(0.1, 0.6))], ids=str)
+def test_several_tokens_against_the_formula(backend, shape, options):
+    check(several(*SHAPES[shape]), **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set_against_the_formula(isa, shape):
+    with nk.backend("native"):
+        check(several(*SHAPES[shape]))
+        check(several(*SHAPES[shape]) | {"D": torch.randn(SHAPES[shape][2:4])})
+
+
+def check(values, **options):
+    y, state = update(values, **options)
+    low, high = options.get("dt_limit", (0.0, math.inf))
+    D = values["D"]
+    if D.dim() == 2:  # the oracle has one weight for each head: all of y but the skip, then the skip
+        plain, states, sizes = oracle(values | {"D": torch.zeros(len(D))})
+        z = values["z"].double()
+        skip = values["x"].double() * D.double() * z / (1 + torch.exp(-z))
+        exact, sizes = plain + skip, sizes + skip.abs()
+    else:
+        exact, states, sizes = oracle(values, options.get("dt_softplus", True), low, high)
+    assert y.shape == values["x"].shape and ((y.double() - exact).abs() <= 2e-6 * sizes).all()
+    if states:
+        assert (state.double() - states[-1]).norm() <= 2e-6 * states[-1].norm()
+    else:
+        assert torch.equal(state, values["state"])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_inputs_are_rounded_once(backend, dtype):
+    """bf16 and fp16 inputs, an fp32 state: y is off by half a unit of its last place, and by what fp32 loses."""
+    values = several(dtype=dtype)
+    exact, states, sizes = oracle(values)
+    y, state = update(values)
+    assert y.dtype == dtype
+    half = torch.finfo(dtype).eps / 2
+    assert ((y.double() - exact).abs() <= 1.01 * half * exact.abs() + 3e-6 * sizes + 2.0**-25).all()
+    assert (state.double() - states[-1]).norm() <= 2e-6 * states[-1].norm()
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_weights_in_bf16_count_in_full(backend, dtype):
+    """A, D and dt_bias of a narrow dtype: the same bits as their values in fp32."""
+    values = several(dtype=dtype)
+    narrow = {name: values[name].bfloat16() for name in ("A", "D", "dt_bias")}
+    for a, b in zip(
+        update(values | narrow), update(values | {name: t.float() for name, t in narrow.items()}), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, *NARROW])
+@pytest.mark.parametrize("shape", ["plain", "head-dim-80", "odd"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_several_tokens_are_as_many_calls(backend, kept, shape, drawn):
+    if drawn and kept == torch.float32:
+        pytest.skip("an fp32 state takes no noise")
+    values = several(*SHAPES[shape], kept=kept)
+    noise = torch.tensor([99, (1 << 32) - 2]) if drawn else None
+    y, state = update(values, noise=noise)
+    current = values["state"].clone()
+    for t in range(values["x"].shape[1]):
+        advanced = None if noise is None else noise + torch.tensor([0, t])
+        one = state_update(**(token(values, t) | {"state": current}), noise=advanced)
+        assert torch.equal(one, y[:, t]), t
+    assert torch.equal(current, state)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, *NARROW])
+def test_intermediate_holds_each_state_and_leaves_the_state_alone(backend, kept):
+    values = several(*SHAPES["odd"], kept=kept)
+    batch, tokens, heads, head_dim, _, n = SHAPES["odd"]
+    made = torch.full((batch, tokens, heads, head_dim, n), math.nan, dtype=kept)
+    y, state = update(values, intermediate=made)
+    assert torch.equal(state, values["state"])
+    for count in range(1, tokens + 1):
+        first = {name: t[:, :count] if name in TOKENS else t for name, t in values.items()}
+        expected, after = update(first)
+        assert torch.equal(y[:, :count], expected) and torch.equal(made[:, count - 1], after)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_indices_choose_slots(backend, index, drawn):
+    """Rows 0, 1, 3 in the slots 4, 0, 2; row 2 has none: y is 0 and no slot but these three changes. Noise goes by row."""
+    values = several(4, 2, 4, 7, 2, 17, kept=torch.bfloat16)
+    options = dict(noise=torch.tensor([5, 6])) if drawn else {}
+    slots = torch.tensor([4, 0, -1, 2], dtype=index)
+    cache = torch.randn(6, 4, 7, 17).bfloat16()
+    expected_y, expected = update(values, **options)
+    before = cache.clone()
+    cache[[4, 0, 2]] = values["state"][[0, 1, 3]]
+    y = state_update(**(values | {"state": cache}), indices=slots, **options)
+    assert torch.equal(y[[0, 1, 3]], expected_y[[0, 1, 3]]) and not y[2].any()
+    assert torch.equal(cache[[4, 0, 2]], expected[[0, 1, 3]]) and torch.equal(cache[[1, 3, 5]], before[[1, 3, 5]])
+
+
+def test_rows_without_a_slot_read_nothing(backend):
+    values = several(2)
+    for name in TOKENS:
+        values[name][1] = math.nan
+    state = torch.cat([torch.full((1, 4, 16, 32), math.nan), values["state"]])
+    before = state.clone()
+    y = state_update(**(values | {"state": state}), indices=torch.tensor([1, -1]))
+    assert y[0].isfinite().all() and not y[1].any()
+    assert state[0].isnan().all() and torch.equal(state[2], before[2])
+
+
+@pytest.mark.parametrize("place", [6, 1 << 40])
+def test_native_refuses_slots_that_are_none(place):
+    values = several(2)
+    before = values["state"].clone()
+    with nk.backend("native"), pytest.raises(ValueError, match="indices: got a slot beyond the 2 of state"):
+        state_update(**values, indices=torch.tensor([0, place]))
+    assert torch.equal(values["state"], before)
+
+
+# Stochastic rounding. With a state of zeros, steps of 1 and x = powers of two, the values that are rounded are x B exactly.
+def rounding(v, dtype, noise, x=None):
+    """v [batch, heads, state] in every row of a state, times x [head_dim], rounded."""
+    batch, heads, n = v.shape
+    x = torch.ones(1) if x is None else x
+    state = torch.zeros(batch, heads, len(x), n, dtype=dtype)
+    state_update(
+        state,
+        x.expand(batch, heads, -1),
+        torch.ones(batch, heads),
+        torch.zeros(heads),
+        v,
+        v,
+        dt_softplus=False,
+        noise=noise,
+    )
+    return state
+
+
+def units(dtype, size=4096):
+    """Values of all magnitudes, signs and last bits; ends of the range; NaN and Inf."""
+    low, high = (-133, 127) if dtype == torch.bfloat16 else (-27, 15)
+    v = torch.ldexp(torch.rand(size) + 1, torch.randint(low, high + 1, (size,))) * (torch.rand(size) - 0.5).sign()
+    top = torch.finfo(dtype).max
+    v[:12] = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, top, -top, 6e-8, -3e-8, 6.1e-5, 1e-40, -1.0])
+    return v
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 128), (2, 3, 5, 17), (2, 2, 80, 1), (1, 1, 7, 33)], ids=str)
+def test_native_rounds_as_the_reference_bit_for_bit(isa, dtype, sizes):
+    batch, heads, head_dim, n = sizes
+    x = torch.tensor([1.0, -0.5, 2.0])[torch.arange(head_dim) % 3]
+    for seed, offset in ((0, 0), (-(1 << 40) - 3, (1 << 33) - 1)):
+        noise = torch.tensor([seed, offset])
+        v = units(dtype)[torch.randperm(4096)[: batch * heads * n]].view(batch, heads, n)
+        with nk.backend("native"):
+            got = rounding(v, dtype, noise, x)
+        expected = stochastic(x[:, None] * v[:, :, None] + 0.0, dtype, noise, 0)  # a state of +0 makes a sum of -0 +0
+        assert torch.equal(got.isnan(), expected.isnan())
+        bits = (t.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).view(torch.int16) for t in (got, expected))
+        assert torch.equal(*bits)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_rounding_by_the_rule(backend, dtype):
+    """In whole numbers: r is the halfword e % 8 of draw e // 8, and the last place of |v| is cut off |v| + r / 2^16 units."""
+    v = torch.tensor([[[1.0, 3.1415927, -1e-3, 65000.0, 2.0**-14, -7.0e4 / 3, 0.1, 6.0e-5 * 2**-9, 1e-7, -3e-6, 0.0]]])
+    if (
+        dtype == torch.float16
+    ):  # 2^-24 is the last place of the small ones; with a last bit of 2^-32 fp32 has all the sum
+        v[..., 7:10] = torch.tensor([77, 257, -12345]) * 2.0**-32
+    seed, offset = -12345, (9 << 33) + 7
+    got = rounding(v, dtype, torch.tensor([seed, offset])).flatten()
+    mask, smallest = (1 << 32) - 1, -24 if dtype == torch.float16 else -133
+    key = [seed & mask, seed >> 32 & mask]
+    for e, value in enumerate(v.flatten().tolist()):
+        word = brute.philox([e // 8, 0, offset & mask, offset >> 32], key)[e % 8 // 2]
+        r = word >> 16 * (e % 2) & 0xFFFF
+        digits = 7 if dtype == torch.bfloat16 else 10
+        place = max(math.frexp(abs(value))[1] - 1 - digits, smallest) if value else smallest
+        whole = int(abs(value) * 2.0 ** (60 - place)) + (r << 44) >> 60
+        assert got[e] == math.copysign(math.ldexp(whole, place), value), (e, value)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("value", [1.003, -1.001, 0.9999, 3e-5, 4.1e-8, -1.7e-6])
+def test_rounding_is_unbiased_and_goes_to_the_two_neighbours(backend, dtype, value):
+    v = torch.full((1, 8, 512), value)
+    got = rounding(v, dtype, torch.tensor([11, 5])).double().flatten()
+    exact = float(v[0, 0, 0])
+    near = float(torch.tensor(exact).to(dtype))
+    other = float(
+        torch.nextafter(
+            torch.tensor(near, dtype=dtype), torch.tensor(math.copysign(math.inf, exact - near), dtype=dtype)
+        )
+    )
+    assert set(got.tolist()) == {near, other}
+    share = (exact - near) / (other - near)
+    assert abs((got == other).double().mean() - share) <= 4 * math.sqrt(share * (1 - share) / 4096)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_noise_is_a_function_of_seed_and_offset(backend, dtype):
+    v = torch.randn(1, 8, 512)
+    first = rounding(v, dtype, torch.tensor([3, 4]))
+    assert torch.equal(first, rounding(v, dtype, torch.tensor([3, 4])))
+    for other in ([3, 5], [4, 4], [3, 4 + (1 << 32)], [3 + (1 << 32), 4]):
+        assert not torch.equal(first, rounding(v, dtype, torch.tensor(other)))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_nan_and_inf_stay_where_they_are(backend, dtype):
+    values = several(kept=dtype)
+    values["state"][0, 1, 2, 3], values["state"][1, 0, 5, 6] = math.nan, -math.inf
+    for noise in (None, torch.tensor([1, 2])):
+        y, state = update(values, noise=noise)
+        assert state[0, 1, 2, 3].isnan() and state[1, 0, 5, 6] == -math.inf
+        rest = state.isfinite()
+        assert (~rest).sum() == 2 and (~y.isfinite()).sum() == 2 * values["x"].shape[1]
+
+
+def test_an_infinite_input_in_a_part_of_a_vector(isa):
+    """State 17: what an Inf makes of the lanes beyond it reaches no sum."""
+    values = token(several(1, 1, 1, 5, 1, 17), 0) | dict(x=torch.full((1, 1, 5), math.inf), z=None, D=None)
+    values["B"], values["C"] = values["B"].abs(), values["C"].abs()
+    with nk.backend("native"):
+        assert (update(values)[0] == math.inf).all()
+
+
+@pytest.mark.parametrize("kept", [torch.float32, *NARROW])
+def test_views_of_wider_tensors(isa, kept):
+    """x, B and C as the convolution gives them, dt, z and the states inside others: the bits of contiguous copies."""
+    wide = torch.randn(2, 3, 4 * 16 + 2 * 2 * 32 + 8).bfloat16()
+    x, B, C, dt = wide.split((64, 64, 64, 8), -1)
+    values = several(dtype=torch.bfloat16, kept=kept)
+    values |= dict(x=x.unflatten(-1, (4, 16)), B=B.unflatten(-1, (2, 32)), C=C.unflatten(-1, (2, 32)), dt=dt[..., 1::2])
+    views = values | dict(z=values["z"].mT.contiguous().mT, D=torch.randn(4, 16).mT.contiguous().mT)
+    copies = {name: t.contiguous() for name, t in views.items()}
+    cache = torch.full((5, 6, 17, 40), 7.0, dtype=kept)
+    inside = cache[1::2, 1:5, :16, 3:35]
+    inside.copy_(views["state"])
+    made = torch.zeros(4, 2, 3, 16, 32, dtype=kept).permute(1, 2, 0, 3, 4)
+    with nk.backend("native"):
+        expected_y, expected = update(copies)
+        assert torch.equal(state_update(**(views | {"state": copies["state"].clone()}), intermediate=made), expected_y)
+        assert torch.equal(made[:, -1], expected)
+        assert torch.equal(state_update(**(views | {"state": inside})), expected_y)
+    assert torch.equal(inside, expected)
+    inside.fill_(7.0)
+    assert (cache == 7.0).all()
+
+
+@pytest.mark.parametrize("kept", [torch.float32, *NARROW])
+def test_threads_and_neighbours_change_no_bit(isa, kept):
+    values = several(3, 2, 12, 64, 4, 32, kept=kept)
+    noise = None if kept == torch.float32 else torch.tensor([8, 9])
+    before = torch.get_num_threads()
+    try:
+        with nk.backend("native"):
+            expected = update(values, noise=noise)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert all(map(torch.equal, update(values, noise=noise), expected)), threads
+            for b in range(3):
+                alone = {name: t[b : b + 1] if name in (*TOKENS, "state") else t for name, t in values.items()}
+                if noise is None:
+                    assert all(map(torch.equal, update(alone), (t[b : b + 1] for t in expected)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_refusals():
+    names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "indices", "intermediate", "noise")
+
+    def refused(**change):
+        values = several() | change
+        return native_backend.refuses(*(values.get(name) for name in names), True, 0.0, math.inf)
+
+    assert refused() is None or native is None
+    for name in ("state", "x", "dt", "B", "C", "z"):
+        assert refused(**{name: several()[name].double()}) == f"bf16, fp16 and fp32 only, {name} is torch.float64"
+    turned = torch.zeros(2, 4, 32, 16).mT
+    assert refused(state=turned) == "the last axis of state is not contiguous"
+    assert "intermediate" in refused(intermediate=torch.zeros(2, 3, 4, 32, 16).mT)
+    with nk.backend("native"), pytest.raises(Refused, match="last axis of state"):
+        state_update(**(several() | {"state": turned}))
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, kept):
+    v = several(kept=kept)
+    arguments = [v[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    noise = torch.tensor([1, 2]) if kept == torch.bfloat16 else None
+    made = torch.zeros(2, 3, 4, 16, 32, dtype=kept)
+    for rest in ((None, None, noise), (torch.tensor([1, -1]), made, noise)):
+        torch.library.opcheck(torch.ops.nvfp4.state_update, (*arguments, *rest, True, 0.0, math.inf))
 
 
 def test_errors_name_the_argument():

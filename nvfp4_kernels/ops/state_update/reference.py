@@ -30,27 +30,33 @@ def run(
     high: float,
 ) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    heads = x.shape[2]
-    step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
-    step = (torch.logaddexp(step, torch.zeros_like(step)) if dt_softplus else step).clamp(low, high)
-    B, C = (t.to(wide).repeat_interleave(heads // t.shape[2], 2) for t in (B, C))
     slots = torch.arange(x.shape[0], device=x.device) if indices is None else indices.long()
-    current, ys = state[slots.clamp(min=0)], []
+    current, y = state[slots.clamp(min=0)], x.new_empty(x.shape)
     for t in range(x.shape[1]):
-        u = (step[:, t, :, None] * x[:, t].to(wide))[..., None] * B[:, t, :, None, :]
-        after = torch.exp(A.to(wide) * step[:, t])[..., None, None] * current.to(wide) + u
+        given = (None if v is None else v[:, t].to(wide).contiguous() for v in (x, dt, B, C, z))
+        after, made = _token(current.to(wide), *given, A.to(wide), D, dt_bias, dt_softplus, low, high)
         current = after.to(state.dtype) if noise is None else stochastic(after, state.dtype, noise, t)
         if intermediate is not None:
             intermediate[:, t] = current
-        ys.append(torch.matmul(after, C[:, t, :, :, None]).squeeze(-1))
-    y = torch.stack(ys, 1) if ys else x.new_empty(x.shape, dtype=wide)
-    if D is not None:
-        y = y + x * (D if D.dim() == 2 else D[:, None])
-    y = y if z is None else y * F.silu(z.to(wide))
+        y[:, t] = made.masked_fill((slots < 0)[:, None, None], 0)
     if intermediate is None:
         used = slots >= 0
         state[slots[used]] = current[used]
-    return y.masked_fill((slots < 0)[:, None, None, None], 0).to(x.dtype)
+    return y
+
+
+def _token(state, x, dt, B, C, z, A, D, dt_bias, dt_softplus, low, high) -> tuple[Tensor, Tensor]:
+    """The state after a token, and y. The tensors of the token are contiguous: strides could change what torch vectorizes,
+    and with it the last bits."""
+    heads = x.shape[1]
+    step = dt if dt_bias is None else dt + dt_bias
+    step = (torch.logaddexp(step, torch.zeros_like(step)) if dt_softplus else step).clamp(low, high)
+    B, C = (t.repeat_interleave(heads // t.shape[1], 1) for t in (B, C))
+    after = torch.exp(A * step)[..., None, None] * state + (step[..., None] * x)[..., None] * B[:, :, None]
+    y = torch.matmul(after, C[..., None]).squeeze(-1)
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None])
+    return after, y if z is None else y * F.silu(z)
 
 
 def stochastic(v: Tensor, dtype: torch.dtype, noise: Tensor, advance: int) -> Tensor:
