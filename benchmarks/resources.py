@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +31,7 @@ from nvfp4_kernels.ops import _triton
 
 ARCHS = (80, 90, 100, 103, 120)
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CHOSEN: list[tuple] = []  # the cases to compile; functions, which no pipe takes
 # What to count: tensor-core products by generation, conversions to FP4, asynchronous copies.
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTCOMMA", "OMMA", "UTMALDG", "LDGSTS", "F2FP")
 
@@ -81,22 +84,28 @@ def row(compiled) -> dict:
     }
 
 
+def case_rows(task: tuple[int, int]) -> list[dict]:
+    """What one case takes on one architecture; in a process of its own, which has CHOSEN from the fork."""
+    (op, name, run), arch = CHOSEN[task[0]], task[1]
+    found = launches(run, arch)
+    about = [{"op": op, "case": name, "kernel": kernel.__name__, "arch": arch} for kernel, *_ in found]
+    return [first | row(compile_for(arch, *launch)) for first, launch in zip(about, found, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", help="one op alone; default: all")
     parser.add_argument("--arch", type=int, nargs="+", help=f"default: {' '.join(map(str, ARCHS))}")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     given = parser.parse_args()
+    CHOSEN.extend(case for case in cases() if given.op in (None, case[0]))
+    tasks = [(index, arch) for index in range(len(CHOSEN)) for arch in given.arch or ARCHS]
     rows = []
-    for op, name, run in cases():
-        if given.op not in (None, op):
-            continue
-        for arch in given.arch or ARCHS:
-            for kernel, arguments, constants, options in launches(run, arch):
-                about = {"op": op, "case": name, "kernel": kernel.__name__, "arch": arch}
-                rows.append(about | row(compile_for(arch, kernel, arguments, constants, options)))
-                if not given.json:
-                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for made in pool.map(case_rows, tasks):
+            rows += made
+            for made_row in () if given.json else made:
+                print("  ".join(f"{key} {value}" for key, value in made_row.items()), flush=True)
     if given.json:
         print(json.dumps(rows))
     elif given.op is None and given.arch is None:
