@@ -1,6 +1,7 @@
 """Each command end to end at small sizes."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -87,7 +88,7 @@ def test_info_prints_the_dispatch_table(capsys, monkeypatch):
     assert report["ops"]["cpu"]["quantize"]["reference"] == "because of a test"
     assert report["versions"]["torch"] == torch.__version__ and report["devices"][0]["device"] == "cpu"
     text = run(capsys, "info")[0]
-    assert "[1] because of a test" in text and "selective_scan" in text
+    assert re.search(r"\[\d\] because of a test", text) and "selective_scan" in text
 
 
 def test_info_says_what_is_forced(capsys):
