@@ -17,13 +17,14 @@ STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16 stochastic": torc
 
 
 def plain(state, x, dt, A, B, C, D, dt_bias):
-    """As in transformers' Mamba-2 layers: steps and A expanded to the state's axes, B and C to the heads."""
-    dt = F.softplus(dt.float() + dt_bias)[..., None].expand(x.shape)
-    decay = torch.exp(dt[..., None] * A[:, None, None].expand(state.shape[1:]))
-    B, C = (t.float().repeat_interleave(HEADS // GROUPS, 1) for t in (B, C))
-    state.copy_(state * decay + (dt[..., None] * B[:, :, None, :]) * x.float()[..., None])
-    y = torch.bmm(state.float().view(-1, HEAD_DIM, STATE), C.view(-1, STATE, 1)).view(x.shape)
-    return (y + x.float() * D[:, None]).to(x.dtype)
+    """As in transformers' torch path: steps and A expanded to the state's axes, B and C to the heads."""
+    dt = F.softplus(dt[..., None].expand(x.shape) + dt_bias[:, None].to(dt.dtype))[..., None]
+    decay = torch.exp(dt.float() * A[:, None, None].expand(state.shape[1:]))
+    B, C = (t.repeat_interleave(HEADS // GROUPS, 1) for t in (B, C))
+    made = state * decay + (dt * B[:, :, None]) * x[..., None]
+    state.copy_(made)
+    y = torch.bmm(made.to(C.dtype).view(-1, HEAD_DIM, STATE), C.view(-1, STATE, 1)).view(x.shape)
+    return (y + x * D[:, None]).to(x.dtype)
 
 
 @pytest.mark.parametrize("name", ["native", "torch"])
@@ -48,7 +49,7 @@ def test_state_update(benchmark, copy_bandwidth, batch, kept, name):
         given = (*tokens[:2], A, *tokens[2:], D, None, dt_bias, None, None, noise)
         return run_native(state, *given, True, 0.0, math.inf)[:, 0]
 
-    exact = plain(states[0].double(), x.double(), dt, A, B, C, D, dt_bias)
+    exact = plain(states[0].double(), *(t.double() for t in (x, dt, A, B, C, D, dt_bias)))
     assert (update(states[0].clone()).double() - exact).norm() < 2e-2 * exact.norm()
     benchmark.extra_info.update(
         op="state_update",

@@ -39,3 +39,15 @@ def poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(plain_new_empty(self, *a, **k)))
+
+
+@pytest.fixture(params=("native", "reference"))
+def backend(request):
+    """The test runs once on each of the two, with nothing else allowed."""
+    import nvfp4_kernels as nk
+    from nvfp4_kernels.ops._native import native
+
+    if request.param == "native" and native is None:
+        pytest.skip("no native module")
+    with nk.backend(request.param):
+        yield request.param

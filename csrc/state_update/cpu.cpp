@@ -58,9 +58,9 @@ F rounded(F x, U r, const Half*) {  // below 2^-14 the last place is 2^-24, what
 
 // Sixteen random bits for each of the elements first .. first + count - 1, at least; returns where `first` has its own.
 // Element e takes the halfword e % 8 of draw e / 8.
-const u32* draw(u64 first, i64 count, u64 offset, u64 seed, u32* to) {
+const u16* draw(u64 first, i64 count, u64 offset, u64 seed, u16* to) {
     const u64 end = (first + static_cast<u64>(count) + 7) / 8;
-    u32* out = to;
+    u16* out = to;
     for (u64 d = first / 8; d < end; d += F::lanes, out += 8 * F::lanes) {
         u32 low[F::lanes], high[F::lanes];
         for (int l = 0; l < F::lanes; ++l) {
@@ -68,11 +68,13 @@ const u32* draw(u64 first, i64 count, u64 offset, u64 seed, u32* to) {
             high[l] = static_cast<u32>((d + static_cast<u64>(l)) >> 32);
         }
         const Draw<U> made = philox(load(low), load(high), offset, seed);
+        u32 halves[2][2 * F::lanes];  // of each draw
+        store_pairs(halves[0], made.word[0], made.word[1]);
+        store_pairs(halves[1], made.word[2], made.word[3]);
         NVFP4_UNROLL
-        for (int w = 0; w < 4; ++w) {
-            u32 pairs[2 * F::lanes];
-            store_pairs(pairs, made.word[w] & U(0xFFFFu), made.word[w] >> 16);
-            for (int l = 0; l < F::lanes; ++l) std::memcpy(out + 8 * l + 2 * w, pairs + 2 * l, 8);
+        for (int l = 0; l < F::lanes; ++l) {
+            std::memcpy(out + 8 * l, halves[0] + 2 * l, 8);
+            std::memcpy(out + 8 * l + 4, halves[1] + 2 * l, 8);
         }
     }
     return to + first % 8;
@@ -84,17 +86,17 @@ i64 whole(i64 count) { return (count + 15) / 16 * 16; }
 struct Kept {
     i64 n, m;  // floats of a token of B and C, and of dt x and y
     float *B, *C, *u, *y, *decay;
-    u32* noise;
+    u16* noise;
 
     static i64 floats(const StateUpdateParams& p) {
-        return 2 * p.tokens * (whole(p.state) + whole(p.head_dim)) + whole(p.tokens) + whole(block * p.state + 8 + 9 * 16);
+        return 2 * p.tokens * (whole(p.state) + whole(p.head_dim)) + whole(p.tokens) + whole(block * p.state / 2 + 80);
     }
     Kept(const StateUpdateParams& p, float* at) : n(whole(p.state)), m(whole(p.head_dim)), B(at) {
         C = B + p.tokens * n;
         u = C + p.tokens * n;
         y = u + p.tokens * m;
         decay = y + p.tokens * m;
-        noise = reinterpret_cast<u32*>(decay + whole(p.tokens));
+        noise = reinterpret_cast<u16*>(decay + whole(p.tokens));
     }
 };
 
@@ -116,7 +118,7 @@ void update_rows(const Head<S>& at, i64 i) {
     i64 from_stride = p.states.row_stride;
     for (i64 t = 0; t < p.tokens; ++t) {
         S* to = (at.made ? at.made + t * target.token_stride : at.state) + i * target.row_stride;
-        const u32* noise = kept.noise;
+        const u16* noise = kept.noise;
         if (noisy) {
             const u64 first = static_cast<u64>(((at.row * p.heads + at.head) * p.head_dim + i) * p.state);
             noise = draw(first, rows * p.state, p.offset + static_cast<u64>(t), p.seed, kept.noise);
@@ -135,7 +137,7 @@ void update_rows(const Head<S>& at, i64 i) {
             for (int r = 0; r < rows; ++r) {
                 const F after = fma(u[r], b, decay * load(from + r * from_stride + j, extent));
                 S* const out = to + r * target.row_stride + j;
-                store(out, noisy ? rounded(after, load(noise + r * p.state + j), out) : after, extent);
+                store(out, noisy ? rounded(after, bits(load_bf16(noise + r * p.state + j)) >> 16, out) : after, extent);
                 sums[r] = fma(within(after, extent), c, sums[r]);
             }
         });

@@ -7,18 +7,9 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.autograd.mixer import mixer
-from nvfp4_kernels.ops._native import native
 
 HEADS, HEAD_DIM, GROUPS, STATE = 4, 16, 2, 12
 INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
-
-
-@pytest.fixture(params=("native", "reference"))
-def backend(request):
-    if request.param == "native" and native is None:
-        pytest.skip("no native module")
-    with nk.backend(request.param):
-        yield request.param
 
 
 def inputs(dtype, batch=2, length=37):

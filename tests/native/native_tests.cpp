@@ -18,6 +18,7 @@
 #include "numerics/philox.h"
 #include "quantize/params.h"
 #include "selective_scan/params.h"
+#include "state_update/params.h"
 
 using namespace nvfp4;
 
@@ -382,6 +383,107 @@ void selective_scan_everywhere() {
     }
 }
 
+Bytes values_of(const std::vector<double>& from, int dtype) {
+    Bytes made(from.size() * (dtype == 0 ? 4 : 2));
+    for (size_t i = 0; i < from.size(); ++i) {  // the values are exact in each dtype: multiples of 2^-5 below 4
+        const float x = static_cast<float>(from[i]);
+        u32 b = 0;
+        std::memcpy(&b, &x, 4);
+        if (dtype == 2) b >>= 16;
+        if (dtype == 1) b = (b >> 16 & 0x8000) | (x == 0 ? 0 : ((b & 0x7FFFFFFF) - 0x38000000) >> 13);
+        std::memcpy(&made[i * (dtype == 0 ? 4 : 2)], &b, dtype == 0 ? 4 : 2);
+    }
+    return made;
+}
+
+// Values and states against the recurrence in double; row 1 has no slot, row 0 the last; one thread and three the same bytes.
+void state_update_everywhere() {
+    std::mt19937 random(6);
+    const auto some = [&](i64 count) {
+        std::vector<double> made(static_cast<size_t>(count));
+        for (auto& v : made) v = (static_cast<int>(random() % 255) - 127) / 32.0;
+        return made;
+    };
+    const i64 shapes[][6] = {{2, 1, 1, 1, 1, 1}, {2, 3, 4, 2, 7, 17}, {2, 2, 3, 3, 80, 128}, {3, 0, 2, 1, 4, 16}, {2, 1, 3, 1, 5, 33}};
+    for (const auto& shape : shapes) {
+        const i64 batch = shape[0], tokens = shape[1], heads = shape[2], groups = shape[3], m = shape[4], n = shape[5];
+        const i64 slots = batch + 1, each = heads * m * n;
+        for (int form = 0; form < 18; ++form) {
+            const int kept = form % 3, dtype = form / 3 % 3;
+            const bool between = form >= 9;  // the states of each token apart; else rounded stochastically, where they are narrow
+            const auto dx = some(batch * tokens * heads * m), ddt = some(batch * tokens * heads), dB = some(batch * tokens * groups * n);
+            const auto dC = some(batch * tokens * groups * n), dstate = some(slots * each), dA = some(heads), dD = some(heads);
+            const Bytes x = values_of(dx, dtype), dt = values_of(ddt, dtype), B = values_of(dB, dtype), C = values_of(dC, dtype);
+            std::vector<float> A, D;
+            for (double a : dA) A.push_back(static_cast<float>(-std::fabs(a)));
+            for (double d : dD) D.push_back(static_cast<float>(d));
+            std::vector<i64> indices(static_cast<size_t>(batch), 0);
+            indices[0] = slots - 1, indices[1] = -1;
+            std::vector<double> exact(static_cast<size_t>(batch * tokens * heads * m)), states = dstate;
+            for (i64 b = 0; b < batch; ++b) {
+                for (i64 t = 0; t < tokens; ++t) {
+                    for (i64 h = 0; h < heads && b != 1; ++h) {
+                        const double raw = ddt[static_cast<size_t>((b * tokens + t) * heads + h)] + A[static_cast<size_t>(h)];
+                        const double step = std::fmin(std::log1p(std::exp(raw)), 2.0);
+                        for (i64 i = 0; i < m; ++i) {
+                            const i64 at = ((b * tokens + t) * heads + h) * m + i;
+                            const double in = dx[static_cast<size_t>(at)];
+                            double y = D[static_cast<size_t>(h)] * in;
+                            for (i64 j = 0; j < n; ++j) {
+                                const size_t g = static_cast<size_t>(((b * tokens + t) * groups + h / (heads / groups)) * n + j);
+                                double& v = states[static_cast<size_t>(indices[static_cast<size_t>(b)] * each + (h * m + i) * n + j)];
+                                v = std::exp(A[static_cast<size_t>(h)] * step) * v + step * in * dB[g];
+                                y += v * dC[g];
+                            }
+                            exact[static_cast<size_t>(at)] = y / (1 + std::exp(-in)) * in;
+                        }
+                    }
+                }
+            }
+            for (const char* name : isas()) {
+                set_isa(name);
+                Bytes expected;
+                for (int threads : {1, 3}) {
+                    const size_t width = kept == 0 ? 4 : 2;
+                    Bytes all = values_of(dstate, kept), made(static_cast<size_t>(between ? batch * tokens * each : 0) * width);
+                    Bytes y(static_cast<size_t>(batch * tokens * heads * m * (dtype == 0 ? 4 : 2)));
+                    const ScanView given{x.data(), dtype, tokens * heads * m, heads * m, m};
+                    const ScanView wide_B{B.data(), dtype, tokens * groups * n, groups * n, n};
+                    const ScanView wide_C{C.data(), dtype, tokens * groups * n, groups * n, n};
+                    const StateUpdateParams p{batch, tokens, heads, groups, m, n, slots, kept,
+                                              {all.data(), each, 0, m * n, n},
+                                              {between ? made.data() : nullptr, tokens * each, each, m * n, n},
+                                              given, {dt.data(), dtype, tokens * heads, heads, 1}, wide_B, wide_C, given,
+                                              A.data(), D.data(), false, A.data(), indices.data(), true, 0.0f, 2.0f,
+                                              kept != 0 && !between, 7, 9, y.data(), threads};
+                    expect(NVFP4_CALL(state_update, p) == 0, "state_update status");
+                    if (expected.empty()) expected = y;
+                    expect(y == expected, "state_update depends on the threads", m, n, form);
+                    const double tolerance = kept == 2 || dtype == 2 ? 1e-2 : kept == 1 || dtype == 1 ? 2e-3 : 1e-5;
+                    double error = 0, size = 0;
+                    for (size_t i = 0; i < exact.size(); ++i) {
+                        const double off = value_at(y, dtype, static_cast<i64>(i)) - exact[i];
+                        error += off * off;
+                        size += exact[i] * exact[i];
+                    }
+                    for (i64 i = 0; i < slots * each; ++i) {
+                        const double wanted = between ? dstate[static_cast<size_t>(i)] : states[static_cast<size_t>(i)];
+                        const double off = value_at(all, kept, i) - wanted;
+                        error += off * off;
+                        size += wanted * wanted;
+                    }
+                    expect(error <= tolerance * tolerance * size, name, m, n, form);
+                }
+                indices[0] = slots;
+                const StateUpdateParams wrong{batch, tokens, heads, groups, m, n, slots, 0, {}, {}, {}, {}, {}, {}, {}, nullptr, nullptr,
+                                              false, nullptr, indices.data(), true, 0.0f, 2.0f, false, 0, 0, nullptr, 1};
+                expect(NVFP4_CALL(state_update, wrong) == 2, "state_update takes a slot that is none");
+                indices[0] = slots - 1;
+            }
+        }
+    }
+}
+
 void exp_everywhere() {
     for (const char* name : isas()) {
         set_isa(name);
@@ -402,6 +504,7 @@ int main() {
     hadamard_and_dequantize_everywhere();
     matmul_everywhere();
     selective_scan_everywhere();
+    state_update_everywhere();
     std::printf("%s: %d failures; instruction sets:", failures ? "FAILED" : "passed", failures);
     for (const char* name : isas()) std::printf(" %s", name);
     std::printf("\n");

@@ -34,7 +34,8 @@ def state_update(
     x: float [batch, heads, head_dim], or [batch, tokens, heads, head_dim] for several tokens, one after the other; dt, B, C
         and z then have the axis tokens too. dt: [batch, heads]. B, C: [batch, groups, state]. z: as x.
     A, dt_bias: [heads]. D: [heads] or [heads, head_dim]. dt_softplus, dt_limit: as in selective_scan.
-    indices: int32 or int64 [batch], the slot of each row's state, no slot twice; -1: none, the row's y is 0.
+    indices: int32 or int64 [batch], the slot of each row's state, no slot twice; -1: none, the row's y is 0 and its part of
+        `intermediate` means nothing.
     intermediate: as state, [batch, tokens, heads, head_dim, state]: gets the state after each token, and `state` stays as
         it is: speculative decoding copies the state after the last accepted token into its slot.
     noise: int64 [2] (seed, offset), on the state's device: rounds a bf16 or fp16 state stochastically, token t with offset + t.
