@@ -25,7 +25,7 @@ def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tens
 
 
 def tile(rows: int, cols: int, row: QuantSpec | None, col: QuantSpec | None) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps: 32 values a thread, which keep loads in flight in few registers (64 to 96).
+    """Rows and columns of a tile, and warps: 32 values a thread, which keep loads in flight in few registers (58 to 127).
 
     With a column form 64 x 64: 32 bytes of codes, a memory sector, in a row of either form. Without one rows of 256, or
     longer where there are few, for longer runs of memory.
