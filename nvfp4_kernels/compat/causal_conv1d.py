@@ -30,6 +30,9 @@ def causal_conv1d_fn(
         "packed sequences with initial or final states",
         "one of them; nk.causal_conv1d has both by cu_seqlens",
     )
+    require(
+        final_states_out is None or return_final_states, "final_states_out", "a tensor", "None, or return_final_states"
+    )
     bounds = None if seq_idx is None else boundaries(seq_idx)
     y, last = causal_conv1d(x.transpose(1, 2), weight, bias, _silu(activation), initial_states, True, bounds)
     y = y if seq_idx is None else y.masked_fill((seq_idx < 0)[..., None], 0)
@@ -38,6 +41,7 @@ def causal_conv1d_fn(
     return y.transpose(1, 2), last if final_states_out is None else final_states_out.copy_(last)
 
 
+@torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -51,8 +55,8 @@ def causal_conv1d_update(
     width - 1, in place.
 
     cache_seqlens: int [batch], tokens so far: conv_state is then a ring, token t at t % state_len.
-    conv_state_indices: int [batch], the slot of each row, no slot twice.
-    Returns out as x. Raises ValueError naming the argument.
+    conv_state_indices: int [batch], the slot of each row, no slot twice; below 0: none, the row's out is 0.
+    Returns out as x, without gradients. Raises ValueError naming the argument.
     """
     history, length = weight.shape[1] - 1, conv_state.shape[-1]
     require(length >= history, "conv_state", f"state_len {length}", f"at least {history}, the width - 1")
@@ -63,7 +67,12 @@ def causal_conv1d_update(
         f"{tokens.shape[2]} tokens",
         f"at most {length}, the length of the ring",
     )
-    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
+    state, slots = conv_state, conv_state_indices
+    if slots is not None:
+        require(
+            tuple(slots.shape) == x.shape[:1], "conv_state_indices", f"shape {list(slots.shape)}", f"[{x.shape[0]}]"
+        )
+        state = conv_state[slots.clamp(min=0).long()]
     if cache_seqlens is None:
         past, after = state[..., length - history :], torch.cat([state, tokens.to(state.dtype)], -1)[..., -length:]
     else:
@@ -72,11 +81,21 @@ def causal_conv1d_update(
         past = state.gather(2, places[..., :history])
         after = state.scatter(2, places[..., history:], tokens.to(state.dtype))
     y = causal_conv1d(tokens.transpose(1, 2), weight, bias, _silu(activation), past).transpose(1, 2)
-    if conv_state_indices is None:
+    if slots is None:
         conv_state.copy_(after)
     else:
-        conv_state[conv_state_indices.long()] = after
+        used = (slots >= 0)[:, None, None]
+        y = y.masked_fill(~used, 0)
+        _put(conv_state, slots, torch.where(used, after, state))
     return y.view(x.shape) if x.dim() == 2 else y
+
+
+def _put(conv_state: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """conv_state[slots] = rows where a slot is one; the others write once more what such a row writes, so that nobody has to
+    tell the host which they are. Where no slot is one, all write what slot 0 holds."""
+    used = slots >= 0
+    source = torch.where(used, torch.arange(len(slots), device=slots.device), used.int().argmax())
+    conv_state.index_copy_(0, slots.clamp(min=0).long()[source], rows[source])
 
 
 def _silu(activation: str | None) -> str | None:

@@ -58,8 +58,12 @@ def mamba_chunk_scan_combined(
         "boundaries alone",
         "seq_idx beside it, or return_varlen_states=True",
     )
-    bounds = cu_seqlens if return_varlen_states and seq_idx is None else None
-    bounds = boundaries(seq_idx) if seq_idx is not None else bounds
+    bounds = cu_seqlens
+    if seq_idx is not None:
+        found = boundaries(seq_idx)
+        alike = cu_seqlens is None or torch.equal(torch.unique_consecutive(cu_seqlens).to(found.dtype), found)
+        require(alike, "cu_seqlens", "other sequences than those of seq_idx", "the same, or one of the two")
+        bounds = found if cu_seqlens is None else cu_seqlens
     state = initial_states
     if bounds is not None and initial_states is not None:
         first = first_of_rows(bounds, x.shape[0], x.shape[1])
@@ -72,8 +76,7 @@ def mamba_chunk_scan_combined(
     if return_final_states:
         results.append(last if bounds is None else last[_last_of_rows(bounds, x.shape[0], x.shape[1])])
     if return_varlen_states:
-        ends = torch.searchsorted(bounds, cu_seqlens[1:].to(bounds.dtype)) - 1
-        results.append(last[ends])
+        results.append(last)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -108,6 +111,10 @@ def mamba_split_conv1d_scan_combined(
     """
     require(D.dim() == 2 or headdim is not None, "headdim", "None", "the head dimension, where D has one value a head")
     heads, head_dim = D.shape[0], D.shape[1] if D.dim() == 2 else headdim
+    require(headdim in (None, head_dim), "headdim", headdim, f"{head_dim}, as D")
+    require(
+        outproj_bias is None or outproj_weight is not None, "outproj_bias", "a tensor", "None without outproj_weight"
+    )
     inner = heads * head_dim
     shared = (conv1d_weight.shape[0] - inner) // 2
     mlp = (zxbcdt.shape[-1] - 2 * inner - 2 * shared - heads) // 2
@@ -173,7 +180,10 @@ def selective_state_update(
         strides = None if t is None else f"shape {list(t.shape)}, strides {list(t.stride())}"
         require(tied, name, strides, f"one value a head, expanded (stride 0) along axes {axes}")
     bias = None if dt_bias is None else dt_bias[:, 0]
-    return state_update(state, x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, dt_softplus, indices=state_batch_indices)
+    no_limit = (-math.inf, math.inf)  # steps are clamped in the scan alone
+    return state_update(
+        state, x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, dt_softplus, no_limit, indices=state_batch_indices
+    )
 
 
 def rmsnorm_fn(

@@ -16,5 +16,6 @@ def boundaries(seq_idx: Tensor) -> Tensor:
 
 
 def first_of_rows(bounds: Tensor, batch: int, length: int) -> Tensor:
-    """The index of the sequence that each row starts with."""
-    return torch.searchsorted(bounds, torch.arange(batch, device=bounds.device, dtype=bounds.dtype) * length)
+    """The index of the sequence that each row starts with: the last of those that begin there, the others being empty."""
+    starts = torch.arange(batch, device=bounds.device, dtype=bounds.dtype) * length
+    return torch.searchsorted(bounds[:-1].contiguous(), starts, right=True) - 1

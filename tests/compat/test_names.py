@@ -215,3 +215,73 @@ def test_convolution_token_by_token(ring, state_len):
         t += tokens
     torch.testing.assert_close(torch.cat(outputs, -1), plain)
     assert (pool[[0, 2]] == 0).all() and math.isfinite(float(pool.sum()))
+
+
+def test_state_update_clamps_no_step():
+    """Without softplus steps may be negative, and mamba_ssm takes them as they are."""
+    state, dt, A = (
+        torch.randn(1, 2, 3, 4, dtype=torch.float64),
+        torch.tensor([[-0.5, 0.25]]).double(),
+        -torch.rand(2).double(),
+    )
+    x, B = torch.randn(1, 2, 3, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64)
+    expected = torch.exp(A * dt)[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, :, None]
+    selective_state_update(state, x, dt[..., None].expand(-1, -1, 3), A[:, None, None].expand(-1, 3, 4), B, B)
+    torch.testing.assert_close(state, expected)
+
+
+@pytest.mark.parametrize("slots", [[3, 0, 1], [2, -1, 0], [-1, 3, -1], [-1, -1, -1]])
+def test_convolution_of_slots(slots):
+    """Negative slots: nothing is stored, and zeros come out; no gradients, whatever asks for them."""
+    state, x = torch.randn(5, 6, 4, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    weight, before = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), state.clone()
+    y = causal_conv1d_update(x, state, weight, conv_state_indices=torch.tensor(slots, dtype=torch.int32))
+    assert not y.requires_grad and not state.requires_grad
+    expected = before.clone()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            expected[slot] = torch.cat([before[slot, :, 1:], x[row, :, None]], 1)
+            torch.testing.assert_close(y[row], (expected[slot] * weight.detach()).sum(1))
+        else:
+            assert (y[row] == 0).all()
+    assert torch.equal(state, expected)
+
+
+@pytest.mark.parametrize("with_seq_idx", [True, False])
+def test_states_where_sequences_are_empty(with_seq_idx):
+    """The first sequence that has tokens starts from the initial state; empty ones leave zeros."""
+    v = inputs(batch=1, length=6)
+    first, bounds = torch.randn(1, 4, 3, 5, dtype=torch.float64), [0, 0, 2, 2, 6, 6]
+    seq_idx = torch.tensor([[5, 5, 8, 8, 8, 8]]) if with_seq_idx else None
+    out, final, states = mamba_chunk_scan_combined(
+        **v, chunk_size=4, initial_states=first, seq_idx=seq_idx, cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        return_final_states=True, return_varlen_states=True,
+    )  # fmt: skip
+    ys, after = scan(
+        *(v[name][0] for name in ("x", "dt")), v["A"], v["B"][0], v["C"][0], None, None, None, False, {2}, first[0]
+    )
+    zeros = torch.zeros_like(after[0])
+    torch.testing.assert_close(out[0], ys)
+    torch.testing.assert_close(final[0], after[5])
+    torch.testing.assert_close(states, torch.stack([zeros, after[1], zeros, after[5], zeros]))
+
+
+def test_nothing_is_ignored():
+    v, w = inputs(batch=1, length=6), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="cu_seqlens: got other sequences"):
+        mamba_chunk_scan_combined(
+            **v,
+            chunk_size=4,
+            seq_idx=torch.zeros(1, 6).int(),
+            cu_seqlens=torch.tensor([0, 3, 6]),
+            return_varlen_states=True,
+        )
+    with pytest.raises(ValueError, match="final_states_out: got a tensor"):
+        causal_conv1d_fn(torch.randn(1, 5, 6), w, final_states_out=torch.zeros(1, 5, 3))
+    with pytest.raises(ValueError, match="conv_state_indices: got shape"):
+        causal_conv1d_update(torch.randn(2, 5), torch.zeros(4, 5, 3), w, conv_state_indices=torch.tensor([0, 1, 2]))
+    split = (torch.randn(1, 2, 48), torch.randn(32, 4), None, torch.zeros(4), -torch.ones(4))
+    with pytest.raises(ValueError, match="headdim: got 4; allowed: 3"):
+        mamba_split_conv1d_scan_combined(*split, torch.ones(4, 3), 4, headdim=4, ngroups=2)
+    with pytest.raises(ValueError, match="outproj_bias: got a tensor"):
+        mamba_split_conv1d_scan_combined(*split, torch.ones(4), 4, headdim=3, ngroups=2, outproj_bias=torch.zeros(6))
