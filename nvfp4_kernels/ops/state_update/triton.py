@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_numerics import philox
 
 LARGEST = 4096  # values of a row that fit one program's registers beside B, C and the noise
 
@@ -42,29 +43,15 @@ def softplus(x):
 
 
 @jit
-def draw(block, seed, offset):
-    """Philox4x32-10 with key = seed and counter = (block, offset), as formats/philox.py: four words."""
-    c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    c2, c3 = offset.to(tl.uint32) + tl.zeros_like(c0), (offset >> 32).to(tl.uint32) + tl.zeros_like(c0)
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    m0, m1 = tl.full(c0.shape, 0xD2511F53, tl.uint32), tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0, high1, low1 = tl.umulhi(c0, m0), c0 * m0, tl.umulhi(c2, m1), c2 * m1
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@jit
 def halfwords(first, n, seed, offset, ROWS: tl.constexpr, VALUES: tl.constexpr, SIZE: tl.constexpr):
     """The noise of a tile whose rows begin at the flat indices `first`: element e takes halfword e % 8 of draw e // 8."""
     if SIZE % 8 == 0:  # whole draws side by side
-        w0, w1, w2, w3 = draw((first // 8)[:, None] + tl.arange(0, VALUES // 8)[None, :], seed, offset)
+        w0, w1, w2, w3 = philox((first // 8)[:, None] + tl.arange(0, VALUES // 8)[None, :], seed, offset)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last axis is the lowest bit of an element's place
         return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, VALUES])
     else:
         e = first[:, None] + n[None, :]
-        w0, w1, w2, w3 = draw(e // 8, seed, offset)
+        w0, w1, w2, w3 = philox(e // 8, seed, offset)
         word = tl.where(e % 8 < 4, tl.where(e % 8 < 2, w0, w1), tl.where(e % 8 < 6, w2, w3))
         return tl.where(e % 2 == 0, word & 0xFFFF, word >> 16)
 
