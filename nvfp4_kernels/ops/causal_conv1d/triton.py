@@ -245,7 +245,6 @@ def backward_kernel(
                         x_ptr, initial_ptr, at, at, sequence, x_stride, channel, only(inside, at < tokens), channels,
                         WIDTH, INITIAL,
                     )  # fmt: skip
-                    gradients = (zero,) * (WIDTH - 1)
                 x = xs[i].to(tl.float32)
                 dpre = preactivation_gradient(x, dys[i].to(tl.float32), window, weight, bias, WIDTH, SILU)
                 dbias += dpre
