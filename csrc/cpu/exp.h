@@ -4,9 +4,6 @@
 #pragma once
 #include "simd.h"
 
-// For functions on arrays of vectors, which live in registers only where the call is gone.
-#define NVFP4_INSIDE __attribute__((always_inline)) static inline
-
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
@@ -22,7 +19,7 @@ static inline Lanes times_power(Lanes p, Lanes n) {
 // e^x of n vectors, in place: 0 below -104, Inf above 88.73, NaN for NaN. The halves of ln 2: m * 0.693359375 is exact. One
 // vector is a chain of some twenty dependent operations, and the schedulers see few chains ahead: two or four in step overlap.
 template <int n>
-NVFP4_INSIDE void exp(F* x) {
+NVFP4_INLINE void exp(F* x) {
     F m[n], q[n];
     NVFP4_UNROLL
     for (int i = 0; i < n; ++i) x[i] = least(F(89.0f), greatest(F(-104.0f), x[i]));  // a NaN, the second operand, comes back
@@ -61,7 +58,7 @@ static inline F softplus(F x) { return greatest(F(0.0f), x) + log1p_unit(exp(F(0
 // The division costs nothing beside the polynomial; rcp14 with a Newton step (AVX-512) was slower by a quarter. Below -88.73 both
 // are 0: less than 3e-37 is lost.
 template <int n>
-NVFP4_INSIDE void sigmoid(F* x) {
+NVFP4_INLINE void sigmoid(F* x) {
     NVFP4_UNROLL
     for (int i = 0; i < n; ++i) x[i] = F(0.0f) - x[i];
     exp<n>(x);
@@ -69,7 +66,7 @@ NVFP4_INSIDE void sigmoid(F* x) {
     for (int i = 0; i < n; ++i) x[i] = F(1.0f) / (F(1.0f) + x[i]);
 }
 template <int n>
-NVFP4_INSIDE void silu(F* x) {
+NVFP4_INLINE void silu(F* x) {
     F e[n];
     NVFP4_UNROLL
     for (int i = 0; i < n; ++i) e[i] = F(0.0f) - x[i];

@@ -22,6 +22,8 @@
 
 using namespace nvfp4;
 
+namespace nvfp4 { int norm_and_convolution_failures(); }  // norm_conv_tests.cpp
+
 namespace {
 
 int failures = 0;
@@ -500,6 +502,7 @@ void exp_everywhere() {
 int main() {
     definitions();
     exp_everywhere();
+    failures += norm_and_convolution_failures();
     quantize_everywhere();
     hadamard_and_dequantize_everywhere();
     matmul_everywhere();
