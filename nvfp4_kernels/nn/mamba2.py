@@ -21,6 +21,11 @@ class Mamba2State:
     conv: Tensor  # [batch, channels, width - 1], the last inputs of the convolution
     ssm: Tensor  # [batch, heads, head_dim, state], fp32
 
+    def convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of the next tokens, with its SiLU; `conv` becomes the window behind them."""
+        y, self.conv = causal_conv1d(xBC, weight, bias, "silu", self.conv, True)
+        return y
+
     def advance(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
         """The scan of the next tokens, arguments as selective_scan's; `ssm` becomes the state after them."""
         if x.shape[1] == 1:
@@ -79,7 +84,8 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: Mamba2State | None = None) -> Tensor:
         """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
 
-        state: of the tokens before x, brought up to date in place; rows are then documents.
+        state: a Mamba2State, or what has its `convolve` and `advance`, of the tokens before x, brought up to date in place;
+        rows are then documents.
         """
         z, xBC, dt = self.in_proj(x).split(self.split, -1)
         weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log)
@@ -89,7 +95,7 @@ class Mamba2(nn.Module):
                 self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
             )  # fmt: skip
             return self.out_proj(y)
-        xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
+        xBC = state.convolve(xBC, weight, bias)
         inner, shared = self.split[0], self.groups * self.state
         x, B, C = xBC.split((inner, shared, shared), -1)
         x = x.unflatten(-1, (self.heads, -1))
