@@ -21,6 +21,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "selective_scan": ("native", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
+    "mixer_step": ("native", "reference"),
     "relu2": ("reference",),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))

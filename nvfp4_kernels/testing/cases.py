@@ -14,6 +14,7 @@ from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -250,6 +251,32 @@ def _state_update() -> Iterator[Case]:
         yield Case("state_update", name, make, run, tolerance)
 
 
+def _mixer_step() -> Iterator[Case]:
+    for dtype, tokens, tolerance in ((FP32, 1, 2e-5), (BF16, 2, 1e-2)):
+
+        def make(dtype=dtype, tokens=tokens) -> Inputs:
+            heads, groups, head_dim, state, slots = 4, 2, 64, 128, 5
+            inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+            per_head = {name: drawn(heads, seed=seed) for seed, name in enumerate(("D", "dt_bias"), 3)}
+            return per_head | {
+                "projected": drawn(3, tokens, inner + channels + heads, dtype=dtype),
+                "windows": drawn(slots, channels, 3, dtype=dtype, seed=1),
+                "states": drawn(slots, heads, head_dim, state, seed=2),
+                "conv_weight": drawn(channels, 4, scale=0.5, seed=5),
+                "conv_bias": drawn(channels, seed=6),
+                "A": -drawn(heads, seed=7).abs(),
+                "norm_weight": drawn(inner, seed=8),
+                "groups": groups,
+                "indices": torch.tensor([4, -1, 0]),
+            }
+
+        def run(windows, states, **given) -> dict:
+            windows, states = windows.clone(), states.clone()
+            return {"y": mixer_step(windows=windows, states=states, **given), "windows": windows, "states": states}
+
+        yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
+
+
 def _on_cpu(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """Quantized by the reference, whichever backend the case is about."""
     from nvfp4_kernels.ops._dispatch import backend
@@ -270,4 +297,5 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "gated_rms_norm": _gated_rms_norm,
     "selective_scan": _selective_scan,
     "state_update": _state_update,
+    "mixer_step": _mixer_step,
 }
