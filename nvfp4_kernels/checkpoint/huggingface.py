@@ -91,11 +91,9 @@ def save_pretrained(
 
 
 def _config(source: Source):
-    """transformers 5 keeps the config of multi-token prediction and drops its tensors."""
+    """What transformers 5 saves has the config of multi-token prediction and none of its tensors."""
     config = source.config
     if not config.num_nextn_predict_layers or any(name.startswith("mtp.") for name in source.entries):
-        return config
-    if not any(name.startswith("model.") for name in source.entries):
         return config
     warnings.warn(f"checkpoint: {source.folder} holds no tensors of mtp.*: the model is without", stacklevel=3)
     return config.replace(num_nextn_predict_layers=0)
