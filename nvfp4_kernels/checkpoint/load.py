@@ -4,6 +4,7 @@ Each tensor of the model is allocated once, where and as it is to stay, when the
 files no more is held than the shard that is being read. So the peak is the model and one shard.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,20 +37,24 @@ class Piece(NamedTuple):
 
 
 class Files:
-    """Reads tensors; holds open the shard last read, and one more for a part that lies elsewhere."""
+    """Reads tensors; holds open no shard but those that the last piece came from, mostly one."""
 
     def __init__(self):
         self._open: dict[Path, object] = {}
 
-    def read(self, entry: Entry, reciprocal: bool = False) -> Tensor:
+    def read(self, piece: Piece) -> dict[str, Tensor]:
+        """The parts, as views of the file where the checkpoint does not hold the reciprocal."""
         from safetensors import safe_open
 
-        handle = self._open.pop(entry.shard, None) or safe_open(entry.shard, "pt", device="cpu")
-        while len(self._open) > 1:
-            self._open.pop(next(iter(self._open)))
-        self._open[entry.shard] = handle
-        tensor = handle.get_tensor(entry.name)
-        return tensor.reciprocal() if reciprocal else tensor
+        needed = {entry.shard for entry, _ in piece.parts.values()}
+        self._open = {shard: handle for shard, handle in self._open.items() if shard in needed}
+        values = {}
+        for part, (entry, reciprocal) in piece.parts.items():
+            if entry.shard not in self._open:
+                self._open[entry.shard] = safe_open(entry.shard, "pt", device="cpu")
+            value = self._open[entry.shard].get_tensor(entry.name)
+            values[part] = value.reciprocal() if reciprocal else value
+        return values
 
 
 def insert_layers(model: nn.Module, layers: dict[str, QuantizedWeight], problems: Problems) -> None:
@@ -78,7 +83,7 @@ def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.de
     files, filled = Files(), {}
     for piece in sorted(_pieces(fit, dequantize), key=_position):
         layer = fit.layers.get(piece.module) if len(piece.parts) > 1 else None
-        values = {part: files.read(*found) for part, found in piece.parts.items()}
+        values = files.read(piece)
         for part, value in values.items():
             if part.endswith(("_scale", "_scale_2")) and not _sound(value):
                 fit.problems.add("with NaN, infinite or negative scales", piece.parts[part][0].name)
@@ -131,8 +136,11 @@ def _held(module: str, part: str, shape: tuple[int, ...], dtype: torch.dtype, re
 
 
 def _sound(scale: Tensor) -> bool:
-    values = scale.float()
-    return bool((torch.isfinite(values) & (values >= 0)).all())
+    """Finite, and not negative; zero is that of a matrix of zeros."""
+    if scale.dtype == torch.float8_e4m3fn:
+        codes = scale.view(torch.uint8)
+        return bool(((codes < 0x7F) | (codes == 0x80)).all())  # 0x7F is NaN, 0x80 is -0
+    return all(0 <= value < math.inf for value in scale.flatten().tolist())
 
 
 def _dequantize(layer: QuantizedWeight, values: dict[str, Tensor], device: torch.device) -> Tensor:

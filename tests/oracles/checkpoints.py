@@ -57,7 +57,9 @@ def write(folder, config: dict, tensors: dict, shards: int = 1, **files) -> None
     names = names if shards > 1 else ["model.safetensors"]
     weights = {name: names[i % shards] for i, name in enumerate(tensors)}
     for file in names:
-        save_file({n: t.contiguous() for n, t in tensors.items() if weights[n] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items() if weights[n] == file}, folder / file, {"format": "pt"}
+        )
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     for name, values in files.items():
@@ -86,11 +88,11 @@ def drawn_fp8(rows: int, cols: int, generator: torch.Generator) -> dict[str, tor
 
 
 def decode(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix in float64, code by code from the definitions of the formats."""
+    """The matrix as ModelOpt decodes it, in float64: the scale of a block is rounded to fp32 before it meets the code."""
     table = torch.tensor([e4m3_value(byte) for byte in range(256)], dtype=torch.float64)
     if "weight_scale_2" not in parts:
         return table[parts["weight"].view(torch.uint8).long()] * parts["weight_scale"].double()
     codes = torch.stack([parts["weight"] & 15, parts["weight"] >> 4], -1).flatten(-2).long()
     values = torch.tensor(GRID + [-g for g in GRID], dtype=torch.float64)[codes]
     scales = table[parts["weight_scale"].view(torch.uint8).long()].repeat_interleave(16, -1)
-    return values * scales * parts["weight_scale_2"].double()
+    return values * (scales * parts["weight_scale_2"].double()).float().double()
