@@ -10,6 +10,7 @@ from nvfp4_kernels.checkpoint.fit import fit
 from nvfp4_kernels.checkpoint.load import fill, insert_layers
 from nvfp4_kernels.checkpoint.save import LAYOUTS, quantized_layers, save
 from nvfp4_kernels.checkpoint.source import Source, open_source
+from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.recipe import LinearRecipe, Recipe
 
@@ -90,7 +91,12 @@ def save_pretrained(
     save(model, Path(path), layout, max_shard_bytes, dtype)
 
 
-def _config(source: Source):
+def read_config(path: str | os.PathLike) -> HybridConfig:
+    """That of the model which from_pretrained gives. Raises ValueError as it does."""
+    return _config(open_source(Path(path)))
+
+
+def _config(source: Source) -> HybridConfig:
     """What transformers 5 saves has the config of multi-token prediction and none of its tensors."""
     config = source.config
     if not config.num_nextn_predict_layers or any(name.startswith("mtp.") for name in source.entries):
