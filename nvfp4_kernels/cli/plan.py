@@ -200,15 +200,11 @@ def _grouped(layers: list[dict], every: bool) -> list[tuple[str, dict]]:
         index, _, tail = rest.partition(".")
         key = (layer["layer"],) if every or not found else (prefix, tail, json.dumps({**layer, "layer": ""}))
         groups.setdefault(key, []).append((index, layer))
+    from nvfp4_kernels.cli.text import ranges
+
     named = []
     for key, members in groups.items():
         first = members[0][1]
-        name = first["layer"] if len(key) == 1 else f"{key[0]}layers.[{_ranges([int(i) for i, _ in members])}].{key[1]}"
+        name = first["layer"] if len(key) == 1 else f"{key[0]}layers.[{ranges([int(i) for i, _ in members])}].{key[1]}"
         named.append((name if len(members) > 1 else first["layer"], first))
     return named
-
-
-def _ranges(numbers: list[int]) -> str:
-    if len(numbers) > 4:
-        return f"{numbers[0]},{numbers[1]}..{numbers[-1]}: {len(numbers)}"
-    return ",".join(map(str, numbers))
