@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from nvfp4_kernels.cli.text import ranges
+
 HELP = "Each linear layer of a model: its operands' formats, the backend that serves them here, and why."
 EXAMPLE = "nvfp4 plan --preset ultra-550b --recipe nemotron3"
 OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
@@ -200,8 +202,6 @@ def _grouped(layers: list[dict], every: bool) -> list[tuple[str, dict]]:
         index, _, tail = rest.partition(".")
         key = (layer["layer"],) if every or not found else (prefix, tail, json.dumps({**layer, "layer": ""}))
         groups.setdefault(key, []).append((index, layer))
-    from nvfp4_kernels.cli.text import ranges
-
     named = []
     for key, members in groups.items():
         first = members[0][1]
