@@ -24,6 +24,7 @@ STOREYS = {
     "train": 8,
     "generate": 8,
     "ptq": 8,
+    "testing": 8,
     "api": 9,
     "cli": 10,
     "__main__": 11,

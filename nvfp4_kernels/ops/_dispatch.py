@@ -29,7 +29,11 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 
 
 class Refused(RuntimeError):
-    """No allowed implementation can serve the call; the message gives each one's reason."""
+    """No allowed implementation can serve the call; the message, and `reasons` by backend, say why."""
+
+    def __init__(self, message: str, reasons: dict[str, str | None]):
+        super().__init__(message)
+        self.reasons = reasons
 
 
 def _parse(text: str) -> tuple[str, ...]:
@@ -90,8 +94,9 @@ def select(op: str, *args) -> ModuleType:
     for name in candidates(op):
         if name in TABLE[op] and implementation(op, name).refuses(*args) is None:
             return implementation(op, name)
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(op, *args).items())
+    reasons = refusals(op, *args)
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     others = (
         f"; allow more, as in NVFP4_BACKEND={_forced[0]},reference" if _forced and "reference" not in _forced else ""
     )
-    raise Refused(f"{op}: no allowed backend can serve this call ({reasons}){others}")
+    raise Refused(f"{op}: no allowed backend can serve this call ({told}){others}", reasons)
