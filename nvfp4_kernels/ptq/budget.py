@@ -176,12 +176,30 @@ def choose(costs: Iterable[Cost], bits: float) -> dict[str, str]:
                 row[width:] = best[: steps + 1 - width] + cost.divergence
         taken.append(table.argmin(0))
         best = table.min(0)
-    chosen, at = {}, steps
-    for (group, own), row in zip(reversed(options.items()), reversed(taken), strict=True):
-        cost = own[row[at]]
-        chosen |= {target.name: cost.format for target in group.targets}
-        at -= math.ceil(extra[group, cost.format] / unit)
-    return chosen
+    picked, at = {}, steps
+    for group, row in zip(reversed(options), reversed(taken), strict=True):
+        picked[group] = options[group][row[at]]
+        at -= math.ceil(extra[group, picked[group].format] / unit)
+    spare -= sum(extra[group, cost.format] for group, cost in picked.items())
+    _spend(picked, options, extra, spare)
+    return {target.name: cost.format for group, cost in picked.items() for target in group.targets}
+
+
+def _spend(picked: dict[Group, Cost], options: dict[Group, list[Cost]], extra: dict, spare: int) -> None:
+    """What the rounding to steps has left over, on the changes that gain most for their size."""
+    while True:
+        best = None
+        for group, own in options.items():
+            for cost in own:
+                more = extra[group, cost.format] - extra[group, picked[group].format]
+                gain = picked[group].divergence - cost.divergence
+                if gain > 0 and more <= spare and (best is None or gain / max(more, 1) > best[0]):
+                    best = gain / max(more, 1), more, group, cost
+        if best is None:
+            return
+        _, more, group, cost = best
+        picked[group] = cost
+        spare -= more
 
 
 def complete(found: Iterable[Target], chosen: Mapping[str, str]) -> dict[str, str]:

@@ -38,9 +38,6 @@ class Text:
         )
         return cls(ids, len(text) - len(tokenizer.decode(ids[:1])), source)
 
-    def head(self, tokens: int) -> np.ndarray:
-        return self.ids[:tokens]
-
 
 @dataclass(frozen=True)
 class Bucket:

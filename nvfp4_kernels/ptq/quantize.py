@@ -128,7 +128,6 @@ def quantize_model(
             model, budget.groups(found), calibration.ids, length, plan.search, plan.four_over_six, watch
         )
         chosen = budget.complete(found, budget.choose(costs, plan.bits))
-    formats.check(found, chosen)
     amaxes = _calibrate(model, calibration, length, progress)
     size, losses = tensor_bytes(model), []
     for loss in apply(model, found, chosen, amaxes, plan.search, plan.four_over_six):
