@@ -7,15 +7,18 @@ from nvfp4_kernels.train.tokenizer import END_TOKENS, ByteTokenizer
 
 def tokenizer_json(tokenizer: ByteTokenizer) -> str:
     """A byte-level BPE of 256 bytes and no merges: each byte is its own id, the separator a special token of its own."""
-    ends = [] if tokenizer.separator is None else [_special(tokenizer.separator, END_TOKENS[0])]
+    ends = {} if tokenizer.separator is None else {END_TOKENS[0]: tokenizer.separator}
+    special = [_special(number, text) for text, number in ends.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return json.dumps(
         {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": ends, "normalizer": None,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
             "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
             "model": {
                 "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": _letters(), "merges": [],
+                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "merges": [],
+                # The special token as well: one that is not in here would be given the next free number.
+                "vocab": _letters() | ends,
             },
         },
         indent=1,

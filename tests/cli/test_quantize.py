@@ -79,7 +79,7 @@ def test_a_checkpoint_by_patterns(folder, capsys):
     assert account["quant_algo"] == "W4A16_NVFP4" and account["kv_cache_quant_algo"] is None
     source, model = from_pretrained(folder / "hf"), from_pretrained(folder / "deep/q")
     mine = model.get_submodule("backbone.layers.1.mixer.experts").down_proj
-    plain = source.get_submodule("backbone.layers.1.mixer.experts").down_proj
+    plain = source.get_submodule("backbone.layers.1.mixer.experts").down_proj.detach()
     assert 0 < float((mine.dequantize() - plain.float()).norm() / plain.float().norm()) < 0.12
     assert torch.equal(model.lm_head.weight, source.lm_head.weight)
     assert (folder / "deep/q/tokenizer.json").read_text() == (folder / "hf/tokenizer.json").read_text()
@@ -91,7 +91,7 @@ def test_under_a_budget(folder, capsys):
         capsys, "quantize", "--model", "hf", "--out", "q", "--bits", 6, "--calibrate", "text.txt", "--length", 128
     )
     report = json.loads((folder / "q" / "quantization_report.json").read_text())
-    assert 5.5 < report["bits_a_weight"] <= 6 and len(report["sensitivity"]) == 3 * 13
+    assert 5.5 < report["bits_a_weight"] <= 6 and len(report["sensitivity"]) == 3 * 12
     assert f"6.0 bits, search max: {report['bits_a_weight']:.2f} bits a weight" in out
 
 
