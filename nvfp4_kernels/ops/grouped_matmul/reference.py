@@ -26,18 +26,19 @@ def run(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
         return y
     y = a.new_empty(len(a), b.values.shape[1], dtype=out_dtype)
     for e, rows in spans:
-        values, factor = decoded(b, e)
+        values, factor = decoded(b, e, a.dtype)
         y[rows] = (a[rows] @ values.t()) * factor
     return y
 
 
-def decoded(b: Stack, group: int) -> tuple[Tensor, Tensor | float]:
+def decoded(b: Stack, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """A matrix under its block scales, and the global scale, which stays outside the sums."""
     if b.scales is None:
         return b.values[group], 1.0
     one, cols = torch.ones_like(b.global_scales[group]), 2 * b.values.shape[2]
     scales = b.scales[group].view(torch.float8_e4m3fn)
-    return dequantize.run(b.values[group], scales, one, cols, torch.float32), b.global_scales[group]
+    values = dequantize.run(b.values[group], scales, one, cols, torch.float32)
+    return values.to(dtype), b.global_scales[group]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Forward and backward through csrc/relu2, on rows copied only where they do not lie in order."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,7 @@ def backward(dy: Tensor, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """Type, rows and features; with fewer than two dimensions the values are one row."""
-    features = x.shape[-1] if x.dim() else 1
-    return DTYPES[x.dtype], x.numel() // features if features else 0, features
+    return DTYPES[x.dtype], math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
 
 
 def _address(x: Tensor | None) -> int:

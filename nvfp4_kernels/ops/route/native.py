@@ -15,8 +15,8 @@ def run(
 ) -> tuple[Tensor, ...]:
     tokens, experts = logits.shape
     wide, shift = _inputs(logits, bias)
-    indices, inverse = torch.empty(2, tokens, top_k, dtype=torch.int64)
-    offsets, order = (torch.empty(n, dtype=torch.int64) for n in (experts + 1, tokens * top_k))
+    shapes = (tokens, top_k), (experts + 1,), (tokens, top_k), (tokens * top_k,)
+    indices, offsets, inverse, order = (torch.empty(shape, dtype=torch.int64) for shape in shapes)
     weights = torch.empty(tokens, top_k, dtype=torch.float32)
     made = indices, weights, offsets, inverse, order
     sizes, addresses = (tokens, experts, top_k, n_group, topk_group), tuple(x.data_ptr() for x in made)
