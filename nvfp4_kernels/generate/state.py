@@ -132,6 +132,12 @@ class MambaSlots:
         self.inputs: Tensor | None = None  # of a step that keeps: window and new inputs, [sequences, channels, ...]
         self.after: Tensor | None = None  # and the state after each token, [sequences, tokens, heads, head_dim, state]
 
+    def places(self, tokens: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        step = self.pool.step
+        if step.packed or step.keep or step.noise is not None:
+            return None
+        return self.conv, self.ssm, None if step.leading and len(step.slots) == self.pool.slots else step.indices
+
     def convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         step = self.pool.step
         window, cu_seqlens = step.of(self.conv), step.cu_seqlens if step.packed else None
