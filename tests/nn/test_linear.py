@@ -131,3 +131,19 @@ def test_convert_include_exclude():
     assert isinstance(nk.convert(nn.Linear(16, 16), NVFP4), nk.Linear)
     again = nk.convert(model, "bf16")
     assert all(m.recipe == HIGH for m in again.modules() if isinstance(m, nk.Linear))
+
+
+def test_a_decoded_token_is_multiplied_by_our_kernel(monkeypatch):
+    layer = nk.Linear(64, 48, bias=True, dtype=torch.bfloat16)
+    x = torch.randn(2, 4, 64).bfloat16()
+    exact = x.double() @ layer.weight.double().t() + layer.bias.double()
+    called = []
+    monkeypatch.setattr("nvfp4_kernels.nn.linear.matmul", lambda *a, **k: called.append(a) or nk.matmul(*a, **k))
+    with torch.no_grad():
+        few, many = layer(x), layer(x.repeat(2, 1, 1))
+        with nk.backend("reference"):
+            plain = layer(x)
+    assert len(called) == 1 and called[0][0] is x
+    for y in (few, many[:2], plain):
+        assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() < 5e-3 * exact.norm()
+    assert layer(x).requires_grad and len(called) == 1

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
-from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._dispatch import refusals, select
 from nvfp4_kernels.ops._library import register
 
 Operand = NVFP4Tensor | MXFP8Tensor | Tensor
@@ -63,6 +63,16 @@ def matmul(
     _check_out(out, shape, out_dtype, accumulate, (a, b, bias))
     torch.ops.nvfp4.matmul_out(*_flat(a), *_flat(b), bias, out.view(-1, shape[-1]), accumulate)
     return out
+
+
+def beats_torch(a: Tensor, b: Tensor) -> bool:
+    """Whether `matmul` is the faster way to multiply two plain matrices: a few rows of bf16 on a CPU.
+
+    Measured beside torch on two cores with AVX-512 and bf16, b 1168x256 to 4384x1024: 1.3 to 2.5 times with one row, 1.1 to
+    1.9 with eight, less than once with sixteen.
+    """
+    few = a.is_cpu and a.numel() <= 8 * a.shape[-1] and a.dtype == b.dtype == torch.bfloat16
+    return few and refusals("matmul", a, b, None, a.dtype, None, False).get("native", "") is None
 
 
 def _check_operand(name: str, x: Operand) -> None:
