@@ -1,12 +1,14 @@
 """What is written is what is read: every layout, every bit, one file or many, and what a folder holds besides."""
 
 import json
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import nvfp4_kernels as nk
+from tests.oracles import loaders
 from tests.oracles.checkpoints import BASE, CASES, decode, drawn_fp8, drawn_nvfp4, published, randomize, write
 
 
@@ -170,12 +172,37 @@ def test_modelopt(kind, tmp_path):
         targets = [name for group in in_config["config_groups"].values() for name in group["targets"]]
         assert sorted(targets) == sorted(layers) and in_config["ignore"] == []
     else:  # every matrix that is not quantized is excluded, and none that is
-        from fnmatch import fnmatchcase
-
         assert in_config["ignore"] == account["exclude_modules"]
         assert account["group_size" if kind != "fp8" else "quant_algo"] == (16 if kind != "fp8" else "FP8")
         excluded = {m for m in matrices if any(fnmatchcase(m, p) for p in account["exclude_modules"])}
         assert excluded == matrices - set(layers)
+
+
+LETTERS = {
+    "M": ("in_proj", "out_proj"), "E": ("experts", "shared_experts.up_proj", "shared_experts.down_proj", "fc1_latent_proj",
+    "fc2_latent_proj"), "*": ("qkv_proj", "o_proj"), "-": ("up_proj", "down_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, "attention"])
+def test_account_as_vllm_reads_it(kind, tmp_path):
+    kinds = (QUANTIZED | {"attention": {f"{part}_proj": "FP8" for part in "qkv"}})[kind]
+    _, _, layers = quantized_checkpoint(tmp_path / "a", kinds, num_nextn_predict_layers=1)
+    model = nk.HybridModel.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", "modelopt")
+    account = json.loads((tmp_path / "b/hf_quant_config.json").read_text())["quantization"]
+    assert {"group_size", "kv_cache_quant_algo", "exclude_modules"} <= account.keys() or account[
+        "quant_algo"
+    ] != "NVFP4"
+    wanted = {"lm_head": None}
+    for i, letter in enumerate(model.config.hybrid_override_pattern):
+        for part in LETTERS[letter]:
+            of_one = {"experts": "experts.0.up_proj", "qkv_proj": "q_proj"}.get(part, part)
+            algorithm = layers.get(f"backbone.layers.{i}.mixer.{of_one}", {}).get("quant_algo")
+            wanted[f"model.layers.{i}.mixer.{part}"] = algorithm
+    assert loaders.algorithms(account, list(wanted)) == wanted
+    in_config = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
+    assert loaders.algorithms(in_config, list(wanted)) == wanted
 
 
 def test_account_in_the_config_alone_and_cache_scales(tmp_path):
