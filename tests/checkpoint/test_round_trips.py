@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.checkpoint import snapshot
 from tests.oracles import loaders
 from tests.oracles.checkpoints import BASE, CASES, decode, drawn_fp8, drawn_nvfp4, published, randomize, write
 
@@ -295,6 +296,31 @@ def test_companions_travel(tmp_path):
     for name in (*(f"{name}.json" for name in files), "chat_template.jinja"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     assert not (tmp_path / "b/notes.txt").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "a/tokenizer.json"])
+def test_run_and_snapshot(tokenizer, tmp_path, monkeypatch):
+    """The newest whole snapshot of a run, noise included; the tokenizer that the run was trained with travels."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for place in (".", "a"):
+        (tmp_path / place / "tokenizer.json").write_text(f'{{"in": "{place}"}}')
+    models = {}
+    for step in (1, 2, 3):
+        model = models[step] = model_of()
+        tensors, texts = {"model": model.state_dict(), "rng": {}}, {"config.json": json.dumps(model.config.to_dict())}
+        snapshot.save(tmp_path / "run/checkpoints", step, tensors, {}, texts, keep=3)
+    (tmp_path / "run/run.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    (tmp_path / "run/config.json").write_text("{}")
+    damaged = tmp_path / "run/checkpoints/step_00000003/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000002"):
+        assert_bitwise(dict(nk.HybridModel.from_pretrained(folder).state_dict()), dict(models[2].state_dict()))
+    with pytest.raises(ValueError, match="CRC-32"):
+        nk.HybridModel.from_pretrained(damaged.parent)
+    nk.HybridModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "out")
+    travelled = tmp_path / "out/tokenizer.json"
+    assert travelled.exists() == (tokenizer != "bytes") and (tokenizer == "bytes" or '"a"' in travelled.read_text())
 
 
 def test_save_of_the_model_itself_is_read(tmp_path):
