@@ -30,9 +30,9 @@ class CheckpointError(ValueError):
 
 
 class Entry(NamedTuple):
-    """A tensor in a shard. dtype: safetensors' word for it (F32, BF16, F8_E4M3, U8, ...)."""
+    """A tensor in a shard, a file. dtype: safetensors' word for it (F32, BF16, F8_E4M3, U8, ...). start: of its bytes."""
 
-    shard: Path
+    shard: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +78,9 @@ def open_source(path: str | Path) -> Source:
     for shard in shards:
         for name, entry in read_header(shard).items():
             if name in entries:
-                raise CheckpointError(f"checkpoint: {name} stands in both {entries[name].shard.name} and {shard.name}")
+                raise CheckpointError(
+                    f"checkpoint: {name} stands in both {Path(entries[name].shard).name} and {shard.name}"
+                )
             entries[name] = entry
     there = any(path.is_file() for pattern in COMPANIONS for path in companions.glob(pattern))
     return Source(folder, companions if there else None, config, entries, quantization)
@@ -129,7 +131,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = {
-                name: Entry(path, name, t["dtype"], tuple(t["shape"]), t["data_offsets"][0])
+                name: Entry(str(path), name, t["dtype"], tuple(t["shape"]), t["data_offsets"][0])
                 for name, t in header.items()
             }
             wanted = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
