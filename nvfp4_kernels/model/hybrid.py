@@ -77,13 +77,21 @@ class HybridModel(nn.Module):
         state: from new_state, for decoding: ids follow the tokens that it has seen, and are added to it.
         Raises TypeError or ValueError naming the argument.
         """
+        return self.lm_head(self.hidden(ids, cu_seqlens, state))
+
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        """What lm_head and the MTP block read, [batch, length, hidden_size]; arguments as forward's."""
         if state is not None and cu_seqlens is not None:
             raise ValueError(
                 "state: got both cu_seqlens and a state; allowed: one of them, rows being documents with a state"
             )
         hidden, balances = self._hidden(ids, _boundaries(ids, cu_seqlens), state)
         self._count(balances)
-        return self.lm_head(hidden)
+        return hidden
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embeddings of ids, [..., hidden_size] in config.dtype."""
+        return self.backbone.embeddings(ids).to(self.config.dtype)
 
     def new_state(self, batch: int) -> State:
         """What each layer keeps of the tokens of `batch` rows while decoding: forward(ids, state=state) continues them."""
@@ -182,14 +190,11 @@ class HybridModel(nn.Module):
     def _hidden(
         self, ids: Tensor, cu_seqlens: Tensor | None, state: State | None = None
     ) -> tuple[Tensor, list[Balance]]:
-        x, balances = self._embed(ids), []
+        x, balances = self.embed(ids), []
         for layer, past in zip(self.backbone.layers, state or [None] * len(self.backbone.layers), strict=True):
             x, balance = self._run(layer, x, cu_seqlens, past)
             balances += [balance] if balance else []
         return self.backbone.norm_f(x), balances
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.backbone.embeddings(ids).to(self.config.dtype)
 
     def _run(self, layer: nn.Module, *arguments):
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -205,7 +210,7 @@ class HybridModel(nn.Module):
             return total, balances
         depths = self.config.mtp_num_depths
         for depth in range(1, depths + 1):
-            embedding = self._embed(ahead(ids, depth, 0, cu_seqlens))
+            embedding = self.embed(ahead(ids, depth, 0, cu_seqlens))
             hidden, more = self._run(self.mtp, hidden, embedding, cu_seqlens)
             total = total + self._cross_entropy(hidden, ahead(labels, depth, -100, cu_seqlens))
             balances += more

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.mixer import mixer
+from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 
@@ -20,6 +22,15 @@ class Mamba2State:
 
     conv: Tensor  # [batch, channels, width - 1], the last inputs of the convolution
     ssm: Tensor  # [batch, heads, head_dim, state], fp32
+
+    def places(self, tokens: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Windows, states and slots for mixer_step to work on; None where `convolve` and `advance` have to be called."""
+        return (self.conv, self.ssm, None) if tokens == 1 else None
+
+    def convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of the next tokens, with its SiLU; `conv` becomes the window behind them."""
+        y, self.conv = causal_conv1d(xBC, weight, bias, "silu", self.conv, True)
+        return y
 
     def advance(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
         """The scan of the next tokens, arguments as selective_scan's; `ssm` becomes the state after them."""
@@ -67,6 +78,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.norm = RMSNorm(inner, eps, inner // groups)
         self.out_proj = Linear(inner, hidden, bias)
+        self._decoding = Derived(_decoding_weights)
 
     def new_state(self, batch: int, dtype: torch.dtype) -> Mamba2State:
         """The state before the first token."""
@@ -79,9 +91,15 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: Mamba2State | None = None) -> Tensor:
         """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
 
-        state: of the tokens before x, brought up to date in place; rows are then documents.
+        state: a Mamba2State, or what has its methods, of the tokens before x, brought up to date in place; rows are then
+        documents.
         """
-        z, xBC, dt = self.in_proj(x).split(self.split, -1)
+        projected = self.in_proj(x)
+        if state is not None and projected.is_cpu:  # where three calls cost more than their work
+            places = state.places(x.shape[1])
+            if places is not None and places[0].dtype == projected.dtype:
+                return self.out_proj(self._step(projected, *places))
+        z, xBC, dt = projected.split(self.split, -1)
         weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log)
         if state is None:
             y = mixer(
@@ -89,10 +107,29 @@ class Mamba2(nn.Module):
                 self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
             )  # fmt: skip
             return self.out_proj(y)
-        xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
+        xBC = state.convolve(xBC, weight, bias)
         inner, shared = self.split[0], self.groups * self.state
         x, B, C = xBC.split((inner, shared, shared), -1)
         x = x.unflatten(-1, (self.heads, -1))
         B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
         y = state.advance(x, dt, A, B, C, self.D, self.dt_bias, self.dt_limit, self.chunk_size)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _step(self, projected: Tensor, windows: Tensor, states: Tensor, slots: Tensor | None) -> Tensor:
+        weights = self._decoding.get(
+            self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.norm.weight
+        )
+        return mixer_step(projected, windows, states, *weights, self.groups, self.dt_limit, self.norm.eps, slots)
+
+
+def _decoding_weights(taps, bias, A_log, D, dt_bias, norm_weight) -> tuple[Tensor | None, ...]:
+    """What mixer_step reads, in fp32 and laid out as its kernel wants it: made once, not for each token."""
+    taps = taps[:, 0].float().t().contiguous().t()
+    return (
+        taps,
+        None if bias is None else bias.float(),
+        -torch.exp(A_log.float()),
+        D.float(),
+        dt_bias.float(),
+        norm_weight.float(),
+    )
