@@ -9,6 +9,7 @@
 #include "gated_rms_norm/params.h"
 #include "hadamard/params.h"
 #include "matmul/params.h"
+#include "mixer_step/params.h"
 #include "permute/params.h"
 #include "quantize/params.h"
 #include "relu2/params.h"
@@ -305,6 +306,21 @@ int call_causal_conv1d_backward(const py::tuple& sizes, u64 starts, const py::tu
     return NVFP4_CALL(causal_conv1d_backward, p);
 }
 
+// sizes: (dtype, batch, tokens, heads, groups, head_dim, state, slots, width, dtype of the states); kept: (windows, states);
+// weights: (taps, conv_bias, A, D, dt_bias, norm_weight); rules: (low, high, eps)
+int call_mixer_step(const py::tuple& sizes, u64 projected, const py::tuple& kept, const py::tuple& weights, u64 indices,
+                    const py::tuple& rules, u64 y, int threads) {
+    const auto size = [&](int i) { return sizes[i].cast<i64>(); };
+    const auto floats = [&](int i) { return pointer<const float>(weights[i].cast<u64>()); };
+    const MixerStepParams p{sizes[0].cast<int>(), size(1), size(2), size(3), size(4), size(5), size(6), size(7),
+                            sizes[8].cast<int>(), pointer<const void>(projected), pointer<void>(kept[0].cast<u64>()),
+                            pointer<void>(kept[1].cast<u64>()), sizes[9].cast<int>(), floats(0), floats(1), floats(2),
+                            floats(3), floats(4), floats(5), pointer<const i64>(indices), rules[0].cast<float>(),
+                            rules[1].cast<float>(), rules[2].cast<float>(), pointer<void>(y), threads};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(mixer_step, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -329,6 +345,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
     m.def("causal_conv1d", &call_causal_conv1d);
     m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
+    m.def("mixer_step", &call_mixer_step);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }
