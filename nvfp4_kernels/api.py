@@ -3,6 +3,7 @@
 from nvfp4_kernels import recipe as recipes
 from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
+from nvfp4_kernels.checkpoint import huggingface as _huggingface  # noqa: F401  (HybridModel.from_pretrained)
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
 from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec

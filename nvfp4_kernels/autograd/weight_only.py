@@ -1,9 +1,12 @@
-"""A linear layer over a frozen quantized weight: its input gets a gradient, the weight none."""
+"""Linear layers over frozen quantized weights: the input gets a gradient, the weight none."""
+
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
 from nvfp4_kernels.ops.matmul.op import matmul
 
 
@@ -17,6 +20,33 @@ def weight_only(
     Differentiable in x and bias. Raises TypeError or ValueError naming the argument, as nk.matmul.
     """
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
+
+
+def weight_only_experts(x: Tensor, weight: Stack, sizes: list[int]) -> Tensor:
+    """y[row] = W[e] x[row] for the expert e of each row: x [rows, in], sorted by expert, sizes the rows of each.
+
+    Differentiable in x. Raises TypeError or ValueError naming the argument, as nk.grouped_matmul.
+    """
+    return _WeightOnlyExperts.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
+
+
+class _WeightOnlyExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        ctx.weight, ctx.offsets = weight, offsets
+        return grouped_matmul(x, weight, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        codes, scales, global_scales = ctx.weight
+        shape = (*codes.shape[1:-1], 2 * codes.shape[-1])
+        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], shape[1])
+        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if start < end:
+                weight = NVFP4Tensor(codes[e], scales[e], global_scales[e], shape)
+                dx[start:end] = dy[start:end] @ weight.dequantize(dy.dtype)
+        return dx, None, None
 
 
 class _WeightOnly(torch.autograd.Function):

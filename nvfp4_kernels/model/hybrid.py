@@ -1,6 +1,8 @@
 """HybridModel: embeddings, a pattern of Mamba-2, attention, expert and MLP layers, a head, and multi-token prediction."""
 
 import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,8 @@ class HybridModel(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.source: Path | None = None  # the folder it was read from, whose tokenizer a save takes along
+        self.kv_cache_algorithm: str | None = None  # "FP8" where the checkpoint says so
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = None
@@ -132,6 +136,22 @@ class HybridModel(nn.Module):
                     for part in ("up_proj", "down_proj")
                 }
 
+    def train_only(self, patterns: Iterable[str]) -> None:
+        """Freeze every parameter whose name matches none of these fnmatch patterns ("backbone.layers.*.q_proj.*").
+
+        Quantized matrices are no parameters: they are frozen always. A frozen router's bias does not move either.
+        Raises ValueError for a pattern that matches no parameter.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in (patterns := list(patterns)):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:5])
+                raise ValueError(
+                    f"train_only: got {pattern!r}, which matches no parameter; allowed: patterns over {shown}, ..."
+                )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+
     def routers(self) -> dict[str, Router]:
         """The routers by name."""
         return dict(self._routers)
@@ -139,7 +159,7 @@ class HybridModel(nn.Module):
     def update_router_bias(self) -> None:
         """Move each router's bias against the load since the last call; to be called after an optimizer step."""
         for router in self.routers().values():
-            router.balance(self.config.router_bias_update_rate)
+            router.balance(self.config.router_bias_update_rate if router.weight.requires_grad else 0.0)
 
     def expert_load(self) -> dict[str, float]:
         """Of the slots routed since the last update_router_bias: the worst router's max / mean - 1 ("max_violation"), the mean

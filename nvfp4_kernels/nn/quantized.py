@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvfp4_kernels.autograd.weight_only import weight_only
+from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.relu2.op import relu2
 
 
@@ -49,14 +50,17 @@ class QuantizedWeight(nn.Module):
         """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert, and sizes says how many rows each has."""
         if self.experts is None:
             return self._product(x, None)
-        y = [self._product(part, e) for e, part in enumerate(x.split(sizes)) if len(part)]
-        return torch.cat(y) if y else x.new_zeros(0, self.out_features)
+        return self._products(x, sizes)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, [out, in] or [experts, out, in]."""
         if self.experts is None:
             return self._decode(None, dtype)
         return torch.stack([self._decode(e, dtype) for e in range(self.experts)])
+
+    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
+        y = [self._product(part, e) for e, part in enumerate(x.split(sizes)) if len(part)]
+        return torch.cat(y) if y else x.new_zeros(0, self.out_features)
 
     def extra_repr(self) -> str:
         lead = "" if self.experts is None else f"experts={self.experts}, "
@@ -109,6 +113,13 @@ class NVFP4Weight(QuantizedWeight):
             self._part(t, expert) for t in (self.weight, self.weight_scale, self.weight_scale_2)
         )
         return NVFP4Tensor(codes, scales, global_scale, (self.out_features, self.in_features))
+
+    def stack(self) -> Stack:
+        """All experts' weights as nk.grouped_matmul takes them."""
+        return Stack(self.weight, self.weight_scale, self.weight_scale_2)
+
+    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
+        return weight_only_experts(x, self.stack(), sizes)
 
     def _forms(self):
         rows, cols = self.out_features, self.in_features
@@ -167,3 +178,8 @@ class QuantizedExperts(nn.Module):
     def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
         """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
         return self.down_proj(relu2(self.up_proj(x, sizes), weights), sizes)
+
+    def stacks(self) -> tuple[Stack, Stack] | None:
+        """Both as nk.expert_mlp takes them, or None where it does not take their format."""
+        parts = self.up_proj, self.down_proj
+        return tuple(part.stack() for part in parts) if all(isinstance(part, NVFP4Weight) for part in parts) else None

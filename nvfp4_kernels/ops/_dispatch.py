@@ -15,14 +15,16 @@ TABLE: dict[str, tuple[str, ...]] = {
     "dequantize": ("native", "triton", "reference"),
     "hadamard": ("native", "triton", "reference"),
     "matmul": ("native", "triton", "reference"),
-    "route": ("reference",),
-    "permute": ("reference",),
+    "grouped_matmul": ("native", "reference"),
+    "expert_mlp": ("native", "reference"),
+    "route": ("native", "reference"),
+    "permute": ("native", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "mixer_step": ("native", "reference"),
-    "relu2": ("reference",),
+    "relu2": ("native", "reference"),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))
 

@@ -26,22 +26,24 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
     """
     tensors = sum(part.strip().startswith("Tensor") for part in arguments.split(","))
     grads = ", ".join(f"Tensor? grad{i}" for i in range(outputs))
-    returns = ", ".join(["Tensor"] * gradients)
+    returns = "Tensor" if gradients == 1 else f"({', '.join(['Tensor'] * gradients)})"
 
     def run_backward(*given):
         nothing = given[outputs].new_empty(0)
-        return tuple(nothing.clone() if g is None else g.contiguous() for g in backward(*given))
+        made = tuple(nothing.clone() if g is None else g.contiguous() for g in backward(*given))
+        return made if gradients > 1 else made[0]
 
     def fake_backward(*given):
         inputs = given[outputs : outputs + gradients]
-        return tuple(
+        made = tuple(
             inputs[0].new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in inputs
         )
+        return made if gradients > 1 else made[0]
 
     results = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     register(f"{name}({arguments}) -> {results}", run, fake)
-    register(f"{name}_backward({grads}, {arguments}) -> ({returns})", run_backward, fake_backward)
+    register(f"{name}_backward({grads}, {arguments}) -> {returns}", run_backward, fake_backward)
     call = getattr(torch.ops.nvfp4, f"{name}_backward")
 
     def setup_context(ctx, inputs, output):
@@ -54,7 +56,7 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
             return (None,) * (tensors + len(ctx.options))
         inputs = ctx.saved_tensors
         made = call(*dys, *inputs, *ctx.options)
-        made = [g if x is not None else None for g, x in zip(made, inputs, strict=False)]
+        made = [g if x is not None else None for g, x in zip(made if gradients > 1 else (made,), inputs, strict=False)]
         return *made, *[None] * (tensors - gradients + len(ctx.options))
 
     torch.library.register_autograd(f"nvfp4::{name}", derivative, setup_context=setup_context, lib=LIBRARY)

@@ -255,7 +255,7 @@ void matmul_everywhere() {
             for (const char* name : isas()) {
                 set_isa(name);
                 std::vector<float> y(static_cast<size_t>(m * n)), again(y.size());
-                MatmulParams p{left, right, nullptr, 0, y.data(), 0, false, 1};
+                MatmulParams p{left, right, nullptr, 0, y.data(), 0, false, false, 1};
                 expect(run_matmul(p) == 0, "matmul status");
                 p.out = again.data();
                 p.threads = 3;
