@@ -174,7 +174,7 @@ def test_the_command_reads_a_hugging_face_folder(folder, build, capsys, tmp_path
     from nvfp4_kernels.cli import main
 
     model = build("M*", vocab_size=300, num_nextn_predict_layers=1)
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
 
