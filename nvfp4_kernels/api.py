@@ -9,7 +9,7 @@ from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.generate.engine import Engine
-from nvfp4_kernels.generate.loop import generate, stream
+from nvfp4_kernels.generate.loop import stream  # and HybridModel.generate
 from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
@@ -69,6 +69,3 @@ __all__ = [
     "Engine",
     "Sampling",
 ]
-
-# A method for users; set here, since a model knows nothing of what is built upon it.
-HybridModel.generate = generate
