@@ -1,5 +1,5 @@
 // CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, block after block, each thread a
-// fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/host_model.cpp schedules.
+// fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
 //   __syncthreads     every thread of the block must come to it, or the launch fails
@@ -56,6 +56,10 @@ T shuffled(const char* operation, T value, int from) {
 }
 
 }  // namespace host_model
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 #define threadIdx host_model::thread_index()
 #define blockIdx host_model::block_index()

@@ -77,6 +77,12 @@ static __device__ __forceinline__ void load_once16(const void* p, u32* v) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 
+// 16 bytes that other blocks have written: from the L2 cache, past an L1 that may be out of date (PTX ISA, ld, .cg).
+static __device__ __forceinline__ void load_from_others16(const float* p, float* v) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p) : "memory");
+}
+
 #if defined(NVFP4_CONVERTS_TO_E2M1)
 // E2M1 codes of eight values, to nearest, ties to even, beyond 6 to 6; v[0] in the lowest four bits (PTX ISA, cvt.e2m1x2: the
 // second operand goes to the lower half). As e2m1_nearest, but for NaN, which op.py's contract keeps away.
@@ -146,6 +152,7 @@ static inline u16 fp32_to_fp16(float x) {
 }
 
 static inline void load_once16(const void* p, u32* v) { std::memcpy(v, p, 16); }
+static inline void load_from_others16(const float* p, float* v) { std::memcpy(v, p, 16); }
 
 #endif
 

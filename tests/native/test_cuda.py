@@ -28,7 +28,7 @@ pytestmark = [
 
 def build(library: Path, *sources: str, flags=()) -> None:
     """A library of kernels and their model."""
-    command = [CXX, *FLAGS, *flags, "-x", "c++", *sources, "tests/native/host_model.cpp", "-o", str(library)]
+    command = [CXX, *FLAGS, *flags, "-x", "c++", *sources, "tests/native/cuda/host_model.cpp", "-o", str(library)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[:3000]
 

@@ -1,4 +1,4 @@
-"""quantize through csrc/quantize: any strides, both forms from one read; on the CPU AVX-512, AVX2 or scalar code, on GPUs CUDA."""
+"""quantize through csrc/quantize: any strides, both forms in one pass; AVX-512, AVX2 or scalar code on CPUs, CUDA on GPUs."""
 
 from functools import lru_cache
 
