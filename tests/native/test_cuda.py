@@ -37,14 +37,27 @@ def build(library: Path, *sources: str, flags=()) -> None:
 def test_kernels_on_the_cpu(op, tmp_path):
     library = tmp_path / "kernels.so"
     build(library, f"csrc/{op}/cuda.cu", flags=("-fsanitize=address", "-g1", "-Wall", "-Wextra", "-Werror"))
-    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    # the C++ library too, or the sanitizer finds nobody to hand exceptions to
+    preload = [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     environment = {
         **os.environ,
         "NVFP4_HOST_MODEL": str(library),
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "cuda" / f"{op}_cases.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / "cuda" / f"{op}_cases.py"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and " passed" in done.stdout, (done.stdout + done.stderr)[-6000:]
