@@ -118,6 +118,10 @@ class Mamba2(nn.Module):
 
 
 def _decoding_weights(taps, bias, A_log, D, dt_bias, norm_weight) -> tuple[Tensor | None, ...]:
-    """What mixer_step reads, in fp32 and laid out as its kernel wants it: made once, not for each token."""
-    wide = (None if t is None else t.float() for t in (bias, -torch.exp(A_log.float()), D, dt_bias, norm_weight))
-    return taps[:, 0].float().t().contiguous().t(), *wide
+    """What mixer_step reads, at least fp32 and laid out as its kernel wants it: made once, not for each token."""
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+
+    taps = wide(taps[:, 0]).t().contiguous().t()
+    return taps, wide(bias), -torch.exp(wide(A_log)), wide(D), wide(dt_bias), wide(norm_weight)

@@ -326,55 +326,6 @@ def _mixer_step() -> Iterator[Case]:
         yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
 
 
-def _expert_inputs(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> Inputs:
-    """Quantized and plain stacks of experts that take in 48 and are 80 wide, and a routing in which many get nothing."""
-    with backend("reference"):
-        routing = route(drawn(tokens, experts), None, top_k)
-    parts = dict(indices=routing.indices, offsets=routing.offsets, inverse=routing.inverse, order=routing.order)
-    up, down = (
-        drawn(experts, 80, 48, dtype=dtype, scale=0.1, seed=1),
-        drawn(experts, 48, 80, dtype=dtype, scale=0.1, seed=2),
-    )
-    codes = [_on_cpu(matrix) for matrix in drawn(experts, 80, 48, seed=3)]
-    stack = dict(
-        codes=torch.stack([q.codes for q in codes]),
-        scales=torch.stack([q.scales for q in codes]),
-        global_scales=torch.stack([q.global_scale for q in codes]),
-    )
-    x = drawn(tokens, 48, dtype=dtype, seed=4)
-    return (
-        parts | stack | {"x": x, "rows": x[routing.order // top_k], "weights": routing.weights, "up": up, "down": down}
-    )
-
-
-def _grouped_matmul() -> Iterator[Case]:
-    for dtype, tokens, tolerance in ((FP32, 17, 1e-5), (BF16, 130, 1e-2)):
-        make = partial(_expert_inputs, tokens, 16, 2, dtype)
-
-        def run(rows, offsets, up, codes, scales, global_scales, **others) -> dict:
-            y = grouped_matmul(rows, up, offsets)
-            return {
-                "y": y,
-                "NVFP4 y": grouped_matmul(rows, Stack(codes, scales, global_scales), offsets),
-                "dx": grouped_matmul(y, up.transpose(1, 2), offsets),
-                "dw": grouped_matmul(y.t(), rows.t(), offsets, FP32),
-            }
-
-        yield Case("grouped_matmul", f"{str(dtype)[6:]}, {tokens} tokens to 16 experts", make, run, tolerance)
-
-
-def _expert_mlp() -> Iterator[Case]:
-    for dtype, tokens, tolerance in ((FP32, 17, 1e-5), (BF16, 1, 1e-2), (BF16, 130, 1e-2)):
-        make = partial(_expert_inputs, tokens, 16, 3, dtype)
-
-        def run(x, indices, weights, offsets, inverse, order, up, down, codes, scales, global_scales, rows) -> dict:
-            routing = Routing(indices, weights, offsets, inverse, order)
-            stack = Stack(codes, scales, global_scales)
-            return {"y": expert_mlp(x, routing, up, down), "NVFP4 up": expert_mlp(x, routing, stack, down)}
-
-        yield Case("expert_mlp", f"{str(dtype)[6:]}, {tokens} tokens, 3 of 16 experts", make, run, tolerance)
-
-
 def _on_cpu(x: Tensor, spec: QuantSpec = QuantSpec()) -> QuantizedTensor:  # noqa: B008
     """Quantized by the reference, whichever backend the case is about."""
     with backend("reference"):
@@ -391,8 +342,6 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "route": _route,
     "permute": _permute,
     "relu2": _relu2,
-    "grouped_matmul": _grouped_matmul,
-    "expert_mlp": _expert_mlp,
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
     "selective_scan": _selective_scan,
