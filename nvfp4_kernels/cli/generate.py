@@ -71,14 +71,15 @@ class Source:
 
 def load_source(folder: Path) -> Source:
     """Of a run of nvfp4 train, or of a Hugging Face folder."""
+    from nvfp4_kernels.checkpoint.huggingface import from_pretrained
     from nvfp4_kernels.generate.chat import FolderTokenizer
     from nvfp4_kernels.generate.loop import end_ids
-    from nvfp4_kernels.model.hybrid import HybridModel
+    from nvfp4_kernels.ops._device import default_device
     from nvfp4_kernels.train.setup import load_run
 
     if (folder / "config.json").exists() and not (folder / "run.json").exists():
         tokenizer = FolderTokenizer(folder)
-        model = HybridModel.load(folder)
+        model = from_pretrained(folder, device=default_device())
 
         def chat(message: str) -> list[int]:
             return tokenizer.chat([{"role": "user", "content": message}])

@@ -10,6 +10,7 @@ from torch import Tensor
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.generate.text import Detokenizer, StopStrings
+from nvfp4_kernels.model.hybrid import HybridModel
 
 
 def generate(
@@ -138,3 +139,7 @@ def _without_padding(ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
     if bool((kept[:, :-1] & ~kept[:, 1:]).any()):
         raise ValueError("attention_mask: got zeros to the right of ones; allowed: zeros on the left alone")
     return [row[mask].tolist() for row, mask in zip(ids, kept, strict=True)]
+
+
+# A method for users; set here, since a model knows nothing of what is built upon it.
+HybridModel.generate = generate

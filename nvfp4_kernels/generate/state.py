@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nvfp4_kernels.nn.attention import Attention, attend_seen
 from nvfp4_kernels.nn.mamba2 import Mamba2
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 
@@ -132,7 +133,13 @@ class MambaSlots:
         self.inputs: Tensor | None = None  # of a step that keeps: window and new inputs, [sequences, channels, ...]
         self.after: Tensor | None = None  # and the state after each token, [sequences, tokens, heads, head_dim, state]
 
-    def convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def mix(self, projected: Tensor, mixer: Mamba2) -> Tensor:
+        step = self.pool.step
+        if step.packed or step.keep or step.noise:
+            return mixer.mix(projected, self._convolve, self._scan if step.packed else self._update)
+        return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments(), indices=step.indices)
+
+    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         step = self.pool.step
         window, cu_seqlens = step.of(self.conv), step.cu_seqlens if step.packed else None
         y, last = causal_conv1d(xBC, weight, bias, "silu", window, True, cu_seqlens)
@@ -142,35 +149,33 @@ class MambaSlots:
             self.conv[step.indices] = last
         return y
 
-    def advance(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
+    def _scan(self, *tokens: Tensor, **options) -> Tensor:
         step = self.pool.step
-        if step.packed:
-            y, last = selective_scan(
-                x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=step.of(self.ssm).float(),
-                return_state=True, cu_seqlens=step.cu_seqlens, chunk_size=chunk_size,
-            )  # fmt: skip
-            self.ssm[step.indices] = last.to(self.ssm.dtype)
-            return y
-        options = dict(dt_bias=dt_bias, dt_limit=dt_limit)
+        before = step.of(self.ssm).float()
+        y, after = selective_scan(
+            *tokens, **options, initial_state=before, return_state=True, cu_seqlens=step.cu_seqlens
+        )
+        self.ssm[step.indices] = after.to(self.ssm.dtype)
+        return y
+
+    def _update(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
+        step, options = self.pool.step, dict(dt_bias=dt_bias, dt_limit=dt_limit)
         if step.keep:
             self.after = self.ssm.new_empty(*x.shape[:2], *self.ssm.shape[1:])
         if step.noise is None:
-            return state_update(
-                self.ssm, x, dt, A, B, C, D, indices=step.indices, intermediate=self.after if step.keep else None, **options
+            return state_update(self.ssm, x, dt, A, B, C, D, indices=step.indices, intermediate=self.after, **options)
+        # A sequence by itself: its noise must not depend on its row in the batch.
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for row, (seed, offset) in enumerate(step.noise):
+            this = slice(row, row + 1)
+            # Each layer has a seed of its own; an odd multiplier keeps layers and seeds apart.
+            seed = (seed + (self.number + 1) * 0x9E3779B97F4A7C15) % (1 << 63)
+            y[this] = state_update(
+                self.ssm, x[this], dt[this], A, B[this], C[this], D, indices=step.indices[this],
+                intermediate=None if self.after is None else self.after[this],
+                noise=torch.tensor([seed, offset], device=x.device), **options,
             )  # fmt: skip
-        return torch.cat([self._advance_row(row, x, dt, A, B, C, D, options) for row in range(len(step.slots))])
-
-    def _advance_row(self, row: int, x, dt, A, B, C, D, options) -> Tensor:
-        """A sequence by itself: its noise must not depend on its row in the batch."""
-        step, this = self.pool.step, slice(row, row + 1)
-        seed, offset = step.noise[row]
-        # each layer with a seed of its own; an odd multiplier keeps different layers and seeds apart
-        seed = (seed + (self.number + 1) * 0x9E3779B97F4A7C15) % (1 << 63)
-        return state_update(
-            self.ssm, x[this], dt[this], A, B[this], C[this], D, indices=step.indices[this],
-            intermediate=self.after[this] if step.keep else None,
-            noise=torch.tensor([seed, offset], device=x.device), **options,
-        )  # fmt: skip
+        return y
 
     def commit(self, step: Step, rows: Tensor, tokens: Tensor) -> None:
         """Of each sequence's kept tokens the first tokens[i] >= 1 stay."""

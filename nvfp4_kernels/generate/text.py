@@ -4,46 +4,46 @@ import codecs
 from collections.abc import Sequence
 
 _REPLACEMENT = "\ufffd"
-_LONGEST_CHARACTER = 4  # bytes, and so tokens at most, of one character in UTF-8
+_MOST = 3  # replacement characters that an unfinished character may show as: one for each byte that is there
 
 
 class Detokenizer:
     """Decodes a growing list of ids piece by piece.
 
     tokenizer: has decode(ids) -> bytes and bytewise. Where each id stands for its bytes whatever comes before, the pieces are
-    those bytes. Otherwise the newest tokens are decoded together with those of the piece before, since a decoder may treat
-    the first token otherwise (a leading space), and held back while they end in U+FFFD: an unfinished character.
+    those bytes. Otherwise new tokens are decoded together with those of the piece before, since a decoder may treat the first
+    token otherwise (a leading space), and U+FFFD at the end, maybe an unfinished character, is held back.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.bytewise else None
-        self._ids: list[int] = []
-        self._before = self._given = 0  # ids[before:given] are the last piece, ids[given:] are held back
+        self._ids: list[int] = []  # the last tokens that ended with a character, and those since
+        self._whole = 0  # how many of them ended with one
+        self._given = 0  # characters of their text that were given
 
     def push(self, ids: Sequence[int]) -> str:
         """The further text that is certain."""
         if self._bytes:
             return self._bytes.decode(self.tokenizer.decode(ids))
+        if not ids:
+            return ""
         self._ids += ids
-        text = self._fresh()
-        unfinished = text.endswith(_REPLACEMENT) and len(self._ids) - self._given < _LONGEST_CHARACTER
-        return "" if unfinished or not text else self._give(text)
+        text = self._text()
+        held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MOST)
+        piece = text[self._given : len(text) - held]
+        self._given += len(piece)
+        if not held:
+            self._ids = self._ids[self._whole :]
+            self._whole, self._given = len(self._ids), len(self._text())
+        return piece
 
     def finish(self) -> str:
         """What was held back: an unfinished character becomes U+FFFD."""
-        return self._bytes.decode(b"", True) if self._bytes else self._give(self._fresh())
+        return self._bytes.decode(b"", True) if self._bytes else self._text()[self._given :]
 
-    def _fresh(self) -> str:
-        known = self._text(self._ids[self._before : self._given])
-        return self._text(self._ids[self._before :])[len(known) :]
-
-    def _give(self, text: str) -> str:
-        self._before, self._given = self._given, len(self._ids)
-        return text
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids).decode("utf-8", "replace")
+    def _text(self) -> str:
+        return self.tokenizer.decode(self._ids).decode("utf-8", "replace")
 
 
 class StopStrings:
