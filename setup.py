@@ -61,6 +61,7 @@ class BuildNative(build_ext):
             "NVFP4_MODULE_DIR": target.parent,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
+            "NVFP4_CUDA": "ON" if os.environ.get("NVFP4_CUDA", "0") != "0" else "OFF",
             "CUDA_ARCHS": os.environ.get("CUDA_ARCHS", ""),
         }
         cache = build / "CMakeCache.txt"
