@@ -82,6 +82,13 @@ class BuildNative(build_ext):
         run("cmake", "--build", str(build))
 
 
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        built = Path(self.get_ext_fullpath("nvfp4_kernels._native")).parent / "_cuda"
+        if built.is_dir():
+            shutil.copytree(built, ROOT / "nvfp4_kernels" / "_cuda", dirs_exist_ok=True)
+
+
 class ShipSources(build_py):
     """Puts csrc into the package as well: NVRTC compiles the CUDA sources at first use where there was no nvcc."""
 

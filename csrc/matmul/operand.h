@@ -73,9 +73,61 @@ static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typena
     __builtin_memset(out + inside / P::values, 0, static_cast<size_t>((length - inside) / P::values) * 4);
 }
 
+// Sixteen rows of a plain x whose columns lie side by side in memory, transposed: out[step * width + row]. Rows beyond the
+// stored ones, and values beyond the stored columns, are zero.
+template <class P, class T>
+static inline void turn_side_by_side(const Operand& x, const T* from, i64 row, i64 k, i64 length, typename P::Step* out, i64 width) {
+    const i64 inside = x.rows - row < 16 ? x.rows - row : 16;
+    T zeros[16] = {}, run[P::values][16];
+    for (i64 s = 0; s < length / P::values; ++s) {
+        const T* at[P::values];
+        for (i64 v = 0; v < P::values; ++v) {
+            const i64 col = k + s * P::values + v;
+            at[v] = col < x.cols ? from + col * x.col_stride + row : zeros;
+            if (col < x.cols && inside < 16) {
+                for (i64 i = 0; i < 16; ++i) run[v][i] = i < inside ? at[v][i] : T{};
+                at[v] = run[v];
+            }
+        }
+        for (i64 l = 0; l < 16; l += F::lanes) {
+            if constexpr (P::values == 1) {
+                store(out + s * width + l, load(at[0] + l));
+            } else {
+                store(out + s * width + l, (bits(load(at[0] + l)) >> 16) | bits(load(at[1] + l)));  // two bf16 to a word
+            }
+        }
+    }
+}
+
+template <class P>
+static inline bool side_by_side(const Operand& x) {
+    return x.kind < Kind::nvfp4 && x.row_stride == 1 && x.col_stride != 1 && (P::values == 1 || x.kind == Kind::bf16);
+}
+
+template <class P>
+static inline void turn_rows(const Operand& x, i64 row, i64 k, i64 length, typename P::Step* out, i64 width) {
+    if constexpr (P::values == 1) {
+        if (x.kind == Kind::fp32) return turn_side_by_side<P>(x, static_cast<const Single*>(x.data), row, k, length, out, width);
+        if (x.kind == Kind::fp16) return turn_side_by_side<P>(x, static_cast<const Half*>(x.data), row, k, length, out, width);
+    }
+    turn_side_by_side<P>(x, static_cast<const Brain*>(x.data), row, k, length, out, width);
+}
+
+// Writes whole sixteens of rows where the columns lie side by side; `out` has room for them, and for whole sixteens of steps.
 template <class P>
 static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 stride) {
-    for (i64 r = 0; r < count; ++r) read_row<P>(x, row + r, k, length, out + r * stride);
+    if (!side_by_side<P>(x)) {
+        for (i64 r = 0; r < count; ++r) read_row<P>(x, row + r, k, length, out + r * stride);
+        return;
+    }
+    for (i64 r = 0; r < count; r += 16) {
+        for (i64 v = 0; v < length; v += 16 * P::values) {
+            alignas(64) float turned[16][16] = {};
+            const i64 some = length - v < 16 * P::values ? length - v : 16 * P::values;
+            turn_rows<P>(x, row + r, k + v, some, reinterpret_cast<typename P::Step*>(turned[0]), 16);
+            transpose16(turned[0], 16, reinterpret_cast<float*>(out + r * stride + v / P::values), stride);
+        }
+    }
 }
 
 // Starts fetching what read_row will want. A block of k is a short piece of each of many rows, which no hardware prefetcher
@@ -94,6 +146,10 @@ __attribute__((always_inline)) static inline void prefetch_row(const Operand& x,
 template <class P>
 static inline void pack_columns(const Operand& b, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width,
                                 typename P::Step* buffer) {
+    if (side_by_side<P>(b)) {
+        for (i64 g = 0; g < count; g += 16) turn_rows<P>(b, row + g, k, length, out + g, width);
+        return;
+    }
     const i64 steps = length / P::values, stride = (steps + 15) / 16 * 16 + 16;
     for (i64 g = 0; g < count; g += 16) {
         const i64 rows = count - g < 16 ? count - g : 16;

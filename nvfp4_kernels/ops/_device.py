@@ -82,6 +82,11 @@ def converts_to_fp4(device: torch.device) -> bool:
     return fp4_tensor_cores(device) is not None
 
 
+def rounds_stochastically(device: torch.device) -> bool:
+    """Whether a device rounds fp32 to E2M1 by random bits in one instruction."""
+    return _capability(device) in HARDWARE_STOCHASTIC
+
+
 def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type == "meta":
         return _assumed

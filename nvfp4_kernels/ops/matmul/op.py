@@ -7,7 +7,7 @@ from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor, QuantizedTensor
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import candidates, implementation, select
-from nvfp4_kernels.ops._library import register
+from nvfp4_kernels.ops._library import register, unobserved
 
 Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 
@@ -66,6 +66,23 @@ def matmul(
     _check_out(out, shape, out_dtype, accumulate, (a, b, bias))
     torch.ops.nvfp4.matmul_out(*_flat(a), *_flat(b), bias, out.view(-1, shape[-1]), accumulate)
     return out
+
+
+def few_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """a @ b.T + bias of plain operands where that is faster here than torch's; None where it is not, or nothing fits.
+
+    That is for a few rows of bf16 on a CPU, without gradients. Measured beside torch on two cores with AVX-512 and bf16, b
+    from 1168x256 to 4384x1024: 1.3 to 2.5 times with one row, 1.1 to 1.9 with eight, less than once with sixteen.
+    """
+    n, k = b.shape
+    few = a.is_cpu and a.dtype == b.dtype == torch.bfloat16 and a.shape[-1] == k and 0 < a.numel() <= 8 * k
+    if not few or not unobserved(a) or not (bias is None or bias.dtype in FLOATS and bias.shape == (n,)):
+        return None
+    arguments = (a.reshape(-1, k), b.detach(), bias, a.dtype, None, False)
+    module = implementation("matmul", candidates("matmul")[0])
+    if module.__name__.rpartition(".")[2] != "native" or module.refuses(*arguments):
+        return None
+    return module.run(*arguments).view(*a.shape[:-1], n)
 
 
 def _check_operand(name: str, x: Operand) -> None:
