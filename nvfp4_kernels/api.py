@@ -5,6 +5,7 @@ from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
 from nvfp4_kernels.checkpoint import huggingface as _huggingface  # noqa: F401  (HybridModel.from_pretrained)
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -35,6 +36,7 @@ __all__ = [
     "QuantSpec",
     "NVFP4Tensor",
     "MXFP8Tensor",
+    "PackedNVFP4Tensor",
     "swizzle_128x4",
     "unswizzle_128x4",
     "random_signs",

@@ -143,8 +143,8 @@ def _match(entries: dict[str, Entry], placed: dict, wants: dict[tuple[str, str],
             problems.add("unknown", f"{name} {list(entry.shape)}" + (f" (nearest: {near})" if near else ""))
             continue
         shape = want.shape if where.expert is not None or want.experts is None else (want.experts, *want.shape)
-        if where.expert in want.found:
-            problems.add("twice", f"{name} and {want.found[where.expert][0].name}")
+        if want.found and (where.expert is None or where.expert in want.found or None in want.found):
+            problems.add("twice", f"{name} and {want.found.get(where.expert, next(iter(want.found.values())))[0].name}")
         want.found[where.expert] = (entry, reciprocal)
         if entry.shape != shape and not (math.prod(shape) == math.prod(entry.shape) == 1):
             problems.add("misshaped", f"{name} {list(entry.shape)}, wanted {list(shape)}")

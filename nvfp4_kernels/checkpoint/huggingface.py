@@ -53,7 +53,7 @@ def from_pretrained(
         insert_layers(model, fitted.layers, fitted.problems)
         model.kv_cache_algorithm = (source.quantization or {}).get("kv_cache")
     fill(model, fitted, dtype, device, quantized == "dequantize")
-    model.source = source.folder
+    model.source = source.companions
     return model.eval()
 
 
@@ -88,7 +88,7 @@ def save_pretrained(
             f"layout: got {layout!r} for a model with quantized matrices; allowed: 'modelopt', or a model that was "
             "read with quantized='dequantize'"
         )
-    save(model, Path(path), layout, max_shard_bytes, dtype)
+    save(model, Path(path).resolve(), layout, max_shard_bytes, dtype)
 
 
 def read_config(path: str | os.PathLike) -> HybridConfig:

@@ -6,7 +6,6 @@ files no more is held than the shard that is being read. So the peak is the mode
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class Files:
     """Reads tensors; holds open no shard but those that the last piece came from, mostly one."""
 
     def __init__(self):
-        self._open: dict[Path, object] = {}
+        self._open: dict[str, object] = {}
 
     def read(self, piece: Piece) -> dict[str, Tensor]:
         """The parts, as views of the file where the checkpoint does not hold the reciprocal."""
@@ -122,7 +121,7 @@ def _pieces(fit: Fit, dequantize: bool) -> Iterator[Piece]:
             yield Piece(module, part, expert, parts)
 
 
-def _position(piece: Piece) -> tuple[Path, int]:
+def _position(piece: Piece) -> tuple[str, int]:
     entry = piece.parts[piece.part][0]
     return entry.shard, entry.start
 

@@ -15,16 +15,11 @@ from nvfp4_kernels.checkpoint.files import Item, safetensors, sync_folder, write
 from nvfp4_kernels.checkpoint.fit import NOISE
 from nvfp4_kernels.checkpoint.modelopt import write_quantization
 from nvfp4_kernels.checkpoint.snapshot import UNFINISHED
-from nvfp4_kernels.checkpoint.source import INDEX, SINGLE, CheckpointError
+from nvfp4_kernels.checkpoint.source import COMPANIONS, INDEX, SINGLE, CheckpointError
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 
 LAYOUTS = ("published", "transformers", "modelopt")
-# Copied as they are from where a model was read: what a tokenizer and `generate` are made of, and remote code.
-COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "chat_template*", "configuration_*.py", "modeling_*.py",
-)  # fmt: skip
-REPLACED = ("config.json", "hf_quant_config.json", INDEX, "*.safetensors", *COMPANIONS)
+REPLACED = ("config.json", "hf_quant_config.json", INDEX, "*.safetensors")
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 
@@ -126,7 +121,7 @@ def copy_companions(source: Path | None, folder: Path) -> None:
 
 
 def replace(final: Path, part: Path) -> None:
-    """`part` in the place of `final`; files of `final` that belong to no checkpoint move along."""
+    """`part` in the place of `final`; what else lies in `final` moves along."""
     if not final.exists():
         part.rename(final)
     else:

@@ -16,6 +16,12 @@ from nvfp4_kernels.checkpoint.modelopt import read_quantization
 from nvfp4_kernels.model.config import HybridConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Copied as they are from where a model was read to where it is saved: what a tokenizer and generation are made of, and
+# the code that a config.json may name.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template*", "configuration_*.py", "modeling_*.py",
+)  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -24,9 +30,9 @@ class CheckpointError(ValueError):
 
 
 class Entry(NamedTuple):
-    """A tensor in a shard. dtype: safetensors' word for it (F32, BF16, F8_E4M3, U8, ...)."""
+    """A tensor in a shard, a file. dtype: safetensors' word for it (F32, BF16, F8_E4M3, U8, ...). start: of its bytes."""
 
-    shard: Path
+    shard: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -35,9 +41,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """folder: of the config and the tokenizer. quantization: of `read_quantization`, None where nothing is said of it."""
+    """folder: of the config. companions: of the tokenizer and the like, None where there are none. quantization: of
+    `read_quantization`, None where nothing is said of it."""
 
     folder: Path
+    companions: Path | None
     config: HybridConfig
     entries: dict[str, Entry]
     quantization: dict | None
@@ -45,7 +53,7 @@ class Source:
 
 def open_source(path: str | Path) -> Source:
     """Raises CheckpointError for a folder that holds no whole checkpoint, ValueError for a config of another model."""
-    folder = Path(path)
+    folder, companions = Path(path), Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"checkpoint: {folder} {what}; allowed: the folder of a checkpoint or of a run")
@@ -55,6 +63,8 @@ def open_source(path: str | Path) -> Source:
             why = damaged[0] if damaged else f"checkpoint: {folder} holds no snapshot yet; do: let it train further"
             raise CheckpointError(why)
         folder = found.path
+        tokenizer = Path(read_json(companions / "run.json").get("tokenizer", "bytes"))
+        companions = tokenizer.parent if tokenizer.is_file() else folder
     elif (folder / snapshot.MANIFEST).exists():
         folder = snapshot.load(folder).path
     shards = find_shards(folder)
@@ -68,9 +78,12 @@ def open_source(path: str | Path) -> Source:
     for shard in shards:
         for name, entry in read_header(shard).items():
             if name in entries:
-                raise CheckpointError(f"checkpoint: {name} stands in both {entries[name].shard.name} and {shard.name}")
+                raise CheckpointError(
+                    f"checkpoint: {name} stands in both {Path(entries[name].shard).name} and {shard.name}"
+                )
             entries[name] = entry
-    return Source(folder, config, entries, quantization)
+    there = any(path.is_file() for pattern in COMPANIONS for path in companions.glob(pattern))
+    return Source(folder, companions if there else None, config, entries, quantization)
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -118,7 +131,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = {
-                name: Entry(path, name, t["dtype"], tuple(t["shape"]), t["data_offsets"][0])
+                name: Entry(str(path), name, t["dtype"], tuple(t["shape"]), t["data_offsets"][0])
                 for name, t in header.items()
             }
             wanted = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)

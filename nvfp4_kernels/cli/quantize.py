@@ -146,10 +146,11 @@ def render(report) -> str:
         lines.append(
             f"{stack}: {idle} experts saw no token of the calibration text and took the stack's largest input scale"
         )
-    if report.after is not None:
-        b, a = report.before, report.after
-        lines.append(
-            f"perplexity {b.perplexity:.4f} -> {a.perplexity:.4f}, bits a byte {b.bits_a_byte:.4f} -> {a.bits_a_byte:.4f} "
-            f"({a.nats / b.nats - 1:+.2%}) on {a.source}"
-        )
+    for what, got in (("", report.after), ("inputs quantized too: ", report.served)):
+        if got is not None:
+            b = report.before
+            lines.append(
+                f"{what}perplexity {b.perplexity:.4f} -> {got.perplexity:.4f}, bits a byte {b.bits_a_byte:.4f} -> "
+                f"{got.bits_a_byte:.4f} ({got.nats / b.nats - 1:+.2%}) on {got.source}"
+            )
     return "\n".join(lines)

@@ -145,6 +145,10 @@ def preset_settings(**given) -> Settings:
     given = {name: value for name, value in given.items() if value is not None}
     defaults = {} if "config" in given else dict(TRAINING.get(given.get("preset", Settings.preset), {}))
     if folder := given.get("from_"):
+        if "preset" in given:
+            raise ValueError(
+                f"preset: got {given['preset']}; allowed: none with --from, whose checkpoint has a geometry"
+            )
         defaults = FINE_TUNING | {"tokenizer": tokenizer_of(Path(folder))}
     if "minutes" in given:
         defaults.pop("steps", None)

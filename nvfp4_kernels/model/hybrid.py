@@ -55,7 +55,7 @@ class HybridModel(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.source: Path | None = None  # the folder it was read from, whose tokenizer a save takes along
+        self.source: Path | None = None  # the folder of its tokenizer, which a save takes along
         self.kv_cache_algorithm: str | None = None  # "FP8" where the checkpoint says so
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.mixer import mixer
+from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
@@ -71,6 +72,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.norm = RMSNorm(inner, eps, inner // groups)
         self.out_proj = Linear(inner, hidden, bias)
+        self._decoding = Derived(_decoding_weights)
 
     def new_state(self, batch: int, dtype: torch.dtype) -> Mamba2State:
         """The state before the first token."""
@@ -111,6 +113,15 @@ class Mamba2(nn.Module):
 
     def step_arguments(self) -> tuple:
         """What mixer_step takes behind the states, `indices` aside."""
-        weight, A = self.conv1d.weight[:, 0], -torch.exp(self.A_log)
-        weights = (weight, self.conv1d.bias, A, self.D, self.dt_bias, self.norm.weight)
-        return *weights, self.groups, self.dt_limit, self.norm.eps
+        weights = self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.norm.weight
+        return *self._decoding.get(*weights), self.groups, self.dt_limit, self.norm.eps
+
+
+def _decoding_weights(taps, bias, A_log, D, dt_bias, norm_weight) -> tuple[Tensor | None, ...]:
+    """What mixer_step reads, at least fp32 and laid out as its kernel wants it: made once, not for each token."""
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+
+    taps = wide(taps[:, 0]).t().contiguous().t()
+    return taps, wide(bias), -torch.exp(wide(A_log)), wide(D), wide(dt_bias), wide(norm_weight)

@@ -15,16 +15,16 @@ TABLE: dict[str, tuple[str, ...]] = {
     "dequantize": ("native", "triton", "reference"),
     "hadamard": ("native", "triton", "reference"),
     "matmul": ("native", "triton", "reference"),
-    "grouped_matmul": ("native", "reference"),
+    "grouped_matmul": ("native", "triton", "reference"),
     "expert_mlp": ("native", "reference"),
-    "route": ("native", "reference"),
-    "permute": ("native", "reference"),
+    "route": ("native", "triton", "reference"),
+    "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "mixer_step": ("native", "reference"),
-    "relu2": ("native", "reference"),
+    "relu2": ("native", "triton", "reference"),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nvfp4_kernels.formats import e2m1, e4m3
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
+from nvfp4_kernels.nn.quantized import QuantizedExperts
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ptq.evaluate import windows
@@ -63,6 +64,19 @@ class Amaxes(dict):
 
 
 @contextlib.contextmanager
+def experts_as_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of experts calls its `experts` module, whose hooks then run, and not the one op for all of it."""
+    found = [module for module in model.modules() if isinstance(module, (Experts, QuantizedExperts))]
+    for module in found:
+        module.stacks = lambda: None
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.stacks
+
+
+@contextlib.contextmanager
 def observe(model: nn.Module) -> Iterator[Amaxes]:
     """Records the inputs of every linear layer and every expert, and attention's keys and values, while it is open."""
     amaxes, handles = Amaxes(), []
@@ -97,7 +111,8 @@ def observe(model: nn.Module) -> Iterator[Amaxes]:
             make = before_linear if isinstance(module, Linear) else before_experts
             handles.append(module.register_forward_pre_hook(make(name)))
     try:
-        yield amaxes
+        with experts_as_modules(model):
+            yield amaxes
     finally:
         for handle in handles:
             handle.remove()

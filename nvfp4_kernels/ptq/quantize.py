@@ -14,6 +14,7 @@ from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.nn.quantized import QuantizedWeight
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ptq import budget, formats
+from nvfp4_kernels.ptq.activations import quantized_activations
 from nvfp4_kernels.ptq.apply import Loss, apply
 from nvfp4_kernels.ptq.budget import Cost
 from nvfp4_kernels.ptq.calibrate import Amaxes, calibrate
@@ -52,7 +53,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """losses: of each target, in the order of the model. bytes: of all tensors, with bf16 for what is not quantized.
+    """losses: of each target, in the order of the model. bytes: of all tensors, as tensor_bytes has them.
+    before, after: of the model and of its quantized weights; served: with the inputs quantized too, where they have scales.
     costs: what a budget was shared out by. unseen: stacks of experts, some without a calibration token -> how many."""
 
     plan: Plan
@@ -61,6 +63,7 @@ class Report:
     bytes_after: int
     before: Evaluation | None = None
     after: Evaluation | None = None
+    served: Evaluation | None = None
     costs: tuple[Cost, ...] = ()
     unseen: dict[str, int] | None = None
     calibration_tokens: int = 0
@@ -91,9 +94,8 @@ class Report:
                 {"group": c.group.name, "format": c.format, "divergence": c.divergence, "loss": c.loss}
                 for c in self.costs
             ]
-        if self.before is not None and self.after is not None:
-            report["before"], report["after"] = self.before.to_dict(), self.after.to_dict()
-        return report
+        evaluations = {"before": self.before, "after": self.after, "inputs_quantized_too": self.served}
+        return report | {name: got.to_dict() for name, got in evaluations.items() if got is not None}
 
     def save(self, folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -107,7 +109,7 @@ def quantize_model(
     length: int = 2048,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Quantizes `model` in place; its other matrices are rounded to config.dtype, in which they are computed anyway.
+    """Quantizes `model` in place; its other matrices are rounded to config.dtype, as a checkpoint stores them.
 
     calibration: the text for input scales and for measured costs; needed where the plan has a budget, or a format with
         input scales. text: what perplexity is measured on, before and after; None for neither. length: tokens in a window.
@@ -137,8 +139,10 @@ def quantize_model(
     if plan.kv_cache and amaxes is not None:
         _describe_cache(model, amaxes)
     after = _evaluate(model, text, length, "perplexity after", progress)
+    with quantized_activations(model) as count:
+        served = _evaluate(model, text, length, "perplexity, inputs quantized too", progress) if count else None
     return Report(
-        plan, tuple(losses), size, tensor_bytes(model), before, after, tuple(costs),
+        plan, tuple(losses), size, tensor_bytes(model), before, after, served, tuple(costs),
         None if amaxes is None else amaxes.unseen(), 0 if calibration is None else len(calibration.ids),
     )  # fmt: skip
 

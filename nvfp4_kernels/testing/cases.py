@@ -9,9 +9,12 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
+from nvfp4_kernels.ops._dispatch import backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
@@ -127,6 +130,52 @@ def _matmul() -> Iterator[Case]:
             return {"y": matmul(a, b, FP32), "y + bias": matmul(a, b, FP32, bias=bias), "accumulated": added}
 
         yield Case("matmul", f"{title}, {m}x{n}x{k}", make, run, 1e-5)
+
+
+def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
+    """The parts of an NVFP4 stack, each matrix quantized by itself; the scales as bytes."""
+    forms = [_on_cpu(drawn(rows, cols, seed=seed + g), QuantSpec("16x16")) for g in range(groups)]
+    parts = {part: torch.stack([getattr(f, part) for f in forms]) for part in ("codes", "scales", "global_scale")}
+    return parts | {"scales": parts["scales"].view(torch.uint8)}
+
+
+def _grouped_matmul() -> Iterator[Case]:
+    for sizes, n, k in (([5, 0, 17, 1], 48, 64), ([0, 70, 0], 80, 1856), ([12, 13, 40], 1856, 48)):
+
+        def make(sizes=sizes, n=n, k=k) -> Inputs:
+            offsets = torch.tensor([0, *sizes]).cumsum(0)
+            x, dy = drawn(sum(sizes), k, dtype=BF16), drawn(sum(sizes), n, dtype=BF16, seed=1)
+            return {"x": x, "dy": dy, "w": drawn(len(sizes), n, k, dtype=BF16, seed=2), "offsets": offsets} | _stack(
+                len(sizes), n, k, 3
+            )
+
+        def run(x, dy, w, offsets, codes, scales, global_scale) -> dict:
+            return {
+                "y": grouped_matmul(x, w, offsets, FP32),
+                "y of NVFP4": grouped_matmul(
+                    x, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale), offsets, FP32
+                ),
+                "dx": grouped_matmul(dy, w.transpose(1, 2), offsets, FP32),
+                "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
+            }
+
+        yield Case("grouped_matmul", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+
+
+def _expert_mlp() -> Iterator[Case]:
+    for tokens, experts, top_k, size, width in ((17, 8, 3, 48, 80), (1, 8, 2, 64, 1856), (64, 4, 4, 32, 48)):
+
+        def make(tokens=tokens, experts=experts, top_k=top_k, size=size, width=width) -> Inputs:
+            routing = route(drawn(tokens, experts), None, top_k, 2.5)
+            x, up = drawn(tokens, size, dtype=BF16, scale=0.1), drawn(experts, width, size, dtype=BF16, seed=1)
+            return {"x": x, "up": up} | vars(routing) | _stack(experts, size, width, 2)
+
+        def run(x, up, codes, scales, global_scale, **routing) -> dict:
+            return {
+                "y": expert_mlp(x, Routing(**routing), up, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale))
+            }
+
+        yield Case("expert_mlp", f"{tokens} tokens, {top_k} of {experts}, {size}x{width}", make, run, 1e-2)
 
 
 def _route() -> Iterator[Case]:
@@ -277,10 +326,8 @@ def _mixer_step() -> Iterator[Case]:
         yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
 
 
-def _on_cpu(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
+def _on_cpu(x: Tensor, spec: QuantSpec = QuantSpec()) -> QuantizedTensor:  # noqa: B008
     """Quantized by the reference, whichever backend the case is about."""
-    from nvfp4_kernels.ops._dispatch import backend
-
     with backend("reference"):
         return quantize(x, spec)
 
@@ -290,6 +337,8 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "dequantize": _dequantize,
     "hadamard": _hadamard,
     "matmul": _matmul,
+    "grouped_matmul": _grouped_matmul,
+    "expert_mlp": _expert_mlp,
     "route": _route,
     "permute": _permute,
     "relu2": _relu2,

@@ -59,7 +59,11 @@ def test_all_that_does_not_fit_in_one_error(tmp_path, parts):
     assert f"missing: {near}" in text and f"missing: {UP.format(3)}.weight" in text
     assert "misshaped: backbone.norm_f.weight [47], wanted [48]" in text
     assert "of a wrong dtype: lm_head.weight I64, wanted F32 or BF16 or F16 or F64" in text
-    assert "twice: " in text
+    assert "twice: model.layers.0.norm.weight and backbone.layers.0.norm.weight" in text or "twice: backbone" in text
+    config, tensors = parts
+    tensors["model.layers.1.mixer.experts.up_proj"] = torch.zeros(4, 32, 48)
+    write(tmp_path, config, tensors)
+    assert "twice: " in refusal(tmp_path)
 
 
 def test_long_lists_are_cut(tmp_path, parts):
@@ -269,11 +273,16 @@ model.save_pretrained(sys.argv[1], max_shard_bytes=20_000)
 def test_over_a_checkpoint_and_not_over_anything_else(tmp_path, model):
     model.save_pretrained(tmp_path / "a", max_shard_bytes=20_000)
     (tmp_path / "a/README.md").write_text("mine")
+    (tmp_path / "a/tokenizer.json").write_text("{}")
     (tmp_path / "a/plots").mkdir()
     (tmp_path / "a/plots/x.png").write_text("mine too")
-    nk.HybridModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "a", "transformers")
-    names = set(tree(tmp_path / "a"))
-    assert names == {"README.md", "plots/x.png", "config.json", "model.safetensors"}  # no old shard, no old index
+    for again in (nk.HybridModel.from_pretrained(tmp_path / "a"), model):  # one knows of the tokenizer, one does not
+        again.save_pretrained(tmp_path / "a", "transformers")
+        known = {"README.md", "plots/x.png", "tokenizer.json"}
+        assert set(tree(tmp_path / "a")) == known | {"config.json", "model.safetensors"}  # no old shard, no old index
+    (tmp_path / "link").symlink_to("a")
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["a", "link"]
     (tmp_path / "b").mkdir()
     (tmp_path / "b/thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds files that are no checkpoint"):
@@ -285,6 +294,8 @@ def test_over_a_checkpoint_and_not_over_anything_else(tmp_path, model):
 
 def test_source_that_is_gone(tmp_path, model):
     model.save_pretrained(tmp_path / "a")
+    assert nk.HybridModel.from_pretrained(tmp_path / "a").source is None
+    (tmp_path / "a/tokenizer.json").write_text("{}")
     again = nk.HybridModel.from_pretrained(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     with pytest.raises(ValueError, match="is gone, and with it the tokenizer; do: set model.source"):

@@ -61,14 +61,14 @@ def test_rehearsal_of_super(tmp_path, monkeypatch):
     def counting(self, piece):
         values = plain(self, piece)
         assert len(self._open) == 1
-        opened.extend(shard.name for shard in self._open if not opened or opened[-1] != shard.name)
+        opened.extend(shard for shard in self._open if not opened or opened[-1] != shard)
         reads.extend(entry.name for entry, _ in piece.parts.values())
         return values
 
     monkeypatch.setattr(load.Files, "read", counting)
     read = nk.HybridModel.from_pretrained(tmp_path)
     assert sorted(reads) == sorted(weights)  # each once
-    assert opened == sorted(set(weights.values()))
+    assert [Path(shard).name for shard in opened] == sorted(set(weights.values()))
     assert read.backbone.layers[1].mixer.experts.up_proj.weight.shape == (512, 16, 8)
     assert not any(t.is_meta for t in [*read.parameters(), *read.buffers()])
 

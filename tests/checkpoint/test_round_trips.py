@@ -1,12 +1,15 @@
 """What is written is what is read: every layout, every bit, one file or many, and what a folder holds besides."""
 
 import json
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.checkpoint import snapshot
+from tests.oracles import loaders
 from tests.oracles.checkpoints import BASE, CASES, decode, drawn_fp8, drawn_nvfp4, published, randomize, write
 
 
@@ -170,12 +173,37 @@ def test_modelopt(kind, tmp_path):
         targets = [name for group in in_config["config_groups"].values() for name in group["targets"]]
         assert sorted(targets) == sorted(layers) and in_config["ignore"] == []
     else:  # every matrix that is not quantized is excluded, and none that is
-        from fnmatch import fnmatchcase
-
         assert in_config["ignore"] == account["exclude_modules"]
         assert account["group_size" if kind != "fp8" else "quant_algo"] == (16 if kind != "fp8" else "FP8")
         excluded = {m for m in matrices if any(fnmatchcase(m, p) for p in account["exclude_modules"])}
         assert excluded == matrices - set(layers)
+
+
+LETTERS = {
+    "M": ("in_proj", "out_proj"), "E": ("experts", "shared_experts.up_proj", "shared_experts.down_proj", "fc1_latent_proj",
+    "fc2_latent_proj"), "*": ("qkv_proj", "o_proj"), "-": ("up_proj", "down_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, "attention"])
+def test_account_as_vllm_reads_it(kind, tmp_path):
+    kinds = (QUANTIZED | {"attention": {f"{part}_proj": "FP8" for part in "qkv"}})[kind]
+    _, _, layers = quantized_checkpoint(tmp_path / "a", kinds, num_nextn_predict_layers=1)
+    model = nk.HybridModel.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", "modelopt")
+    account = json.loads((tmp_path / "b/hf_quant_config.json").read_text())["quantization"]
+    assert {"group_size", "kv_cache_quant_algo", "exclude_modules"} <= account.keys() or account[
+        "quant_algo"
+    ] != "NVFP4"
+    wanted = {"lm_head": None}
+    for i, letter in enumerate(model.config.hybrid_override_pattern):
+        for part in LETTERS[letter]:
+            of_one = {"experts": "experts.0.up_proj", "qkv_proj": "q_proj"}.get(part, part)
+            algorithm = layers.get(f"backbone.layers.{i}.mixer.{of_one}", {}).get("quant_algo")
+            wanted[f"model.layers.{i}.mixer.{part}"] = algorithm
+    assert loaders.algorithms(account, list(wanted)) == wanted
+    in_config = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
+    assert loaders.algorithms(in_config, list(wanted)) == wanted
 
 
 def test_account_in_the_config_alone_and_cache_scales(tmp_path):
@@ -268,6 +296,31 @@ def test_companions_travel(tmp_path):
     for name in (*(f"{name}.json" for name in files), "chat_template.jinja"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     assert not (tmp_path / "b/notes.txt").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "a/tokenizer.json"])
+def test_run_and_snapshot(tokenizer, tmp_path, monkeypatch):
+    """The newest whole snapshot of a run, noise included; the tokenizer that the run was trained with travels."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for place in (".", "a"):
+        (tmp_path / place / "tokenizer.json").write_text(f'{{"in": "{place}"}}')
+    models = {}
+    for step in (1, 2, 3):
+        model = models[step] = model_of()
+        tensors, texts = {"model": model.state_dict(), "rng": {}}, {"config.json": json.dumps(model.config.to_dict())}
+        snapshot.save(tmp_path / "run/checkpoints", step, tensors, {}, texts, keep=3)
+    (tmp_path / "run/run.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    (tmp_path / "run/config.json").write_text("{}")
+    damaged = tmp_path / "run/checkpoints/step_00000003/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoints/step_00000002"):
+        assert_bitwise(dict(nk.HybridModel.from_pretrained(folder).state_dict()), dict(models[2].state_dict()))
+    with pytest.raises(ValueError, match="CRC-32"):
+        nk.HybridModel.from_pretrained(damaged.parent)
+    nk.HybridModel.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "out")
+    travelled = tmp_path / "out/tokenizer.json"
+    assert travelled.exists() == (tokenizer != "bytes") and (tokenizer == "bytes" or '"a"' in travelled.read_text())
 
 
 def test_save_of_the_model_itself_is_read(tmp_path):

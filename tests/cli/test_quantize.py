@@ -55,7 +55,11 @@ def test_a_run_by_recipe_then_eval(folder, capsys):
     out = run(
         capsys, "quantize", "--model", "run", "--out", "q", "--recipe", "nano-nvfp4", "--calibrate", "text.txt", *common
     )
-    assert "nano-nvfp4, search max: " in out and "perplexity" in out and "in q: the checkpoint" in out
+    assert (
+        "nano-nvfp4, search max: " in out
+        and "\ninputs quantized too: perplexity" in out
+        and "in q: the checkpoint" in out
+    )
     report = json.loads((folder / "q" / "quantization_report.json").read_text())
     names = {p.name for p in (folder / "q").iterdir()}
     assert {"config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json", "errors.png"} < names

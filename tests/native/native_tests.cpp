@@ -22,7 +22,10 @@
 
 using namespace nvfp4;
 
-namespace nvfp4 { int norm_and_convolution_failures(); }  // norm_conv_tests.cpp
+namespace nvfp4 {
+int norm_and_convolution_failures();  // norm_conv_tests.cpp
+int expert_failures();                // experts_tests.cpp
+}
 
 namespace {
 
@@ -503,6 +506,7 @@ int main() {
     definitions();
     exp_everywhere();
     failures += norm_and_convolution_failures();
+    failures += expert_failures();
     quantize_everywhere();
     hadamard_and_dequantize_everywhere();
     matmul_everywhere();

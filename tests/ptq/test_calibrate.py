@@ -28,12 +28,12 @@ def kept_inputs(model, ids, length):
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Experts)):
             handles.append(module.register_forward_hook(keep(name)))
-    with torch.no_grad():
+    with torch.enable_grad():  # a layer of experts is then run module by module
         for start in range(0, len(ids) - 1, length):
             model(torch.from_numpy(ids[start : min(start + length, len(ids) - 1)])[None])
     for handle in handles:
         handle.remove()
-    return {k: torch.cat(v) for k, v in inputs.items()}, {k: torch.cat(v) for k, v in outputs.items()}
+    return tuple({name: torch.cat(parts).detach() for name, parts in found.items()} for found in (inputs, outputs))
 
 
 def test_amaxes_are_those_of_all_tokens(make_model, ids):
@@ -65,6 +65,7 @@ def test_the_model_is_left_as_it_was(make_model, ids):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calibrate(model, ids, 16)
     assert model.training and not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not any("stacks" in m.__dict__ for m in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

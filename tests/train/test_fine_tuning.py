@@ -118,6 +118,7 @@ def test_what_the_command_line_makes_of_it(settings, tmp_path):
     assert (got.from_, got.lr, got.steps) == (settings.from_, 1e-4, 1000) and got.out == "runs/start-nvfp4"
     assert got.tokenizer == settings.from_ + "/tokenizer.json" and got.patterns == ["*"]
     assert main(["train", "--from", settings.from_, "--config", "x"]) == 2
+    assert main(["train", "--from", settings.from_, "--preset", "tiny"]) == 2
     assert main(["train", "--from", str(tmp_path / "none"), "--tokenizer", "bytes", "--out", str(tmp_path / "o")]) == 2
     assert not (tmp_path / "o").exists()
 
