@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_kernels.cli.machine import share_the_cores
+
 HELP = "Continue a prompt, or answer it with --chat, with a run of nvfp4 train or a Hugging Face folder."
 EXAMPLE = "nvfp4 generate --model runs/tiny-nvfp4 --prompt 'import ' --tokens 300"
 
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    share_the_cores()
     from nvfp4_kernels.generate.engine import Engine
     from nvfp4_kernels.generate.loop import Pace, stream
     from nvfp4_kernels.generate.sample import Sampling
