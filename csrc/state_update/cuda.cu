@@ -227,7 +227,7 @@ static __device__ __forceinline__ void update(const StateUpdateLaunch& p) {
 #define NVFP4_STATE_UPDATE(name, S, noisy)                                                                                       \
     NVFP4_KERNEL(state_update_##name##_64, update_threads, 4, StateUpdateLaunch) { update<S, 2 / S::in_word, noisy>(p); }        \
     NVFP4_KERNEL(state_update_##name##_128, update_threads, 4, StateUpdateLaunch) { update<S, 4 / S::in_word, noisy>(p); }       \
-    NVFP4_KERNEL(state_update_##name##_256, update_threads, 4, StateUpdateLaunch) { update<S, 8 / S::in_word, noisy>(p); }
+    NVFP4_KERNEL(state_update_##name##_256, update_threads, 3, StateUpdateLaunch) { update<S, 8 / S::in_word, noisy>(p); }
 NVFP4_STATE_UPDATE(fp32, Single, false)
 NVFP4_STATE_UPDATE(fp16, Half, false)
 NVFP4_STATE_UPDATE(bf16, Brain, false)

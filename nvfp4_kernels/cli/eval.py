@@ -13,7 +13,8 @@ EXAMPLE = "nvfp4 eval --model runs/tiny-nvfp4 --text book.txt --length 1024"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="PATH", required=True,
-        help="folder of a run (--out of nvfp4 train) or of a checkpoint, quantized or not; e.g. runs/a",
+        help="folder of a run (--out of nvfp4 train), which is run by the recipe that it was trained with, or of a checkpoint, "
+        "quantized or not; e.g. runs/a",
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", required=True, help="the text; e.g. book.txt")
     parser.add_argument(

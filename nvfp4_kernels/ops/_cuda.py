@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops import _device, _nvrtc
 
-BUILT = Path(__file__).parent.parent / "_cuda"  # <op>.fatbin, by CMakeLists.txt
+BUILT = Path(__file__).parent.parent / "_cuda"  # <op>.fatbin and archs.txt, by CMakeLists.txt
 MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 # Called in place of the driver, when set, with what `launch` is given: tests run the kernels in csrc/arch/host_model.h.
@@ -36,9 +36,15 @@ def _refusal(op: str, device: torch.device) -> str | None:
     arch = _device.cuda_target(device)
     if arch is None:
         return f"the CUDA kernels are written for sm_80, 90, 100, 103 and 120, not for {device}"
-    if (BUILT / f"{op}.fatbin").exists():
+    if _built(op, arch) or _nvrtc.missing() is None:
         return None
-    return f"csrc was built without CUDA (NVFP4_CUDA=1 builds it), and {_nvrtc.missing}" if _nvrtc.missing else None
+    return f"csrc was built without CUDA for {arch} (NVFP4_CUDA=1 builds it), and {_nvrtc.missing()}"
+
+
+def _built(op: str, arch: str) -> Path | None:
+    """Where nvcc's code for an architecture is, if there is any."""
+    archs = BUILT / "archs.txt"
+    return BUILT / f"{op}.fatbin" if archs.exists() and arch in archs.read_text().split(";") else None
 
 
 def launch(
@@ -69,8 +75,9 @@ def _function(op: str, kernel: str, device: torch.device, shared: int) -> ctypes
 @functools.lru_cache
 def _module(op: str, device: torch.device) -> ctypes.c_void_p:
     """The op's kernels, loaded into the context of the device, which is current."""
-    built = BUILT / f"{op}.fatbin"
-    code = built.read_bytes() if built.exists() else _nvrtc.compiled(op, _device.cuda_target(device))
+    arch = _device.cuda_target(device)
+    built = _built(op, arch)
+    code = built.read_bytes() if built else _nvrtc.compiled(op, arch)
     module = ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)), op)
     return module

@@ -4,22 +4,32 @@ CuPy's low-level calls need neither a driver nor a GPU. Its RawModule will not d
 the FP4 instructions want, and -ftz=true, which changes results.
 """
 
+import functools
 import hashlib
+import importlib
 import os
 import tempfile
 from pathlib import Path
 
-try:
-    from cupy.cuda import nvrtc
-
-    missing = None
-except ImportError:
-    nvrtc = None
-    missing = "CuPy, which brings NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
-
 PACKAGE = Path(__file__).parent.parent
 # In an installed package csrc lies inside; in a checkout beside it.
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
+
+
+@functools.lru_cache
+def missing() -> str | None:
+    """Why nothing can be compiled; None when it can. CuPy is imported no sooner than it is wanted."""
+    try:
+        _nvrtc().getVersion()
+    except ImportError:
+        return "CuPy, which brings NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
+    except RuntimeError as error:
+        return f"CuPy finds no NVRTC ({error})"
+    return None
+
+
+def _nvrtc():
+    return importlib.import_module("cupy.cuda.nvrtc")
 
 
 def folder() -> Path:
@@ -30,7 +40,7 @@ def folder() -> Path:
 
 def key(op: str, arch: str) -> str:
     """Of everything that the code depends on: the headers all ops share and the op's own, the compiler, the target."""
-    read = hashlib.sha256(f"{nvrtc.getVersion()} {arch}".encode())
+    read = hashlib.sha256(f"{_nvrtc().getVersion()} {arch}".encode())
     for path in sorted(p for name in ("numerics", "arch", op) for p in (CSRC / name).iterdir()):
         read.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{op}-{arch}-{read.hexdigest()[:32]}"
@@ -52,6 +62,7 @@ def compiled(op: str, arch: str) -> bytes:
 
 def compile_source(op: str, arch: str) -> bytes:
     """Compile now. Raises RuntimeError with NVRTC's first error."""
+    nvrtc = _nvrtc()
     source = (CSRC / op / "cuda.cu").read_text()
     # flags as in CMakeLists.txt; the working directory's headers are found through -I
     options = (f"-arch=sm_{arch}", "-std=c++17", "--fmad=false", f"-I{CSRC}", f"-I{CSRC / op}")

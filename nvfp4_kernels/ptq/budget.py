@@ -1,9 +1,10 @@
 """Formats under a budget of bits: what each group of layers costs the model in each format, and the cheapest choice.
 
-The cost of a format is measured: the group alone is quantized, and the model's predictions on a text are compared with
-its own before, by their Kullback-Leibler divergence in nats a token. By that much the loss rises on the average over texts
-that the model itself would write. It is never negative and takes in every token's whole distribution, so that a few
-thousand tokens tell formats apart whose losses on them differ by chance alone. The costs of groups are taken to add up.
+The cost of a format is measured: the group alone is quantized, its inputs as well as its weights, and the model's
+predictions on a text are compared with its own before, by their Kullback-Leibler divergence in nats a token. By that much
+the loss rises on the average over texts that the model itself would write. It is never negative and takes in every token's
+whole distribution, so that a few thousand tokens tell formats apart whose losses on them differ by chance alone. The costs
+of groups are taken to add up.
 """
 
 import math
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.nn.quantized import QuantizedExperts
 from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ptq.activations import quantized_activations
 from nvfp4_kernels.ptq.apply import quantize_target, swap
+from nvfp4_kernels.ptq.calibrate import Amaxes
 from nvfp4_kernels.ptq.evaluate import LOGITS, TOKENS, token_nats, windows
 from nvfp4_kernels.ptq.formats import BITS, Target
 
@@ -71,6 +74,7 @@ def measure(
     found: Sequence[Group],
     ids: np.ndarray,
     length: int,
+    amaxes: Amaxes | None,
     search: str = "max",
     four_over_six: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -78,7 +82,7 @@ def measure(
     """The cost of each group in each format of its choices, on the first few thousand of `ids`; of bf16 it is 0.
 
     A trial runs the layers from the group's own on: what the layers before it give is kept. progress: called with trials
-    done and all. Leaves the model as it was.
+    done and all. amaxes: of calibrate, for the input scales; None leaves the inputs as they are. The model is left as it was.
     """
     vocab, device = model.config.vocab_size, next(model.parameters()).device
     tokens = min(len(ids) - 1, TOKENS, LOGITS // vocab)
@@ -93,7 +97,7 @@ def measure(
         total = sum(len(group.choices) - 1 for group in found)
         for group in found:
             for form in group.choices[:-1]:
-                costs.append(Cost(group, form, *_trial(model, group, form, passes, search, four_over_six)))
+                costs.append(Cost(group, form, *_trial(model, group, form, passes, amaxes, search, four_over_six)))
                 done += 1
                 progress(done, total)
             costs.append(Cost(group, "bf16", 0.0, 0.0))
@@ -131,15 +135,16 @@ class _Pass:
         return divergence, float((token_nats(logits, self.labels) - self.nats).sum(dtype=torch.float64))
 
 
-def _trial(model, group: Group, form: str, passes: list[_Pass], search, four_over_six) -> tuple[float, float]:
-    made = [quantize_target(model, target, form, None, search, four_over_six)[0] for target in group.targets]
+def _trial(model, group: Group, form: str, passes: list[_Pass], amaxes, search, four_over_six) -> tuple[float, float]:
+    made = [quantize_target(model, target, form, amaxes, search, four_over_six)[0] for target in group.targets]
     if group.targets[0].experts:
         new = {group.name: QuantizedExperts(*made)}
     else:
         new = {target.name: layer for target, layer in zip(group.targets, made, strict=True)}
     before = {name: swap(model, name, layer) for name, layer in new.items()}
     try:
-        sums = [one.again(model, int(group.name.split(".")[2])) for one in passes]
+        with quantized_activations(model):
+            sums = [one.again(model, int(group.name.split(".")[2])) for one in passes]
     finally:
         for name, layer in before.items():
             swap(model, name, layer)

@@ -123,14 +123,14 @@ def quantize_model(
     if calibration is None:
         _require_no_calibration(plan, chosen)
     before = _evaluate(model, text, length, "perplexity before", progress)
+    amaxes = _calibrate(model, calibration, length, progress)
     costs: list[Cost] = []
     if plan.bits is not None:
         watch = lambda done, total: progress("sensitivity", done, total)  # noqa: E731
         costs = budget.measure(
-            model, budget.groups(found), calibration.ids, length, plan.search, plan.four_over_six, watch
+            model, budget.groups(found), calibration.ids, length, amaxes, plan.search, plan.four_over_six, watch
         )
         chosen = budget.complete(found, budget.choose(costs, plan.bits))
-    amaxes = _calibrate(model, calibration, length, progress)
     size, losses = tensor_bytes(model), []
     for loss in apply(model, found, chosen, amaxes, plan.search, plan.four_over_six):
         losses.append(loss)

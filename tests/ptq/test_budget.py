@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvfp4_kernels.ptq.activations import quantized_activations
 from nvfp4_kernels.ptq.apply import apply
 from nvfp4_kernels.ptq.budget import Cost, Group, choose, groups, measure
+from nvfp4_kernels.ptq.calibrate import calibrate
 from nvfp4_kernels.ptq.formats import BITS, Target, average_bits, targets
 
 
@@ -76,11 +78,13 @@ def test_groups_are_what_runs_as_one(make_model):
     }  # fmt: skip
 
 
-def test_costs_are_those_of_the_whole_model(make_model, ids):
+@pytest.mark.parametrize("inputs", [True, False])
+def test_costs_are_those_of_the_whole_model(inputs, make_model, ids):
     model = make_model("ME*")
+    amaxes = calibrate(model, ids, 20) if inputs else None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calls = []
-    costs = measure(model, groups(targets(model)), ids, 20, progress=lambda *call: calls.append(call))
+    costs = measure(model, groups(targets(model)), ids, 20, amaxes, progress=lambda *call: calls.append(call))
     assert calls[-1] == (18, 18) and len(calls) == 18
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     rows, labels = torch.from_numpy(ids[:60]).view(3, 20), torch.from_numpy(ids[1:]).view(3, 20)
@@ -92,8 +96,8 @@ def test_costs_are_those_of_the_whole_model(make_model, ids):
             continue
         trial = make_model("ME*")
         chosen = {t.name: cost.format if t in cost.group.targets else "bf16" for t in targets(trial)}
-        list(apply(trial, targets(trial), chosen))
-        with torch.no_grad():
+        list(apply(trial, targets(trial), chosen, amaxes))
+        with torch.no_grad(), quantized_activations(trial):
             new = trial(rows).double().log_softmax(-1)
         divergence = float((old.exp() * (old - new)).sum(-1).mean())
         rise = float((old - new).gather(-1, labels[..., None]).mean())
