@@ -45,6 +45,7 @@ def main() -> int:
     os.chdir(ROOT)
     steps = {}
     python = sys.executable
+    os.environ["NVFP4_CUDA"] = "1"  # the CUDA kernels too; where nvcc is missing NVRTC compiles them at first use
     steps["build"] = step([python, "setup.py", "-q", "build_ext", "--inplace"], BUILD)
     if given.only is None:
         steps["nvfp4 check"] = step([python, "-m", "nvfp4_kernels", "check", "--out", "build/nvfp4-check.json"], CHECK)
