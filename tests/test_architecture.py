@@ -23,6 +23,7 @@ STOREYS = {
     "checkpoint": 7,
     "train": 8,
     "generate": 8,
+    "ptq": 8,
     "testing": 8,
     "api": 9,
     "cli": 10,

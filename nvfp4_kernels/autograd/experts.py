@@ -78,6 +78,8 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, offsets = ctx.saved_tensors
         dx = grouped_matmul(dy, weight.to(x.dtype).transpose(1, 2), offsets)  # [rows, in] = dy [rows, out] @ w
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
         return dx, grouped_matmul(dy.t(), x.t(), offsets, weight.dtype), None  # [experts, out, in] = dy.T @ x
 
 
@@ -99,12 +101,13 @@ class _Quantized(torch.autograd.Function):
     def backward(ctx, dy):
         recipe, kept, dy = ctx.recipe, saved(ctx), dy.contiguous()
         dx = dy.new_empty(dy.shape[0], ctx.shape[2])
-        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device)
+        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device) if ctx.needs_input_grad[1] else None
         for (e, rows), x_col, w_col in zip(_spans(ctx.sizes), kept[::2], kept[1::2], strict=True):
             noise = later(_noise_of(ctx.noise, recipe, e), draws(*_operands(recipe)[:4]))
             dy_row, dy_col = quantize_pair(dy[rows], recipe.dgrad_dy, recipe.wgrad_dy, noise)
             matmul(dy_row, w_col, out=dx[rows])
-            matmul(dy_col, x_col, out=dw[e])
+            if dw is not None:
+                matmul(dy_col, x_col, out=dw[e])
         for _ in range(ctx.shape[0]):
             advance(ctx.noise, recipe)
         return dx, dw, None, None, None, None

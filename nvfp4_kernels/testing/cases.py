@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
+from nvfp4_kernels.ops._dispatch import backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
@@ -325,10 +326,8 @@ def _mixer_step() -> Iterator[Case]:
         yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
 
 
-def _on_cpu(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
+def _on_cpu(x: Tensor, spec: QuantSpec = QuantSpec()) -> QuantizedTensor:  # noqa: B008
     """Quantized by the reference, whichever backend the case is about."""
-    from nvfp4_kernels.ops._dispatch import backend
-
     with backend("reference"):
         return quantize(x, spec)
 

@@ -113,3 +113,24 @@ def test_errors_name_the_argument():
     x, up, down, _ = inputs()
     with pytest.raises(ValueError, match=r"sizes: got \[3\]; allowed: 6 sizes that sum to 55"):
         experts(x, up, down, [3])
+
+
+@pytest.mark.parametrize("recipe", [HIGH, NVFP4], ids=["high", "nvfp4"])
+def test_frozen_weights_cost_no_gradient(recipe, monkeypatch):
+    """The same gradient of x from the same noise, and none of the products that only a weight's gradient needs."""
+    from nvfp4_kernels.autograd import experts as module
+
+    name = "matmul" if recipe.quantized else "grouped_matmul"
+    plain, calls, gradients = getattr(module, name), [], []
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(1) or plain(*a, **k))
+    x, up, _, _ = inputs(torch.float32)
+    for frozen in (False, True):
+        weight, noise = up.detach().clone().requires_grad_(not frozen), torch.tensor([7, 0])
+        y = expert_linear(x, weight, SIZES, recipe, noise)
+        calls.clear()
+        y.backward(torch.ones_like(y))
+        gradients.append((x.grad.clone(), noise.clone(), len(calls)))
+        assert (weight.grad is None) == frozen
+        x.grad = None
+    (dx, noise, products), (frozen_dx, frozen_noise, fewer) = gradients
+    assert torch.equal(dx, frozen_dx) and torch.equal(noise, frozen_noise) and products == 2 * fewer

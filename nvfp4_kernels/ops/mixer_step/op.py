@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
-from nvfp4_kernels.ops._library import register
+from nvfp4_kernels.ops._library import register, unobserved
 
 
 def mixer_step(
@@ -45,21 +45,21 @@ def mixer_step(
     require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of the {heads} heads of states")
     require(2 <= width <= 4, "conv_weight", f"width {width}", "2, 3, 4")
     require(indices is not None or slots == batch, "states", f"{slots} slots", f"{batch}, the batch, without indices")
-    wanted = {
-        "projected": (projected, (*projected.shape[:2], inner + channels + heads)),
-        "windows": (windows, (slots, channels, width - 1)),
-        "conv_weight": (conv_weight, (channels, width)),
-        "conv_bias": (conv_bias, (channels,)),
-        "A": (A, (heads,)),
-        "D": (D, (heads,)),
-        "dt_bias": (dt_bias, (heads,)),
-        "norm_weight": (norm_weight, (inner,)),
-        "indices": (indices, (batch,)),
-    }
-    for name, (t, shape) in wanted.items():
-        if t is not None:
-            require(tuple(t.shape) == shape, name, f"shape {list(t.shape)}", str(list(shape)))
-            require(t.device == projected.device, name, f"device {t.device}", f"{projected.device}, as projected")
+    wanted = (
+        ("projected", projected, (*projected.shape[:2], inner + channels + heads)),
+        ("windows", windows, (slots, channels, width - 1)),
+        ("conv_weight", conv_weight, (channels, width)),
+        ("conv_bias", conv_bias, (channels,)),
+        ("A", A, (heads,)),
+        ("D", D, (heads,)),
+        ("dt_bias", dt_bias, (heads,)),
+        ("norm_weight", norm_weight, (inner,)),
+        ("indices", indices, (batch,)),
+    )
+    for name, t, shape in wanted:
+        if t is not None and (t.shape != shape or t.device != projected.device):
+            require(t.shape == shape, name, f"shape {list(t.shape)}", str(list(shape)))
+            require(False, name, f"device {t.device}", f"{projected.device}, as projected")
     require(projected.is_floating_point(), "projected", projected.dtype, "a floating-point tensor", TypeError)
     require(windows.dtype == projected.dtype, "windows", windows.dtype, f"{projected.dtype}, as projected", TypeError)
     for name, t in (("windows", windows), ("states", states)):
@@ -68,7 +68,8 @@ def mixer_step(
         require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "int32, int64", TypeError)
     weights = (conv_weight, conv_bias, A, D, dt_bias, norm_weight)
     low, high = map(float, dt_limit)
-    return torch.ops.nvfp4.mixer_step(projected, windows, states, *weights, indices, groups, low, high, float(eps))
+    run = _run if unobserved(projected) else torch.ops.nvfp4.mixer_step
+    return run(projected, windows, states, *weights, indices, groups, low, high, float(eps))
 
 
 def _run(*arguments) -> Tensor:
