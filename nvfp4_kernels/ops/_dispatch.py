@@ -16,7 +16,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "hadamard": ("native", "triton", "reference"),
     "matmul": ("native", "triton", "reference"),
     "grouped_matmul": ("native", "triton", "reference"),
-    "expert_mlp": ("native", "reference"),
+    "expert_mlp": ("native", "triton", "reference"),
     "route": ("native", "triton", "reference"),
     "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
