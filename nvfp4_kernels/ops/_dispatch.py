@@ -18,7 +18,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "route": ("reference",),
     "permute": ("reference",),
     "causal_conv1d": ("native", "triton", "reference"),
-    "selective_scan": ("native", "reference"),
+    "selective_scan": ("native", "triton", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "relu2": ("reference",),
