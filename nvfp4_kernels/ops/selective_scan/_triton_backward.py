@@ -1,18 +1,18 @@
-"""The gradients of x, B, C, D and, but for their sums over a block, of steps and decays: every block of tokens by itself.
+"""The gradients of x, B, C and D, and of steps and decays but for their sums over a block: every block of tokens by itself.
 
-With the states that a block enters and the gradients of those it leaves in memory, blocks are independent. A program takes
-one block and the heads of one group, one after the other, and so sums dB or dC over them in registers: no atomics, no shares
-of heads in memory (with more than MOST heads a group, one share for each MOST of them, added in order). Two programs divide
-a block: the columns j of its square (tokens that give: dx, dB) and its rows i (tokens that read: dC); both together would not
-fit registers. They run side by side, so the second reads x and dy from the cache.
+With the state that a block enters and the gradient of the state it leaves in memory, blocks are independent. A program takes
+one block and the heads of one group, one after the other, so that dB or dC is summed over them in registers: no atomics, and
+no share of each head in memory (more than MOST heads a group are divided among programs, whose shares are added in order).
+Two programs take a block: one its square's columns j (tokens that give: dx, dB), one its rows i (tokens that read: dC). The
+sums of both would not fit the registers; side by side, the second reads x and dy from the cache.
 
     dM_ij = decay_ij (dy_i . x_j)          decay_ij = exp(a_i - a_j) step_j for j <= i
     dx_j  = sum_i decay_ij (C_i . B_j) dy_i + weight_j B_j dS + D dy_j         weight_j = exp(a_last - a_j) step_j
     dB_j  = sum_i dM_ij C_i + weight_j x_j dS          dC_i = sum_j dM_ij B_j + exp(a_i) dy_i S
 
-The gradient of A step at token k is a sum over all that decays through k: pairs i >= k > j, what the state gives to i >= k and
-takes from j < k, and what it keeps. Left here for each token: its rows' and columns' sums without the diagonal, which would
-cancel, and the state's terms. Never the difference of y dy and step dstep, which loses what is small beside the diagonal.
+The gradient of A step at token k sums all that decays through k: pairs i >= k > j, what tokens i >= k read from the state and
+tokens j < k give to it, and what it keeps. Each token gets the sums of its row and its column, without the diagonal, which
+would cancel, and the state's terms. Never y dy - step dstep, which loses what is small beside the diagonal.
 """
 
 import torch
@@ -29,8 +29,8 @@ MOST = 16  # heads of a program: 8 or 16 are a group in Nemotron models; fewer, 
 @jit
 def rows_part(
     x_ptr, dy_ptr, B, C, a_ptr, states_ptr, dstates_ptr, sums_ptr, dD_ptr, left, first, last, x_head, dy_head, tokens,
-    X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dC of one group; dD; and for each token the sums of its row and the diagonal."""
     PIECES: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
@@ -82,8 +82,8 @@ def rows_part(
 @jit
 def columns_part(
     x_ptr, dy_ptr, B, C, D_ptr, a_ptr, dstates_ptr, dx_ptr, sums_ptr, left, first, last, x_head, dy_head, tokens,
-    X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, DX_TOKEN: tl.constexpr,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, DX_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dB of one group; dx; and for each token the sum of its column and what it gives to the state."""
     PIECES: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
@@ -130,8 +130,8 @@ def backward_kernel(
     table_ptr, firsts_ptr, x_row, x_head, dy_row, dy_head, B_row, B_group, C_row, C_group, segments, length,
     tokens, heads, heads_per_group,
     X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, B_TOKEN: tl.constexpr, C_TOKEN: tl.constexpr, DX_TOKEN: tl.constexpr,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, SKIP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr,
+    SKIP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     groups = heads // heads_per_group
     program = tl.program_id(0)

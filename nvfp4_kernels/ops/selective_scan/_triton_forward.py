@@ -1,3 +1,5 @@
+"""The main pass forward: y, token block by token block, with the state in registers, and the final states."""
+
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
@@ -12,7 +14,8 @@ def forward_kernel(
     x_row, x_head, B_row, B_group, C_row, C_group, segments, length, tokens, heads, heads_per_group,
     X_TOKEN: tl.constexpr, B_TOKEN: tl.constexpr, C_TOKEN: tl.constexpr, Y_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr,
     STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SKIP: tl.constexpr, FIRST: tl.constexpr,
-    WHOLE: tl.constexpr, BORDERED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
+    WHOLE: tl.constexpr, BORDERED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """y of a segment (WHOLE: of a sequence) of one head, up to BLOCK_P channels of it; the state stays in registers."""
     PIECES: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
@@ -33,7 +36,7 @@ def forward_kernel(
     B_ptr += row * B_row + group * B_group
     C_ptr += row * C_row + group * C_group
     y_ptr += row * length * Y_TOKEN + head * HEAD_DIM + piece * BLOCK_P
-    a_ptr += tl.cast(head, tl.int64) * (2 * tokens) + row * length + start
+    a_ptr += tl.cast(head, tl.int64) * 2 * tokens + row * length + start
     if SKIP == 1:
         skip = tl.load(D_ptr + head).to(tl.float32)
     elif SKIP == 2:

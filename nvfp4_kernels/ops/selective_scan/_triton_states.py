@@ -1,4 +1,4 @@
-"""The passing of states, apart from the outputs: a segment's own contribution, borders of segments, states of pairs of blocks.
+"""The passing of states, apart from the outputs: what segments add, borders of segments, states of blocks.
 
 Two kinds of state walk: S, forward, from x, B and the decay from a token to the end of its block; and its gradient, backward,
 from dy, C and the decay from the block's start to the token. Both are S = exp(a_last) S + sum_j weight_j u_j v_j^T.
@@ -25,8 +25,10 @@ def walk(
     STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """The state after `count` tokens, or before them (BACKWARD), and the sum of their a. STORE: the states that the blocks enter
-    (BACKWARD: leave) go to states_ptr, `hop` apart."""
+    """The state after `count` tokens, or before them (BACKWARD), and the sum of their a.
+
+    STORE: the states that the blocks enter (BACKWARD: leave) go to states_ptr, `hop` apart.
+    """
     through = 0.0
     blocks = tl.cdiv(count, BLOCK)
     for k in tl.range(0, blocks, disable_licm=True):
@@ -56,15 +58,15 @@ def states_kernel(
     end_ptr, table_ptr, firsts_ptr, x_row, x_head, dy_row, dy_head, B_row, B_group, C_row, C_group, segments, length,
     tokens, heads, heads_per_group,
     X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, B_TOKEN: tl.constexpr, C_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    KINDS: tl.constexpr, STORE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr,
-    BORDERED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
+    STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, KINDS: tl.constexpr, STORE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr, BORDERED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A segment (WHOLE: a sequence) of one head, up to BLOCK_P channels of it, and one kind.
 
-    STORE: from the border and the states of all blocks are kept; end_ptr takes the gradient of the initial state. Else: from zero, and the
-    sum goes to the next border, where combine_kernel adds what came before; of a last, full segment to end_ptr.
+    STORE: from the border on, and the states of blocks are kept; end_ptr takes the gradient of the initial state.
+    Else: from zero, and what comes of it goes to the next border, where combine_kernel adds what came before; of a sequence's
+    last segment, where that is full and KINDS 1, to end_ptr.
     """
     PIECES: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
@@ -92,7 +94,7 @@ def states_kernel(
     slot = tl.cast(item, tl.int64) * heads + head
     border = (slot * HEAD_DIM + piece * BLOCK_P) * STATE
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    a_ptr += tl.cast(head, tl.int64) * (2 * tokens) + row * length + start
+    a_ptr += tl.cast(head, tl.int64) * 2 * tokens + row * length + start
     count = (stop - start).to(tl.int32)
     states_at = (block * heads + head) * (HEAD_DIM * STATE) + piece * BLOCK_P * STATE
     hop = heads * (HEAD_DIM * STATE)

@@ -1,4 +1,4 @@
-"""selective_scan forward and backward in Triton: states of a head in registers, no state per chunk in memory on the way forward.
+"""selective_scan forward and backward: a head's state stays in registers, and forward no chunk's state goes through memory.
 
 Forward. One program walks over the tokens of a sequence for one head, 64 a step, with the state [head_dim, state] in fp32
 registers, and reads x, dt, B and C once. Where the heads of one sequence do not fill the GPU, it walks over a segment of 1,024
