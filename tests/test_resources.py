@@ -12,9 +12,6 @@ from nvfp4_kernels.ops import _dispatch, _triton
 
 ROOT = Path(__file__).parent.parent
 ARCHS = {80, 90, 100, 103, 120}
-# Bytes a thread that a kernel may spill. The scan's backward pass holds the sums of a block and its square: reads and writes
-# of spilled registers are at most 8% of the instructions of its loops, none on sm_100 and sm_103.
-SPILLS = {("selective_scan", "backward_kernel"): 288}
 OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names]
 
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
@@ -30,10 +27,5 @@ def test_compiles_everywhere_without_spills(op):
     assert rows, f"benchmarks/cases/{op}.py has no case"
     for case in {row["case"] for row in rows}:
         assert {row["arch"] for row in rows if row["case"] == case} == ARCHS, case
-    allowed = [SPILLS.get((op, row["kernel"]), 0) for row in rows]
-    spilled = [
-        (row["case"], row["kernel"], row["arch"], row["spills"])
-        for row, most in zip(rows, allowed, strict=True)
-        if row["spills"] > most
-    ]
+    spilled = [(row["case"], row["kernel"], row["arch"], row["spills"]) for row in rows if row["spills"]]
     assert not spilled
