@@ -15,7 +15,10 @@ CHANNELS, STATES = 128, 256  # the largest head_dim and state size
 
 @dataclass(frozen=True)
 class Tile:
-    """block: tokens of a matrix product; channels, columns: of a state held at once; stages: of loads in flight, by kernel."""
+    """block: tokens of a matrix product; channels, columns: of a state held at once; stages: of loads in flight, by kernel.
+
+    Of the backward pass: width: columns of dB or dC that a program sums; together: one launch for all that blocks need.
+    """
 
     block: int
     channels: int
@@ -24,10 +27,16 @@ class Tile:
     forward: int
     states: int = 3
     backward: int = 2
+    width: int = 64
+    together: bool = False
 
     def pieces(self, head_dim: int) -> int:
         """Programs, or turns, that a head takes."""
         return -(-head_dim // self.channels)
+
+    def slices(self, state: int) -> int:
+        """Programs that the columns of dB, or of dC, are divided among."""
+        return -(-state // self.width)
 
 
 def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone: bool) -> Tile:
@@ -39,12 +48,12 @@ def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone:
     block, channels = 64 // share, min(max(16, next_power_of_2(head_dim)), 64 // share)
     # 64 tokens and 4 warps are one wgmma or tcgen05 product; two such programs fit a multiprocessor with two stages (90 to 100
     # KB each), so that one works while the other waits for its loads; a program alone waits less with three (133 to 142 KB).
-    # mma.sync takes its operands through registers: 8 warps to have them, and one stage less to fit 99 KB.
     if instruction != "mma.sync" and block == 64:
-        return Tile(block, channels, columns, 4, 3 if alone else 2)
-    return Tile(
-        block, channels, columns, 4 if block == 16 else 8, 2, 2 if dtype.itemsize == 4 else 3, 2 if share < 4 else 1
-    )
+        return Tile(block, channels, columns, 4, 3 if alone else 2, width=min(128, columns), together=True)
+    # mma.sync takes its operands through registers: 8 warps to have them, and one stage less to fit 99 KB. The backward pass
+    # has 4 warps, of whole rows each, and a quarter of the columns; in one launch all its kinds of programs would spill.
+    warps, stages = 4 if block == 16 else 8, 2 if dtype.itemsize == 4 else 3
+    return Tile(block, channels, columns, warps, 2, stages, 2 if share < 4 else 1, min(32, columns))
 
 
 def whole(programs: int, multiprocessors: int) -> bool:

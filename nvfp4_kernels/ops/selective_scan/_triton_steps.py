@@ -72,9 +72,9 @@ def gradients_kernel(
     sums_ptr, dt_ptr, A_ptr, bias_ptr, ddt_ptr, partial_ptr, table_ptr, firsts_ptr, dt_row, dt_token, dt_head, segments,
     length, tokens, heads, low, high,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENT: tl.constexpr,
-    PACKED: tl.constexpr, PIECES: tl.constexpr,
+    PACKED: tl.constexpr, PIECES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """ddt, and this block's share of dA and ddt_bias, from the four sums that the backward pass left for each token."""
+    """ddt, and this block's share of dA and ddt_bias, from the sums that the backward pass left for each token."""
     row, start, left, _ = locate_block(
         table_ptr, firsts_ptr, tl.program_id(0), segments, length, BLOCK, SEGMENT, PACKED
     )
@@ -93,13 +93,18 @@ def gradients_kernel(
     given = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for the decays after it
     dstep = tl.zeros([HEADS, BLOCK], tl.float32)
     for piece in tl.static_range(PIECES):
-        sums = sums_ptr + (head.to(tl.int64) * PIECES + piece) * 4 * tokens + row * length + start + q
-        met = tl.load(sums + tokens, inside, 0.0)
-        earlier = tl.load(sums + 2 * tokens, inside, 0.0)
-        gives = tl.load(sums + 3 * tokens, inside, 0.0)
-        later += tl.load(sums, inside, 0.0) - earlier
-        given += gives
-        dstep += met + earlier + gives
+        # _triton_backward's PLANES, then those of slices: what a token gives to the state, what it reads from it
+        sums = sums_ptr + (head.to(tl.int64) * PIECES + piece) * SUMS * tokens + row * length + start + q
+        met = tl.load(sums, inside, 0.0)
+        column = tl.load(sums + tokens, inside, 0.0)
+        later += tl.load(sums + 2 * tokens, inside, 0.0) - column
+        later += tl.load(sums + 3 * tokens, inside & (q == left - 1), 0.0)
+        dstep += met + column
+        for part in tl.static_range(SUMS // 2 - 2):
+            gives = tl.load(sums + (4 + part) * tokens, inside, 0.0)
+            later += tl.load(sums + (SUMS // 2 + 2 + part) * tokens, inside, 0.0)
+            given += gives
+            dstep += gives
     drate = tl.cumsum(later, 1, reverse=True) + (tl.cumsum(given, 1) - given)
     # a step of 0 has no slope: it is clamped, or so far down the softplus that this has none
     dstep = dstep / tl.maximum(step, 1e-37) + A * drate
@@ -135,7 +140,7 @@ def decays(call: Call) -> Tensor:
 
 
 def gradients(call: Call, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ddt, and dA and ddt_bias in fp32. sums: [heads * pieces, 4, tokens], as the backward pass leaves them."""
+    """ddt, and dA and ddt_bias in fp32. sums: [heads * pieces, SUMS, tokens], as the backward pass leaves them."""
     ddt = call.new(*call.dt.shape, dtype=call.dt.dtype)
     grid, constants = _programs(call)
     partial = call.new(grid[0], 2, call.heads)
@@ -146,6 +151,7 @@ def gradients(call: Call, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *(call.plan.firsts, *call.dt.stride(), *call.sizes[:-1], call.low, call.high),
         **constants,
         PIECES=call.pieces,
+        SUMS=sums.shape[1],
     )
     dA, dbias = partial.sum(0)
     return ddt, dA, dbias
