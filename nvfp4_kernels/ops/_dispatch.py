@@ -20,7 +20,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "route": ("native", "triton", "reference"),
     "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
-    "selective_scan": ("native", "reference"),
+    "selective_scan": ("native", "triton", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "mixer_step": ("native", "reference"),
