@@ -27,9 +27,12 @@ struct Encoded {
     u32 scale[2];
 };
 
+// Of magnitudes, none of them NaN: one instruction, which `greatest` with its order of operands is not.
+static __device__ __forceinline__ F32x1 larger(F32x1 a, F32x1 b) { return F32x1(fmaxf(a.v, b.v)); }
+
 static __device__ __forceinline__ F32x1 eight_lanes_largest(F32x1 x) {
     NVFP4_UNROLL
-    for (int d = 1; d < 8; d *= 2) x = greatest(x, F32x1(__shfl_xor_sync(all_lanes, x.v, d)));
+    for (int d = 1; d < 8; d *= 2) x = larger(x, F32x1(__shfl_xor_sync(all_lanes, x.v, d)));
     return x;
 }
 
@@ -90,9 +93,9 @@ static __device__ __forceinline__ Encoded encode(Options<known> o, const TensorS
         if (o.is_rotated()) hadamard16(v[half], static_cast<u32>(o.f.hadamard));
         amax[half] = magnitude(v[half][0]);
         NVFP4_UNROLL
-        for (int j = 1; j < 16; ++j) amax[half] = greatest(amax[half], magnitude(v[half][j]));
+        for (int j = 1; j < 16; ++j) amax[half] = larger(amax[half], magnitude(v[half][j]));
     }
-    if (o.is_tiled()) amax[0] = amax[1] = eight_lanes_largest(greatest(amax[0], amax[1]));
+    if (o.is_tiled()) amax[0] = amax[1] = eight_lanes_largest(larger(amax[0], amax[1]));
     if (o.chooses()) {
         choose_scales<columns>(o.f, o.is_tiled(), s, v, amax, out.scale);
     } else {

@@ -1,7 +1,6 @@
 // What the CUDA kernels of quantize take; ops/quantize/_cuda.py packs it.
 #pragma once
-#include "numerics/lane.h"
-#include "params.h"
+#include "options.h"
 
 namespace nvfp4 {
 

@@ -24,12 +24,12 @@ def missing() -> str | None:
     except ImportError:
         return "CuPy, which brings NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
     except RuntimeError as error:
-        return f"CuPy finds no NVRTC ({error})"
+        return f"CuPy finds no NVRTC ({str(error).splitlines()[0]})"
     return None
 
 
 def _nvrtc():
-    return importlib.import_module("cupy.cuda.nvrtc")
+    return importlib.import_module("cupy.cuda").nvrtc
 
 
 def folder() -> Path:

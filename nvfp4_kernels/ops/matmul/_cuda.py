@@ -13,8 +13,8 @@ from nvfp4_kernels.ops._native import DTYPES
 TOKENS = (8, 16, 32, 64)  # csrc/matmul/cuda.cu has a kernel for each
 STAGES = {8: 4, 16: 4, 32: 4, 64: 3}
 ROWS, THREADS, STEP = 128, 128, 128
-# Four blocks (of 64 tokens two) to each of H200's processors; one number for all devices, so that all give the same bits.
-BLOCKS = {8: 528, 16: 528, 32: 528, 64: 264}
+# As many as H200's 132 processors hold at once (cuda.cu); one number for all devices, so that all give the same bits.
+BLOCKS = {8: 528, 16: 528, 32: 396, 64: 264}
 LEAST_STEPS = 4  # of a split: fewer are over before the ring is full
 
 LAUNCH = struct.Struct("QqQQQQQQQqqqqqiiq")  # csrc/matmul/launch.h
@@ -34,6 +34,11 @@ def refuses(a, b, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | Non
 def kernel(tokens: int) -> int:
     """The tokens that the smallest kernel for so many serves."""
     return next(most for most in TOKENS if tokens <= most)
+
+
+def shared_bytes(most: int) -> int:
+    """Of the ring, in the kernel for `most` tokens: codes, scales and x of each stage."""
+    return STAGES[most] * (ROWS * STEP // 2 + ROWS * STEP // 16 + most * STEP * 2)
 
 
 def splits(tokens: int, rows: int, length: int) -> int:
@@ -58,8 +63,7 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
         *(address(bias), out.data_ptr(), address(partial), address(counters)),
         *(tokens, rows, cols, length, parts, 0 if bias is None else DTYPES[bias.dtype], DTYPES[out.dtype], accumulate),
     )
-    stage = ROWS * STEP // 2 + ROWS * STEP // 16 + most * STEP * 2
-    _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, STAGES[most] * stage, parameters, a)
+    _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, shared_bytes(most), parameters, a)
     return out
 
 

@@ -50,6 +50,11 @@ def tiles_down(rows: int, cols: int, processors: int) -> int:
     return max(1, min(down, -(-down * across // (BLOCKS_PER_PROCESSOR * processors))))
 
 
+def shared_bytes(itemsize: int) -> int:
+    """Of the ring of tiles."""
+    return STAGES * SIDE * SIDE * itemsize
+
+
 def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead)."""
     if x.stride(1) != 1 and x.stride(0) == 1:  # column-major: the transpose is row-major, and its forms change places
@@ -60,7 +65,7 @@ def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     rows, cols = x.shape
     down = tiles_down(rows, cols, processors)
     grid = max(1, -(-cols // SIDE)), max(1, -(-rows // (SIDE * down)))
-    shared = STAGES * SIDE * SIDE * x.element_size()
+    shared = shared_bytes(x.element_size())
     name, forms = NAMES[x.dtype], (_form(*row), _form(*col))
 
     def parameters(rows: int, cols: int, found: Tensor) -> bytes:
