@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+CUDA = os.environ.get("NVFP4_CUDA", "0") not in ("", "0")
 
 
 def compiler() -> str | None:
@@ -61,11 +62,14 @@ class BuildNative(build_ext):
             "NVFP4_MODULE_DIR": target.parent,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
+            "NVFP4_CUDA": "ON" if CUDA else "OFF",
             "CUDA_ARCHS": os.environ.get("CUDA_ARCHS", ""),
         }
         cache = build / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_CXX_COMPILER:FILEPATH={options['CMAKE_CXX_COMPILER']}\n" not in cache.read_text():
             shutil.rmtree(build)  # another compiler: CMake would start over anyway, with a warning
+        if not CUDA:
+            shutil.rmtree(target.parent / "_cuda", ignore_errors=True)
         ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
         run(
             "cmake",
@@ -79,6 +83,13 @@ class BuildNative(build_ext):
             *(f"-D{name}={value}" for name, value in options.items() if value),
         )
         run("cmake", "--build", str(build))
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        kernels = ROOT / "nvfp4_kernels" / "_cuda"
+        shutil.rmtree(kernels, ignore_errors=True)  # those of other sources would take other parameters
+        if CUDA:
+            shutil.copytree(Path(self.build_lib) / "nvfp4_kernels" / "_cuda", kernels)
 
 
 class ShipSources(build_py):

@@ -30,6 +30,7 @@ from triton.runtime.jit import create_function_from_signature
 from nvfp4_kernels.ops import _triton
 
 ARCHS = (80, 90, 100, 103, 120)
+RESULTS = Path(__file__).parent / "results" / "resources.json"
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHOSEN: list[tuple] = []  # the cases to compile; functions, which no pipe takes
 # What to count: tensor-core products by generation, conversions to FP4, asynchronous copies.
@@ -67,20 +68,25 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(BIN / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def counted(sass: str) -> dict[str, int]:
+    """How often each of INSTRUCTIONS stands in a disassembly."""
+    found = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", sass, re.M))
+    return {name: found[name] for name in INSTRUCTIONS if found[name]}
+
+
 def row(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = tool("nvdisasm", "-c", file.name)
-    found = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", sass, re.M))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return {
         "registers": registers,
         "spills": stack,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "instructions": {name: found[name] for name in INSTRUCTIONS if found[name]},
+        "instructions": counted(sass),
     }
 
 
@@ -109,8 +115,8 @@ def main() -> None:
     if given.json:
         print(json.dumps(rows))
     elif given.op is None and given.arch is None:
-        target = Path(__file__).parent / "results" / "resources.json"
-        target.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+        rows += [row for row in json.loads(RESULTS.read_text()) if row["case"] == "CUDA"]  # of cuda_resources.py
+        RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@
 #include "causal_conv1d/params.h"
 #include "cpu/isa.h"
 #include "dequantize/params.h"
+#include "expert_mlp/params.h"
 #include "gated_rms_norm/params.h"
 #include "hadamard/params.h"
 #include "matmul/params.h"
+#include "mixer_step/params.h"
+#include "permute/params.h"
 #include "quantize/params.h"
+#include "relu2/params.h"
+#include "route/params.h"
 #include "state_update/params.h"
 
 namespace py = pybind11;
@@ -62,9 +67,124 @@ Operand operand(const py::tuple& t) {
 int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype, u64 out, int out_dtype, bool accumulate,
                 int threads) {
     const MatmulParams p{operand(a), operand(b), pointer<const void>(bias), bias_dtype, pointer<void>(out), out_dtype,
-                         accumulate, threads};
+                         accumulate, false, threads};
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(matmul, p);
+}
+
+// b_stride: in elements, between the groups of a plain b; relu2: of the result
+GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u64 offsets, i64 count, bool sums, u64 out,
+                           int out_dtype, bool relu2, int threads) {
+    return {a, operand(b), pointer<const i64>(offsets), count, b_stride, sums, pointer<void>(out), out_dtype, relu2, threads};
+}
+
+int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, u64 offsets, i64 count, bool sums, u64 out,
+                        int out_dtype, int threads) {
+    const GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL_BF16(grouped_matmul, p);
+}
+
+// rooms: rows sorted by expert for the gathered inputs and the hidden values, of x's type, and for the outputs, fp32
+int call_expert_mlp(const py::tuple& x, const py::tuple& up, i64 up_stride, const py::tuple& down, i64 down_stride,
+                    const py::tuple& routing, const py::tuple& rooms, u64 out, int threads) {
+    const auto at = [](const py::tuple& t, int i) { return t[i].cast<u64>(); };
+    const i64 count = routing[0].cast<i64>(), top_k = routing[1].cast<i64>();
+    const u64 offsets = at(routing, 2);
+    const Operand tokens = operand(x);
+    const i64 rows = tokens.rows * top_k, size = tokens.cols;
+    const int dtype = static_cast<int>(tokens.kind);
+    ExpertMlpParams p{};
+    p.x = tokens, p.top_k = top_k, p.out = pointer<void>(out), p.threads = threads;
+    p.inverse = pointer<const i64>(at(routing, 3)), p.order = pointer<const i64>(at(routing, 4));
+    p.weights = pointer<const float>(at(routing, 5));
+    const Operand gathered{tokens.kind, pointer<const void>(at(rooms, 0)), nullptr, nullptr, rows, size, size, 1};
+    p.up = groups(gathered, up, up_stride, offsets, count, false, at(rooms, 1), dtype, true, threads);
+    const i64 width = p.up.b.rows;
+    const Operand hidden{tokens.kind, p.up.out, nullptr, nullptr, rows, width, width, 1};
+    p.down = groups(hidden, down, down_stride, offsets, count, false, at(rooms, 2), 0, false, threads);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL_BF16(expert_mlp, p);
+}
+
+// sizes: (tokens, experts, top_k, groups, top_groups); made: (indices, weights, offsets, inverse, order), none for backward
+RouteParams routing(u64 logits, u64 bias, const py::tuple& sizes, float scale, bool normalize, const py::tuple& made, int threads) {
+    RouteParams p{};
+    p.logits = pointer<const float>(logits), p.bias = pointer<const float>(bias);
+    p.tokens = sizes[0].cast<i64>(), p.experts = sizes[1].cast<i64>(), p.top_k = sizes[2].cast<i64>();
+    p.groups = sizes[3].cast<i64>(), p.top_groups = sizes[4].cast<i64>();
+    p.scale = scale, p.normalize = normalize, p.threads = threads;
+    if (made.empty()) return p;
+    const auto integers = [&](int i) { return pointer<i64>(made[i].cast<u64>()); };
+    p.indices = integers(0), p.weights = pointer<float>(made[1].cast<u64>());
+    p.offsets = integers(2), p.inverse = integers(3), p.order = integers(4);
+    return p;
+}
+
+int call_route(u64 logits, u64 bias, const py::tuple& sizes, float scale, bool normalize, const py::tuple& made, int threads) {
+    const RouteParams p = routing(logits, bias, sizes, scale, normalize, made, threads);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(route, p);
+}
+
+int call_route_backward(u64 logits, u64 bias, const py::tuple& sizes, float scale, bool normalize, u64 dweights, u64 dlogits,
+                        int threads) {
+    const RouteBackwardParams p{routing(logits, bias, sizes, scale, normalize, py::tuple(), threads),
+                                pointer<const float>(dweights), pointer<float>(dlogits)};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(route_backward, p);
+}
+
+// sizes: (dtype, tokens, top_k, features); routing: (order, inverse, weights or 0)
+PermuteParams slots(const py::tuple& sizes, const py::tuple& routing, u64 rows, int threads) {
+    PermuteParams p{};
+    p.dtype = sizes[0].cast<int>(), p.tokens = sizes[1].cast<i64>(), p.top_k = sizes[2].cast<i64>();
+    p.features = sizes[3].cast<i64>(), p.rows = pointer<void>(rows), p.threads = threads;
+    p.order = pointer<const i64>(routing[0].cast<u64>()), p.inverse = pointer<const i64>(routing[1].cast<u64>());
+    p.weights = pointer<const float>(routing[2].cast<u64>());
+    return p;
+}
+
+int call_permute(const py::tuple& sizes, const py::tuple& routing, u64 x, i64 row_stride, u64 rows, int threads) {
+    PermuteParams p = slots(sizes, routing, rows, threads);
+    p.x = pointer<const void>(x), p.row_stride = row_stride;
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(permute, p);
+}
+
+int call_unpermute(const py::tuple& sizes, const py::tuple& routing, u64 rows, u64 out, int threads) {
+    PermuteParams p = slots(sizes, routing, rows, threads);
+    p.out = pointer<void>(out);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(unpermute, p);
+}
+
+int call_unpermute_backward(const py::tuple& sizes, const py::tuple& routing, u64 rows, u64 dout, u64 drows, u64 dweights,
+                            int threads) {
+    PermuteParams p = slots(sizes, routing, rows, threads);
+    p.dout = pointer<const void>(dout), p.drows = pointer<void>(drows), p.dweights = pointer<float>(dweights);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(unpermute_backward, p);
+}
+
+// sizes: (dtype, rows, features)
+Relu2Params squares(const py::tuple& sizes, u64 x, u64 weights, int threads) {
+    return {pointer<const void>(x), pointer<const float>(weights), sizes[1].cast<i64>(), sizes[2].cast<i64>(),
+            sizes[0].cast<int>(), nullptr, nullptr, nullptr, nullptr, threads};
+}
+
+int call_relu2(const py::tuple& sizes, u64 x, u64 weights, u64 y, int threads) {
+    Relu2Params p = squares(sizes, x, weights, threads);
+    p.y = pointer<void>(y);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(relu2, p);
+}
+
+int call_relu2_backward(const py::tuple& sizes, u64 x, u64 weights, u64 dy, u64 dx, u64 dweights, int threads) {
+    Relu2Params p = squares(sizes, x, weights, threads);
+    p.dy = pointer<const void>(dy), p.dx = pointer<void>(dx), p.dweights = pointer<float>(dweights);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(relu2_backward, p);
 }
 
 // (data, dtype, row_stride, token_stride, head_stride)
@@ -186,6 +306,21 @@ int call_causal_conv1d_backward(const py::tuple& sizes, u64 starts, const py::tu
     return NVFP4_CALL(causal_conv1d_backward, p);
 }
 
+// sizes: (dtype, batch, tokens, heads, groups, head_dim, state, slots, width, dtype of the states); kept: (windows, states);
+// weights: (taps, conv_bias, A, D, dt_bias, norm_weight); rules: (low, high, eps)
+int call_mixer_step(const py::tuple& sizes, u64 projected, const py::tuple& kept, const py::tuple& weights, u64 indices,
+                    const py::tuple& rules, u64 y, int threads) {
+    const auto size = [&](int i) { return sizes[i].cast<i64>(); };
+    const auto floats = [&](int i) { return pointer<const float>(weights[i].cast<u64>()); };
+    const MixerStepParams p{sizes[0].cast<int>(), size(1), size(2), size(3), size(4), size(5), size(6), size(7),
+                            sizes[8].cast<int>(), pointer<const void>(projected), pointer<void>(kept[0].cast<u64>()),
+                            pointer<void>(kept[1].cast<u64>()), sizes[9].cast<int>(), floats(0), floats(1), floats(2),
+                            floats(3), floats(4), floats(5), pointer<const i64>(indices), rules[0].cast<float>(),
+                            rules[1].cast<float>(), rules[2].cast<float>(), pointer<void>(y), threads};
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(mixer_step, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -194,6 +329,15 @@ PYBIND11_MODULE(_native, m) {
     m.def("dequantize", &call_dequantize);
     m.def("hadamard", &call_hadamard);
     m.def("matmul", &call_matmul);
+    m.def("grouped_matmul", &call_grouped_matmul);
+    m.def("expert_mlp", &call_expert_mlp);
+    m.def("permute", &call_permute);
+    m.def("unpermute", &call_unpermute);
+    m.def("unpermute_backward", &call_unpermute_backward);
+    m.def("relu2", &call_relu2);
+    m.def("relu2_backward", &call_relu2_backward);
+    m.def("route", &call_route);
+    m.def("route_backward", &call_route_backward);
     m.def("selective_scan", &call_selective_scan);
     m.def("selective_scan_backward", &call_selective_scan_backward);
     m.def("state_update", &call_state_update);
@@ -201,6 +345,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
     m.def("causal_conv1d", &call_causal_conv1d);
     m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
+    m.def("mixer_step", &call_mixer_step);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }

@@ -3,10 +3,15 @@
 from nvfp4_kernels import recipe as recipes
 from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
+from nvfp4_kernels.checkpoint import huggingface as _huggingface  # noqa: F401  (HybridModel.from_pretrained)
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.generate.engine import Engine
+from nvfp4_kernels.generate.loop import stream  # and HybridModel.generate
+from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
@@ -31,6 +36,7 @@ __all__ = [
     "QuantSpec",
     "NVFP4Tensor",
     "MXFP8Tensor",
+    "PackedNVFP4Tensor",
     "swizzle_128x4",
     "unswizzle_128x4",
     "random_signs",
@@ -61,4 +67,7 @@ __all__ = [
     "HybridConfig",
     "preset",
     "HybridModel",
+    "stream",
+    "Engine",
+    "Sampling",
 ]

@@ -23,6 +23,8 @@ STOREYS = {
     "checkpoint": 7,
     "train": 8,
     "generate": 8,
+    "ptq": 8,
+    "testing": 8,
     "api": 9,
     "cli": 10,
     "__main__": 11,

@@ -11,6 +11,22 @@ import pytest
 from nvfp4_kernels.ops import _dispatch, _triton
 
 ROOT = Path(__file__).parent.parent
+PROBE = """
+import torch
+from benchmarks.resources import compile_for, row
+from nvfp4_kernels.ops import _triton
+from nvfp4_kernels.testing.rounding_probe import probe
+import nvfp4_kernels.testing.rounding_probe as module
+
+module.answers = lambda codes: []
+for arch in (100, 103):
+    with _triton.recorded(divmod(arch, 10)) as found:
+        assert probe("meta") == []
+    (launch,) = found
+    compiled = compile_for(arch, *launch)
+    assert "cvt.rs.satfinite.e2m1x4.f32" in compiled.asm["ptx"]
+    assert row(compiled)["spills"] == 0
+"""
 ARCHS = {80, 90, 100, 103, 120}
 OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names]
 
@@ -29,3 +45,11 @@ def test_compiles_everywhere_without_spills(op):
         assert {row["arch"] for row in rows if row["case"] == case} == ARCHS, case
     spilled = [(row["case"], row["kernel"], row["arch"], row["spills"]) for row in rows if row["spills"]]
     assert not spilled
+
+
+def test_the_rounding_probe_asks_with_the_instruction_itself():
+    compiled = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=compiled)
+    assert done.returncode == 0, done.stderr[-2000:]

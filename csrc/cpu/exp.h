@@ -16,16 +16,31 @@ static inline Lanes times_power(Lanes p, Lanes n) {
     return p * real(half << 23) * real((exponent - half) << 23);
 }
 
-// e^x: 0 below -104, Inf above 88.73, NaN for NaN. The halves of ln 2: n * 0.693359375 is exact.
+// e^x of n vectors, in place: 0 below -104, Inf above 88.73, NaN for NaN. The halves of ln 2: m * 0.693359375 is exact. One
+// vector is a chain of some twenty dependent operations, and the schedulers see few chains ahead: two or four in step overlap.
+template <int n>
+NVFP4_INLINE void exp(F* x) {
+    F m[n], q[n];
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = least(F(89.0f), greatest(F(-104.0f), x[i]));  // a NaN, the second operand, comes back
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) m[i] = fma(x[i], F(1.44269504f), F(12582912.0f)) - F(12582912.0f);
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = fma(m[i], F(2.12194440e-4f), fma(m[i], F(-0.693359375f), x[i]));
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) q[i] = fma(F(1.3814174e-3f), x[i], F(8.3689215e-3f));
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) q[i] = fma(q[i], x[i], F(4.1668408e-2f));
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) q[i] = fma(q[i], x[i], F(0.1666652f));
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) q[i] = fma(q[i], x[i], F(0.49999994f));
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = times_power(fma(q[i], x[i] * x[i], x[i]) + F(1.0f), m[i]);
+}
 static inline F exp(F x) {
-    x = least(F(89.0f), greatest(F(-104.0f), x));  // a NaN comes back from both: it is the second operand
-    const F n = fma(x, F(1.44269504f), F(12582912.0f)) - F(12582912.0f);
-    const F r = fma(n, F(2.12194440e-4f), fma(n, F(-0.693359375f), x));
-    F q = fma(F(1.3814174e-3f), r, F(8.3689215e-3f));
-    q = fma(q, r, F(4.1668408e-2f));
-    q = fma(q, r, F(0.1666652f));
-    q = fma(q, r, F(0.49999994f));
-    return times_power(fma(q, r * r, r) + F(1.0f), n);
+    exp<1>(&x);
+    return x;
 }
 
 // log(1 + t) for 0 <= t <= 1, the relative error small however small t: 2 atanh(s), s = t / (2 + t).
@@ -42,8 +57,31 @@ static inline F softplus(F x) { return greatest(F(0.0f), x) + log1p_unit(exp(F(0
 
 // The division costs nothing beside the polynomial; rcp14 with a Newton step (AVX-512) was slower by a quarter. Below -88.73 both
 // are 0: less than 3e-37 is lost.
-static inline F sigmoid(F x) { return F(1.0f) / (F(1.0f) + exp(F(0.0f) - x)); }
-static inline F silu(F x) { return x / (F(1.0f) + exp(F(0.0f) - x)); }
+template <int n>
+NVFP4_INLINE void sigmoid(F* x) {
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = F(0.0f) - x[i];
+    exp<n>(x);
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = F(1.0f) / (F(1.0f) + x[i]);
+}
+template <int n>
+NVFP4_INLINE void silu(F* x) {
+    F e[n];
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) e[i] = F(0.0f) - x[i];
+    exp<n>(e);
+    NVFP4_UNROLL
+    for (int i = 0; i < n; ++i) x[i] = x[i] / (F(1.0f) + e[i]);
+}
+static inline F sigmoid(F x) {
+    sigmoid<1>(&x);
+    return x;
+}
+static inline F silu(F x) {
+    silu<1>(&x);
+    return x;
+}
 
 }  // namespace NVFP4_ISA
 }  // namespace nvfp4

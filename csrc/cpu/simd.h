@@ -9,6 +9,10 @@
 #include "simd_scalar.h"
 #endif
 
+// For what works on arrays of vectors: those live in registers only where no call is left.
+#define NVFP4_INLINE static inline __attribute__((always_inline))
+#define NVFP4_INLINE_MEMBER inline __attribute__((always_inline))
+
 namespace nvfp4 {
 namespace NVFP4_ISA {
 

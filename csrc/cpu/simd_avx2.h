@@ -63,12 +63,23 @@ static inline F load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
 static inline U load(const u32* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline void store(u32* p, U x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
+// The first `count` words, zero in the other lanes; bytes likewise, as load_bytes.
+static inline U load_some(const u32* p, i64 count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+    return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), mask);
+}
 
 static inline __m128i load_words16(const u16* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 static inline F load_bf16(const u16* p) { return real(U(_mm256_cvtepu16_epi32(load_words16(p))) << 16); }
 static inline F load_fp16(const u16* p) { return _mm256_cvtph_ps(load_words16(p)); }
 
 static inline U load_bytes(const u8* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+static inline U load_some(const u8* p, i64 count) {
+    u64 eight = 0;
+    for (i64 i = 0; i < count; ++i) eight |= static_cast<u64>(p[i]) << 8 * i;
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(eight)));
+}
 static inline void store_bytes(u8* p, U x) {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));

@@ -59,12 +59,17 @@ static inline F load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
 static inline U load(const u32* p) { return _mm512_loadu_si512(p); }
 static inline void store(u32* p, U x) { _mm512_storeu_si512(p, x.v); }
+// The first `count` words, zero in the other lanes; bytes likewise, as load_bytes.
+static inline U load_some(const u32* p, i64 count) { return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p); }
 
 static inline __m256i load_words16(const u16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 static inline F load_bf16(const u16* p) { return real(U(_mm512_cvtepu16_epi32(load_words16(p))) << 16); }
 static inline F load_fp16(const u16* p) { return _mm512_cvtph_ps(load_words16(p)); }
 
 static inline U load_bytes(const u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline U load_some(const u8* p, i64 count) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), p));
+}
 static inline void store_bytes(u8* p, U x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
 
 static inline void store_pairs(u32* p, U low, U high) {

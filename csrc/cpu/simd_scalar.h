@@ -24,6 +24,9 @@ static inline F load_fp16(const u16* p) {
 // The low byte of each of the words.
 static inline void store_bytes(u8* p, U x) { *p = static_cast<u8>(x.v); }
 static inline U load_bytes(const u8* p) { return *p; }
+// The first `count` (here none) of as many as there are lanes, zero in the others.
+template <class T>
+static inline U load_some(const T* p, i64 count) { return count ? *p : 0u; }
 
 // Interleaves words into 8-byte groups: p[2 i] = low[i], p[2 i + 1] = high[i].
 static inline void store_pairs(u32* p, U low, U high) {

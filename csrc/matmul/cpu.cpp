@@ -1,31 +1,13 @@
-// matmul on the CPU: the operands are decoded in cache-sized blocks, b's transposed into panels, and multiplied by a kernel
-// that holds `kernel_rows` x `panel` sums in registers. Each sum runs over k in order, in chunks of `chunk` steps that are
-// then added up: the order, and so the result, is the same for every number of threads and every position in the matrix.
+// matmul on the CPU: rectangles of the result, shared among threads.
 #include "params.h"
 
 #include <atomic>
-#include <type_traits>
 
-#include "cpu/scratch.h"
-#include "cpu/threads.h"
-#include "operand.h"
-#include "few_rows.h"
-#include "kernel.h"
+#include "rectangle.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {
 namespace {
-
-// Sizes in columns, rows and values of k. A chunk of one panel (64 columns x 128 steps x 4 bytes = 32 KiB) stays in the
-// first-level cache while the block's rows pass by; the chunk also bounds the rounding error of the sums.
-constexpr i64 chunk = 128;        // steps
-constexpr i64 block_cols = 512;   // columns packed at once
-constexpr i64 block_chunks = 8;   // chunks packed at once
-constexpr i64 block_rows = 96;    // rows of a decoded at once, a multiple of kernel_rows
-constexpr i64 carry_rows = 2048;  // rows whose sums are kept when k needs several blocks
-
-i64 ceil_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
-i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
 
 // How the threads share the result: `down` x `across` rectangles.
 struct Split {
@@ -51,107 +33,6 @@ Split split(i64 m, i64 n, int threads) {
     return best;
 }
 
-float combined_scale(const MatmulParams& p) {
-    float g = 1.0f;
-    if (p.a.global_scale) g *= *p.a.global_scale;
-    if (p.b.global_scale) g *= *p.b.global_scale;
-    return g - g == 0.0f ? g : real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
-}
-
-// Sums to results: `count` columns of a row.
-template <class T>
-void finish(const MatmulParams& p, float g, const float* sums, i64 row, i64 col, i64 count) {
-    T* out = static_cast<T*>(p.out) + row * p.b.rows + col;
-    for (i64 j = 0; j < count; j += 16) {
-        const int width = static_cast<int>(at_most(count - j, 16));
-        F y[vectors16];
-        for (int i = 0; i < vectors16; ++i) y[i] = load(sums + j + i * F::lanes) * F(g);
-        if (p.bias) {
-            alignas(64) float bias[16];
-            with_dtype(p.bias_dtype, [&](auto* type) {
-                widen_some(static_cast<const std::remove_pointer_t<decltype(type)>*>(p.bias) + col + j, 1, width, bias);
-            });
-            for (int i = 0; i < vectors16; ++i) y[i] = y[i] + load(bias + i * F::lanes);
-        }
-        if (p.accumulate) {
-            alignas(64) float before[16];
-            widen_some(out + j, 1, width, before);
-            for (int i = 0; i < vectors16; ++i) y[i] = load(before + i * F::lanes) + y[i];
-        }
-        store_some(y, out + j, width);
-    }
-}
-
-// One thread's rectangle. False when memory ran out.
-template <class P>
-bool rectangle(const MatmulParams& p, float g, i64 k, Range rows, Range cols) {
-    using Step = typename P::Step;
-    static thread_local Scratch scratch;
-    constexpr i64 chunk_values = chunk * P::values, block_values = chunk_values * block_chunks;
-    const i64 width = ceil_to(at_most(block_cols, cols.end - cols.begin), 16);
-    const i64 depth = ceil_to(at_most(block_values, k), 16) / P::values;
-    const i64 m = rows.end - rows.begin;
-    const bool whole = k <= block_values;  // then a block's sums are finished as soon as they are made
-    const i64 kept = ceil_to(at_most(m, whole ? block_rows : carry_rows), kernel_rows);
-    constexpr i64 a_stride = chunk + 16;  // not a power of two: the rows of a block should not share cache sets
-
-    char* memory = static_cast<char*>(scratch.get((width * depth + block_rows * a_stride + 16 * a_stride + kept * width) * 4));
-    if (!memory) return false;
-    Step* packed = reinterpret_cast<Step*>(memory);
-    Step* left = packed + width * depth;
-    Step* buffer = left + block_rows * a_stride;
-    float* sums = reinterpret_cast<float*>(buffer + 16 * a_stride);
-
-    for (i64 jc = cols.begin; jc < cols.end; jc += block_cols) {
-        const i64 nc = at_most(block_cols, cols.end - jc), nc16 = ceil_to(nc, 16);
-        const i64 carried = whole ? m : carry_rows;
-        for (i64 im = rows.begin; im < rows.end; im += carried) {
-            const i64 im_end = at_most(im + carried, rows.end);
-            for (i64 kb = 0; kb < k; kb += block_values) {
-                const i64 kb_end = ceil_to(at_most(kb + block_values, k), 16);
-                for (i64 kc = kb; kc < kb_end; kc += chunk_values) {
-                    const i64 length = at_most(chunk_values, kb_end - kc);
-                    Step* at = packed + (kc - kb) / P::values * nc16;
-                    for (i64 j = 0; j < nc16; j += panel) {
-                        const i64 w = at_most(panel, nc16 - j);
-                        pack_columns<P>(p.b, jc + j, at_most(w, nc - j), kc, length, at + j * (length / P::values), w, buffer);
-                    }
-                }
-                for (i64 ic = im; ic < im_end; ic += block_rows) {
-                    const i64 mc = at_most(block_rows, im_end - ic);
-                    float* c = sums + (whole ? 0 : (ic - im) * nc16);
-                    for (i64 kc = kb; kc < kb_end; kc += chunk_values) {
-                        const i64 length = at_most(chunk_values, kb_end - kc), steps = length / P::values;
-                        read_rows<P>(p.a, ic, mc, kc, length, left, a_stride);
-                        const Step* at = packed + (kc - kb) / P::values * nc16;
-                        for (i64 j = 0; j < nc16; j += panel) {
-                            const i64 w = at_most(panel, nc16 - j);
-                            multiply_block<P>(left, a_stride, mc, at + j * steps, w, steps, c + j, nc16, kc == 0);
-                        }
-                    }
-                    if (kb + block_values < k) continue;
-                    with_dtype(p.out_dtype, [&](auto* type) {
-                        using T = std::remove_pointer_t<decltype(type)>;
-                        for (i64 i = 0; i < mc; ++i) finish<T>(p, g, c + i * nc16, ic + i, jc, nc);
-                    });
-                }
-            }
-        }
-    }
-    return true;
-}
-
-// k = 0: the sum is empty, the result is the bias (or zero), and NaN if a global scale is.
-void no_products(const MatmulParams& p, float g) {
-    const float zeros[16] = {};
-    with_dtype(p.out_dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        for (i64 i = 0; i < p.a.rows; ++i) {
-            for (i64 j = 0; j < p.b.rows; j += 16) finish<T>(p, g, zeros, i, j, at_most(16, p.b.rows - j));
-        }
-    });
-}
-
 template <class P>
 int run(const MatmulParams& p, float g, i64 k) {
     const i64 m = p.a.rows, n = p.b.rows;
@@ -159,17 +40,9 @@ int run(const MatmulParams& p, float g, i64 k) {
     const i64 most = products / (1 << 20) + 1;  // a million products take some microseconds
     const int threads = static_cast<int>(at_most(p.threads, most));
     std::atomic<bool> failed{false};
-    if (m <= most_few_rows && p.b.kind == Kind::nvfp4) {
+    if (few<P>(p)) {
         auto body = [&](int t, int count) {
-            const Range cols = part(n, 16, t, count);
-            const auto done = [&](const float* sums, i64 row, i64 col, i64 width) {
-                with_dtype(p.out_dtype, [&](auto* type) {
-                    finish<std::remove_pointer_t<decltype(type)>>(p, g, sums, row, col, width);
-                });
-            };
-            for (i64 r = 0; r < m; r += few_rows) {
-                if (!multiply_few_rows<P>(p, r, at_most(few_rows, m - r), cols, done)) failed = true;
-            }
+            if (!multiply_cols<P>(p, g, k, part(n, 16, t, count))) failed = true;
         };
         parallel(threads, body);
         return failed;
@@ -191,7 +64,7 @@ int matmul(const MatmulParams& p) {
     const float g = combined_scale(p);
     if (p.a.rows == 0 || p.b.rows == 0) return 0;
     if (k == 0) {
-        no_products(p, g);
+        no_products(p, g, {0, p.b.rows});
         return 0;
     }
 #if defined(NVFP4_ISA_AVX512BF16)

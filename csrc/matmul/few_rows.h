@@ -47,16 +47,16 @@ struct Decoder<Pair16> {
 };
 #endif
 
-// The block scales of one row of b, each twice (a block is two words), zero from `blocks` on.
-static inline void spread_scales(const u8* scales, i64 blocks, i64 padded, u32* out) {
+// The block scales of one row of b, each twice (a block is two words), zero from `blocks` on to the end of the last vector.
+static inline void spread_scales(const u8* scales, i64 blocks, u32* out) {
     i64 i = 0;
     for (; i + F::lanes <= blocks; i += F::lanes) {
         const U s = bits(e4m3_decode<F>(load_bytes(scales + i)));
         store_pairs(out + 2 * i, s, s);
     }
-    for (; i < padded; ++i) {
-        const u32 s = i < blocks ? bits(e4m3_decode<F32x1>(U32x1(scales[i]))).v : 0u;
-        out[2 * i] = out[2 * i + 1] = s;
+    if (i < blocks) {
+        const U s = bits(e4m3_decode<F>(load_some(scales + i, blocks - i)));
+        store_pairs(out + 2 * i, s, s);
     }
 }
 
@@ -108,11 +108,11 @@ static inline bool multiply_few_rows(const MatmulParams& p, i64 row, i64 m, Rang
     const i64 padded = runs * run_values, a_stride = padded / P::values, run_steps = run_values / P::values;
     // All rows of a's part of a block of k stay in the first-level cache while sixteen columns pass by.
     const i64 fits = 24576 / (m * run_steps * 4), block_runs = fits > 2 ? fits / 2 * 2 : 2;  // even: whole blocks in scalar code
-    char* memory = static_cast<char*>(scratch.get((m * a_stride + padded / 8 + padded + 64) * 4));
+    char* memory = static_cast<char*>(scratch.get((m * a_stride + padded / 8 + 2 * F::lanes + padded + 64) * 4));
     if (!memory) return false;
     Step* a = reinterpret_cast<Step*>(memory);
     u32* scales = reinterpret_cast<u32*>(a + m * a_stride);
-    Step* plain = reinterpret_cast<Step*>(scales + padded / 8);
+    Step* plain = reinterpret_cast<Step*>(scales + padded / 8 + 2 * F::lanes);
 
     constexpr i64 value_bytes = sizeof(Step) / P::values;
     i64 order[run_values];
@@ -140,11 +140,11 @@ static inline bool multiply_few_rows(const MatmulParams& p, i64 row, i64 m, Rang
             for (i64 j = 0; j < width; ++j) {
                 const u8* codes = static_cast<const u8*>(p.b.data) + (col + j) * (p.b.cols / 2) + run * (run_values / 2);
                 spread_scales(p.b.scales + (col + j) * blocks + first_block,
-                              (last_block < blocks ? last_block : blocks) - first_block, last_block - first_block, scales);
+                              (last_block < blocks ? last_block : blocks) - first_block, scales);
                 dot_rows<P>(m, left, a_stride, reinterpret_cast<const u32*>(codes), scales, full, total[j]);
                 if (full < end - run) {
-                    alignas(64) u32 tail[F::lanes] = {};
-                    __builtin_memcpy(tail, codes + full * (run_values / 2), static_cast<size_t>(p.b.cols % run_values / 2));
+                    alignas(64) u32 tail[F::lanes];
+                    store(tail, load_some(reinterpret_cast<const u32*>(codes) + full * F::lanes, p.b.cols % run_values / 8));
                     dot_rows<P>(m, left + full * run_steps, a_stride, tail, scales + full * F::lanes, 1, total[j]);
                 }
             }

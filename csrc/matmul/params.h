@@ -22,6 +22,7 @@ struct MatmulParams {
     void* out;         // [m, n], contiguous
     int out_dtype;
     bool accumulate;   // add to out, which is fp32
+    bool relu2;        // of the sum, with its bias: max(y, 0)^2
     int threads;
 };
 

@@ -54,7 +54,7 @@ NVFP4_HD F32x1 operator*(F32x1 a, F32x1 b) { return __fmul_rn(a.v, b.v); }
 NVFP4_HD F32x1 operator/(F32x1 a, F32x1 b) { return __fdiv_rn(a.v, b.v); }
 NVFP4_HD U32x1 bits(F32x1 a) { return __float_as_uint(a.v); }
 NVFP4_HD F32x1 real(U32x1 a) { return __uint_as_float(a.v); }
-NVFP4_HD U32x1 round_int(F32x1 a) { return U32x1(static_cast<u32>(__float2int_rn(a.v))); }
+NVFP4_HD U32x1 trunc_int(F32x1 a) { return U32x1(__float_as_uint(__fadd_rz(a.v, 8388608.0f)) - 0x4B000000u); }
 #else
 NVFP4_HD F32x1 operator+(F32x1 a, F32x1 b) { return a.v + b.v; }
 NVFP4_HD F32x1 operator-(F32x1 a, F32x1 b) { return a.v - b.v; }
@@ -70,11 +70,12 @@ NVFP4_HD F32x1 real(U32x1 a) {
     __builtin_memcpy(&x, &a.v, 4);
     return x;
 }
-// For 0 <= a <= 2^22: 2^23 has a unit of one in the last place, so the addition rounds to nearest even.
-NVFP4_HD U32x1 round_int(F32x1 a) { return bits(a + F32x1(8388608.0f)).v - 0x4B000000u; }
+NVFP4_HD U32x1 trunc_int(F32x1 a) { return static_cast<u32>(static_cast<i32>(a.v)); }
 #endif
 
-NVFP4_HD U32x1 trunc_int(F32x1 a) { return static_cast<u32>(static_cast<i32>(a.v)); }
+// For 0 <= a <= 2^22: 2^23 has a unit of one in the last place, so the addition rounds to nearest even (and above, on GPUs,
+// whose conversions have an eighth of an addition's rate, toward zero).
+NVFP4_HD U32x1 round_int(F32x1 a) { return bits(a + F32x1(8388608.0f)).v - 0x4B000000u; }
 NVFP4_HD F32x1 to_float(U32x1 a) { return static_cast<float>(static_cast<i32>(a.v)); }
 
 NVFP4_HD U32x1 operator+(U32x1 a, U32x1 b) { return a.v + b.v; }

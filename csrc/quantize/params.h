@@ -1,11 +1,8 @@
 // quantize: one matrix to its row form and its column form (the form of its transpose), either or both, in one call.
 #pragma once
-#include "numerics/lane.h"
+#include "options.h"
 
 namespace nvfp4 {
-
-enum class Block { none, b1x16, b16x16, b1x32 };  // b1x32 is MXFP8
-enum class FourOverSix { off, mae, mse };
 
 struct QuantizeForm {
     Block block;

@@ -7,8 +7,6 @@
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
-#define NVFP4_INLINE static inline __attribute__((always_inline))
-
 // A tile is tile_rows x panel. Wide enough to hide the latency of the multiply-add, low enough that its steps of the right
 // operand (`panel` floats wide, 128 long: 16 KiB) stay in the first-level cache while the rows of tiles pass by.
 #if defined(NVFP4_ISA_AVX512)

@@ -4,12 +4,15 @@ Forward and backward are those of autograd/linear, expert after expert, written 
 costs nothing and gets a gradient of zero.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.autograd.linear import Forms, advance, draws, later, quantize_weight
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.quantize.op import quantize_pair
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -52,7 +55,7 @@ def expert_linear(
 ) -> Tensor:
     """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, weight [experts, out, in], y [rows, out]."""
     if not recipe.quantized:
-        return _Plain.apply(x, weight, sizes)
+        return _Plain.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
     if noise is None and draws(*_operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
     return _Quantized.apply(x, weight, sizes, recipe, noise, forms)
@@ -66,25 +69,18 @@ def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, sizes):
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        w = weight.to(x.dtype)
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, rows in _spans(sizes):
-            torch.mm(x[rows], w[e].t(), out=y[rows])
-        return y
+    def forward(ctx, x, weight, offsets):
+        ctx.save_for_backward(x, weight, offsets)
+        return grouped_matmul(x, weight.to(x.dtype), offsets)  # [rows, out] = x [rows, in] @ w [experts, out, in].T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        w, dy = weight.to(x.dtype), dy.contiguous()
-        dx, dw = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(w)
-        for e, rows in _spans(ctx.sizes):
-            torch.mm(dy[rows], w[e], out=dx[rows])
-            torch.mm(dy[rows].t(), x[rows], out=dw[e])
-        return dx, dw.to(weight.dtype), None
+        x, weight, offsets = ctx.saved_tensors
+        dx = grouped_matmul(dy, weight.to(x.dtype).transpose(1, 2), offsets)  # [rows, in] = dy [rows, out] @ w
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        return dx, grouped_matmul(dy.t(), x.t(), offsets, weight.dtype), None  # [experts, out, in] = dy.T @ x
 
 
 class _Quantized(torch.autograd.Function):
@@ -105,12 +101,13 @@ class _Quantized(torch.autograd.Function):
     def backward(ctx, dy):
         recipe, kept, dy = ctx.recipe, saved(ctx), dy.contiguous()
         dx = dy.new_empty(dy.shape[0], ctx.shape[2])
-        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device)
+        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device) if ctx.needs_input_grad[1] else None
         for (e, rows), x_col, w_col in zip(_spans(ctx.sizes), kept[::2], kept[1::2], strict=True):
             noise = later(_noise_of(ctx.noise, recipe, e), draws(*_operands(recipe)[:4]))
             dy_row, dy_col = quantize_pair(dy[rows], recipe.dgrad_dy, recipe.wgrad_dy, noise)
             matmul(dy_row, w_col, out=dx[rows])
-            matmul(dy_col, x_col, out=dw[e])
+            if dw is not None:
+                matmul(dy_col, x_col, out=dw[e])
         for _ in range(ctx.shape[0]):
             advance(ctx.noise, recipe)
         return dx, dw, None, None, None, None

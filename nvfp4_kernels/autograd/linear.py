@@ -65,7 +65,7 @@ def linear(
     """
     recipe = recipe if isinstance(recipe, LinearRecipe) else get_recipe(recipe).default
     _check(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantized or x.numel() == 0:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -88,7 +88,11 @@ def draws(*specs: QuantSpec | None) -> int:
 
 def later(noise: Tensor | None, offsets: int) -> Tensor | None:
     """The noise `offsets` draws further on."""
-    return noise if noise is None or not offsets else noise + torch.tensor([0, offsets], device=noise.device)
+    if noise is None or not offsets:
+        return noise
+    moved = noise.clone()
+    moved[1] += offsets  # nothing travels from the host
+    return moved
 
 
 def advance(noise: Tensor | None, recipe: LinearRecipe) -> None:

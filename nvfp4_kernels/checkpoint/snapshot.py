@@ -18,14 +18,11 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_kernels.checkpoint.files import Item, safetensors, sync_folder, write
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".writing-"
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-}  # fmt: skip
 
 
 class SnapshotError(ValueError):
@@ -66,16 +63,16 @@ def save(
         part.mkdir()
         files = {}
         for name, group in tensors.items():
-            files[f"{name}.safetensors"] = _write(part / f"{name}.safetensors", _safetensors(group))
+            files[f"{name}.safetensors"] = write(part / f"{name}.safetensors", safetensors(_items(group)))
         for name, text in {**(texts or {}), "state.json": json.dumps(state, indent=1)}.items():
-            files[name] = _write(part / name, [text.encode()])
+            files[name] = write(part / name, [text.encode()])
         manifest = {"format": FORMAT, "step": step, "files": files}
-        _write(part / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-        _sync_folder(part)
+        write(part / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        sync_folder(part)
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
         part.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
@@ -128,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
     """A small file, whole or not there: written aside, fsynced, renamed."""
     part = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        _write(part, [text.encode()])
+        write(part, [text.encode()])
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
@@ -141,30 +138,8 @@ def _found(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.is_dir()), reverse=True)
 
 
-def _safetensors(group: Mapping[str, torch.Tensor]):
-    """The bytes of a safetensors file, tensor by tensor: the library's own writer would hold all of them at once, and
-    gives no chance to sum the bytes up on their way."""
-    header, at = {}, 0
-    for name, tensor in group.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in group.values():
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _write(path: Path, parts) -> dict[str, int]:
-    size, crc = 0, 0
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-            size, crc = size + len(part), zlib.crc32(part, crc)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "crc32": crc}
+def _items(group: Mapping[str, torch.Tensor]) -> list[Item]:
+    return [Item(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in group.items()]
 
 
 def _measure(path: Path) -> tuple[int | None, int]:
@@ -176,15 +151,6 @@ def _measure(path: Path) -> tuple[int | None, int]:
         return size, crc
     except FileNotFoundError:
         return None, 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut, not only the files' bytes."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _json(path: Path) -> dict:

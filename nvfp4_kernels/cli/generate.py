@@ -1,47 +1,118 @@
-"""nvfp4 generate: text from a trained run."""
+"""nvfp4 generate: text from a trained run or from a Hugging Face folder, as it comes."""
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-HELP = "Continue a prompt with a model that nvfp4 train has trained."
+from nvfp4_kernels.cli.machine import share_the_cores
+
+HELP = "Continue a prompt, or answer it with --chat, with a run of nvfp4 train or a Hugging Face folder."
 EXAMPLE = "nvfp4 generate --model runs/tiny-nvfp4 --prompt 'import ' --tokens 300"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def flag(name: str, kind: type, metavar: str, default, what: str) -> None:
+        parser.add_argument(name, metavar=metavar, type=kind, default=default, help=what)
+
     parser.add_argument(
-        "--model", metavar="RUN", required=True, help="folder of a run (--out of nvfp4 train); e.g. runs/a"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", default="def ", help="the text to continue; default 'def '")
-    parser.add_argument("--tokens", metavar="TOKENS", type=int, default=200, help="new tokens at most; default 200")
-    parser.add_argument("--temperature", metavar="RATE", type=float, default=0.8, help="0 is greedy; default 0.8")
+        "--model", metavar="PATH", required=True,
+        help="folder of a run (--out of nvfp4 train), or with config.json, safetensors and tokenizer.json; e.g. runs/a",
+    )  # fmt: skip
+    flag("--prompt", str, "TEXT", "def ", "the text to continue; default 'def '")
     parser.add_argument(
-        "--top-k", metavar="TOKENS", type=int, default=None, help="draw from the k likeliest; default: all"
+        "--chat", action="store_true", help="the prompt is a user's message: put it into the chat template"
     )
-    parser.add_argument("--seed", metavar="NUMBER", type=int, default=0, help="the same seed, the same text; default 0")
-    parser.add_argument("--quiet", action="store_true", help="print the new text alone, once it is whole")
+    flag("--tokens", int, "TOKENS", 200, "new tokens at most; default 200")
+    flag("--temperature", float, "RATE", 0.8, "0 is greedy; default 0.8")
+    flag("--top-k", int, "TOKENS", None, "draw from the k likeliest; default: all")
+    flag("--top-p", float, "SHARE", 1.0, "draw from the likeliest that have this share together; default 1, all")
+    flag("--min-p", float, "SHARE", 0.0, "draw from those this share as likely as the likeliest; default 0, all")
+    flag("--repetition-penalty", float, "FACTOR", 1.0, "on tokens that are there already; default 1, none")
+    flag("--seed", int, "NUMBER", 0, "the same seed, the same text; default 0")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
+    )
+    flag("--speculative", int, "TOKENS", 0, "draft so many at a step with the model's MTP block; default 0, none")
+    parser.add_argument("--quiet", action="store_true", help="print the new text alone, without prompt and figures")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nvfp4_kernels.train.setup import load_run
+    share_the_cores()
+    from nvfp4_kernels.generate.engine import Engine
+    from nvfp4_kernels.generate.loop import Pace, stream
+    from nvfp4_kernels.generate.sample import Sampling
 
-    model, tokenizer, step = load_run(Path(arguments.model))
-    if not arguments.quiet:
-        print(f"{arguments.model}, step {step}", file=sys.stderr)
-    text = sample_text(
-        model, tokenizer, arguments.prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed
-    )
-    print(text.removeprefix(arguments.prompt) if arguments.quiet else text)
+    a, source = arguments, load_source(Path(arguments.model))
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
+    prompt = source.chat(a.prompt) if a.chat else source.encode(a.prompt)
+    engine, pace = Engine(source.model, slots=1, speculative=a.speculative), Pace()
+    if not a.quiet:
+        print(source.label, file=sys.stderr)
+        print("" if a.chat else a.prompt, end="", flush=True)
+    for piece in stream(engine, source.tokenizer, prompt, sampling, a.tokens, source.stop_ids, a.stop, pace):
+        print(piece, end="", flush=True)
+    print()
+    if not a.quiet:
+        print(pace, file=sys.stderr)
     return 0
 
 
-def sample_text(
-    model, tokenizer, prompt: str, tokens: int, temperature: float = 0.8, top_k: int | None = None, seed: int = 0
-) -> str:
-    """Prompt and continuation; bytes that are no UTF-8 become U+FFFD."""
-    from nvfp4_kernels.generate.loop import sample
+@dataclass
+class Source:
+    """A model and how text gets into it and out of it. chat: a user's message -> ids."""
+
+    model: object
+    tokenizer: object
+    encode: Callable[[str], list[int]]
+    chat: Callable[[str], list[int]]
+    stop_ids: list[int]
+    label: str
+
+
+def load_source(folder: Path) -> Source:
+    """Of a run of nvfp4 train, or of a Hugging Face folder."""
+    from nvfp4_kernels.checkpoint.huggingface import from_pretrained
+    from nvfp4_kernels.generate.chat import FolderTokenizer
+    from nvfp4_kernels.generate.loop import end_ids
+    from nvfp4_kernels.ops._device import default_device
+    from nvfp4_kernels.train.setup import load_run
+
+    if (folder / "config.json").exists() and not (folder / "run.json").exists():
+        tokenizer = FolderTokenizer(folder)
+        model = from_pretrained(folder, device=default_device())
+
+        def chat(message: str) -> list[int]:
+            return tokenizer.chat([{"role": "user", "content": message}])
+
+        stop_ids = [*end_ids(model.config), *generation_ends(folder)]
+        return Source(model, tokenizer, tokenizer.encode, chat, stop_ids, str(folder))
+    model, tokenizer, step = load_run(folder)
+
+    def refuse(message: str) -> list[int]:
+        raise ValueError(f"chat: {folder} is a run of nvfp4 train, which knows no chats; do: leave out --chat")
+
+    stop_ids = [] if tokenizer.separator is None else [tokenizer.separator]
+    return Source(
+        model, tokenizer, lambda text: tokenizer.encode(text.encode()).tolist(), refuse, stop_ids, f"{folder}, step {step}"
+    )  # fmt: skip
+
+
+def generation_ends(folder: Path) -> list[int]:
+    """The further end-of-text tokens that a generation_config.json names, such as the end of an answer."""
+    path = folder / "generation_config.json"
+    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def sample_text(model, tokenizer, prompt: str, tokens: int) -> str:
+    """Prompt and continuation of a model in training, at temperature 0.8; bytes that are no UTF-8 become U+FFFD."""
+    from nvfp4_kernels.generate.engine import Engine
+    from nvfp4_kernels.generate.loop import stream
+    from nvfp4_kernels.generate.sample import Sampling
 
     ids = tokenizer.encode(prompt.encode()).tolist()
     stop = () if tokenizer.separator is None else (tokenizer.separator,)
-    new = sample(model, ids, tokens, temperature, top_k, seed, stop)
-    return tokenizer.decode(ids + new).decode("utf-8", "replace")
+    return prompt + "".join(stream(Engine(model, slots=1), tokenizer, ids, Sampling(0.8), tokens, stop))

@@ -117,6 +117,9 @@ def _call(op: str, refuses, device: str) -> list:
         row = [t[:, :1] for t in (tokens, heads, shared)]
         state = x.new_ones(1, 2, 16, 32)
         return [state, row[0], row[1], A, row[2], row[2], *[None] * 6, True, 0.0, math.inf]
+    if op == "mixer_step":
+        state = x.new_ones(1, 2, 16, 32).float()
+        return [x[None, :1], x, state, *[None] * 10]
     return [x] * len(inspect.signature(refuses).parameters)
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from nvfp4_kernels.cli.text import ranges
+
 HELP = "Each linear layer of a model: its operands' formats, the backend that serves them here, and why."
 EXAMPLE = "nvfp4 plan --preset ultra-550b --recipe nemotron3"
 OPERANDS = ("fprop_x", "fprop_w", "dgrad_dy", "dgrad_w", "wgrad_dy", "wgrad_x")
@@ -203,12 +205,6 @@ def _grouped(layers: list[dict], every: bool) -> list[tuple[str, dict]]:
     named = []
     for key, members in groups.items():
         first = members[0][1]
-        name = first["layer"] if len(key) == 1 else f"{key[0]}layers.[{_ranges([int(i) for i, _ in members])}].{key[1]}"
+        name = first["layer"] if len(key) == 1 else f"{key[0]}layers.[{ranges([int(i) for i, _ in members])}].{key[1]}"
         named.append((name if len(members) > 1 else first["layer"], first))
     return named
-
-
-def _ranges(numbers: list[int]) -> str:
-    if len(numbers) > 4:
-        return f"{numbers[0]},{numbers[1]}..{numbers[-1]}: {len(numbers)}"
-    return ",".join(map(str, numbers))

@@ -12,3 +12,10 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         ).rstrip()
         for row in rows
     ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Indices in few letters: 0,2,4 or, of many, 0,2..22: 12."""
+    if len(numbers) > 4:
+        return f"{numbers[0]},{numbers[1]}..{numbers[-1]}: {len(numbers)}"
+    return ",".join(map(str, numbers))

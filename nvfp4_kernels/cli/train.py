@@ -13,12 +13,22 @@ EXAMPLE = "nvfp4 train --preset tiny --recipe nvfp4 --minutes 5"
 PRESETS = ("tiny", "small", "nano-30b", "super-120b", "ultra-550b")
 RECIPES = ("nvfp4", "nemotron3", "bf16")
 # What makes a run the run it is: a resumed one keeps it.
-FIXED = ("preset", "config", "data", "bin_dtype", "tokenizer", "batch", "length", "accumulate", "validation", "seed")
+FIXED = (
+    "preset", "config", "from_", "quantized", "train_only", "data", "bin_dtype", "tokenizer", "batch", "length", "accumulate",
+    "validation", "seed",
+)  # fmt: skip
+FINE_TUNING = {"lr": 1e-4}  # where a run starts from a checkpoint and not from a preset's random weights
 
 # field of Settings -> (group, type or choices, unit, what, example)
 FLAGS = {
     "preset": ("model", PRESETS, "name", "geometry of the model", "small"),
     "config": ("model", str, "path", "a config.json (or its folder) in place of --preset", "my/config.json"),
+    "from_": ("model", str, "path", "a checkpoint's folder, or a run's, to start from; default: random weights in the "
+              "geometry of --preset or --config", "models/nano-nvfp4"),
+    "quantized": ("model", ("dequantize", "keep"), "what", "becomes of the quantized matrices of --from: weights to train, or "
+                  "left as they are", "keep"),
+    "train_only": ("model", str, "patterns", "of the parameters to train, by commas; the others are frozen",
+                   "'*.q_proj.*,*.norm.*'"),
     "recipe": ("model", RECIPES, "name", "which operands of which layers are quantized", "nemotron3"),
     "data": ("data", str, "path", "a text file, a folder of text, a .npy or .bin of token ids; "
              "default: Python's standard library", "books/"),
@@ -63,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
     groups = {name: parser.add_argument_group(name) for name in ("model", "data", "optimization", "run")}
     for name, (group, kind, unit, what, example) in FLAGS.items():
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + name.rstrip("_").replace("_", "-")  # `from` is a word of Python
         known = "" if defaults[name] is None or "default" in what else f"; default {defaults[name]}"
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind if kind is str else number(kind)}
         allowed = f" ({', '.join(kind)})" if isinstance(kind, tuple) else ""
@@ -109,14 +119,15 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     if given.get("steps") and given.get("minutes"):
         raise ValueError("minutes: got --steps too; allowed: one of them")
     if "out" not in given:
-        label = Path(given["config"]).resolve().stem if "config" in given else given.get("preset", Settings.preset)
+        named = given.get("config") or given.get("from_")
+        label = Path(named).resolve().stem if named else given.get("preset", Settings.preset)
         given["out"] = f"runs/{label}-{'ablation' if arguments.ablate else given.get('recipe', Settings.recipe)}"
     if arguments.resume:
         settings = Settings.load(Path(given["out"]))
         for name in FIXED:
             if given.get(name, getattr(settings, name)) != getattr(settings, name):
                 raise ValueError(
-                    f"{name}: got {given[name]}; allowed: {getattr(settings, name)}, what the run began with"
+                    f"{name.rstrip('_')}: got {given[name]}; allowed: {getattr(settings, name)}, what the run began with"
                 )
         if given.keys() & {"steps", "minutes"}:
             settings = settings.replace(steps=None, minutes=None)
@@ -125,15 +136,30 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def preset_settings(**given) -> Settings:
-    """The preset's training defaults with `given` over them; a config of one's own has no defaults but those of Settings."""
+    """The preset's training defaults with `given` over them; a config of one's own has no defaults but those of Settings.
+
+    A checkpoint brings its tokenizer: tokenizer.json, or what a run was trained with.
+    """
     from nvfp4_kernels.model.presets import TRAINING
 
     given = {name: value for name, value in given.items() if value is not None}
     defaults = {} if "config" in given else dict(TRAINING.get(given.get("preset", Settings.preset), {}))
+    if folder := given.get("from_"):
+        if "preset" in given:
+            raise ValueError(
+                f"preset: got {given['preset']}; allowed: none with --from, whose checkpoint has a geometry"
+            )
+        defaults = FINE_TUNING | {"tokenizer": tokenizer_of(Path(folder))}
     if "minutes" in given:
         defaults.pop("steps", None)
     settings = Settings(**(defaults | given))
     return settings if settings.steps or settings.minutes else settings.replace(steps=1000)
+
+
+def tokenizer_of(folder: Path) -> str:
+    if (folder / "tokenizer.json").exists():
+        return str(folder / "tokenizer.json")
+    return Settings.load(folder).tokenizer if (folder / "run.json").exists() else Settings.tokenizer
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,57 +1,145 @@
-"""Sampling, a token at a time, by running the whole context again for each: slow and plainly right.
+"""From prompts to tokens and text: HybridModel.generate for ids, nk.stream for text as it comes."""
 
-A cached decode (state, convolution window, keys and values) must give the same text as this.
-"""
-
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from nvfp4_kernels.generate.sample import choose
+from nvfp4_kernels.generate.engine import Engine
+from nvfp4_kernels.generate.sample import Sampling
+from nvfp4_kernels.generate.text import Detokenizer, StopStrings
+from nvfp4_kernels.model.hybrid import HybridModel
 
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 0.8,
+def generate(
+    model,
+    ids: Tensor,
+    max_new_tokens: int = 256,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
     top_k: int | None = None,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
-    context: int = 4096,
-    on_token: Callable[[int], None] | None = None,
-) -> list[int]:
-    """New token ids after `prompt_ids`, at most `max_new_tokens`; ends before the first of `stop_ids`.
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    stop_ids: Sequence[int] | None = None,
+    speculative: bool | int = False,
+    **engine,
+) -> Tensor:
+    """ids and what the model says after them: int64 [batch, length + the longest continuation].
 
-    temperature: 0 is greedy. top_k: None for all. context: tokens the model looks back at most. on_token: called with
-    each id as it comes. Raises ValueError naming the argument.
+    ids: int64 [batch, length]. attention_mask: [batch, length], zeros on the left of shorter prompts; a row is continued as if
+    its prompt stood alone. temperature 0 is greedy; the other numbers are those of Sampling. seed: one for all rows, or one for
+    each. stop_ids: tokens that end a row, which is then filled up with config.pad_token_id; None: config.eos_token_id.
+    speculative: draft with the MTP block, as many tokens a step as it was trained for (True), or so many.
+    engine: further arguments of Engine; slots is the batch where it is not given.
+    For more than one call, an Engine of one's own prepares the weights once. Raises ValueError naming the argument.
     """
-    vocab = model.config.vocab_size
-    if not prompt_ids:
-        raise ValueError("prompt_ids: got none; allowed: at least one token")
-    outside = next((i for i in prompt_ids if not 0 <= i < vocab), None)
-    if outside is not None:
-        raise ValueError(f"prompt_ids: got {outside}; allowed: 0 to {vocab - 1}, the model's vocabulary")
-    if temperature < 0:
-        raise ValueError(f"temperature: got {temperature}; allowed: 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: got {top_k}; allowed: at least 1, or None for all")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
-    ids = list(prompt_ids)
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; allowed: int64 [batch, length]")
+    batch, length = ids.shape
+    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"seed: got {len(seeds)} numbers; allowed: one, or {batch}, one for each row of ids")
+    stop_ids = end_ids(model.config) if stop_ids is None else stop_ids
+    prompts = ids.tolist() if attention_mask is None else _without_padding(ids, attention_mask)
+    served = Engine(model, **({"slots": max(batch, 1), "speculative": depth_of(model, speculative)} | engine))
+    requests = [
+        served.add(
+            prompt, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, own), max_new_tokens, stop_ids
+        )
+        for prompt, own in zip(prompts, seeds, strict=True)
+    ]
+    for _ in served.run():
+        pass
+    longest = max((len(request.tokens) for request in requests), default=0)
+    new = torch.full((batch, longest), model.config.pad_token_id or 0)
+    for row, request in zip(new, requests, strict=True):
+        row[: len(request.tokens)] = torch.tensor(request.tokens, dtype=torch.int64)
+    return torch.cat([ids, new.to(ids)], 1)
+
+
+@dataclass
+class Pace:
+    """Of one stream: tokens and seconds of the prompt and of what came after it, and what a pass over drafts gave."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    new_seconds: float = 0.0
+    acceptance_length: float | None = None
+
+    def __str__(self) -> str:
+        prefill = (
+            f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / max(self.prompt_seconds, 1e-9):,.0f} tokens/s"
+        )
+        decode = f"decode {self.new_tokens} tokens, {self.new_tokens / max(self.new_seconds, 1e-9):,.1f} tokens/s"
+        drafts = "" if self.acceptance_length is None else f"; mean acceptance length {self.acceptance_length:.2f}"
+        return f"{prefill}; {decode}{drafts}"
+
+
+def stream(
+    engine: Engine,
+    tokenizer,
+    prompt: Sequence[int],
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 256,
+    stop_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    pace: Pace | None = None,
+) -> Iterator[str]:
+    """The text after `prompt` (token ids) in pieces, as it comes; no piece ends within a character.
+
+    tokenizer: has decode(ids) -> bytes and bytewise (see text.Detokenizer). stop: texts that end it; neither they nor what
+    follows is among the pieces. pace: is filled in. Leaving the iterator early frees the engine's slot.
+    """
+    pace, detokenizer, ending = pace or Pace(), Detokenizer(tokenizer), StopStrings(stop)
+    request = engine.add(prompt, sampling, max_new_tokens, stop_ids)
+    pace.prompt_tokens, started, first = len(request.prompt), time.perf_counter(), None
     try:
-        for _ in range(max_new_tokens):
-            logits = model(torch.tensor([ids[-context:]], device=device))[0, -1]
-            token = choose(logits, temperature, top_k, generator)
-            if token in stop_ids:
-                break
-            ids.append(token)
-            if on_token is not None:
-                on_token(token)
+        while not request.finished:
+            events = [event for event in engine.step() if event.request is request]
+            now = time.perf_counter()
+            if first is None and events:
+                first, pace.prompt_seconds = now, now - started
+            elif first is not None:
+                pace.new_tokens, pace.new_seconds = len(request.tokens) - 1, now - first
+            if engine.acceptance:
+                pace.acceptance_length = engine.acceptance.mean_length
+            for event in events:
+                piece = ending.push(detokenizer.push(event.tokens))
+                if piece:
+                    yield piece
+                if ending.stopped:
+                    return
+        piece = ending.push(detokenizer.finish()) + ending.finish()
+        if piece:
+            yield piece
     finally:
-        model.train(training)
-    return ids[len(prompt_ids) :]
+        engine.cancel(request)
+
+
+def end_ids(config) -> list[int]:
+    """The tokens that end a text, by the model's config."""
+    ids = config.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def depth_of(model, speculative: bool | int) -> int:
+    """How many tokens to draft at a step; True: as many as the block was trained for."""
+    return model.config.mtp_num_depths if speculative is True else int(speculative)
+
+
+def _without_padding(ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    if attention_mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}; allowed: {list(ids.shape)}, as ids")
+    kept = attention_mask.bool()
+    if bool((kept[:, :-1] & ~kept[:, 1:]).any()):
+        raise ValueError("attention_mask: got zeros to the right of ones; allowed: zeros on the left alone")
+    return [row[mask].tolist() for row, mask in zip(ids, kept, strict=True)]
+
+
+# A method for users; set here, since a model knows nothing of what is built upon it.
+HybridModel.generate = generate

@@ -153,6 +153,9 @@ class HybridConfig:
             values["torch_dtype"] = str(values["torch_dtype"]).removeprefix("torch.")
         if not values.get("time_step_limit"):
             values.pop("time_step_limit", None)
+        else:  # transformers 5 writes infinity as {"__float__": "Infinity"}
+            limits = values["time_step_limit"]
+            values["time_step_limit"] = [x.get("__float__", x) if isinstance(x, dict) else x for x in limits]
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {name: value for name, value in values.items() if name in names}
         aside = {name: value for name, value in values.items() if name not in names and name not in _DERIVED}

@@ -1,6 +1,8 @@
 """HybridModel: embeddings, a pattern of Mamba-2, attention, expert and MLP layers, a head, and multi-token prediction."""
 
 import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,8 @@ class HybridModel(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.source: Path | None = None  # the folder of its tokenizer, which a save takes along
+        self.kv_cache_algorithm: str | None = None  # "FP8" where the checkpoint says so
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = None
@@ -73,13 +77,21 @@ class HybridModel(nn.Module):
         state: from new_state, for decoding: ids follow the tokens that it has seen, and are added to it.
         Raises TypeError or ValueError naming the argument.
         """
+        return self.lm_head(self.hidden(ids, cu_seqlens, state))
+
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None, state: State | None = None) -> Tensor:
+        """What lm_head and the MTP block read, [batch, length, hidden_size]; arguments as forward's."""
         if state is not None and cu_seqlens is not None:
             raise ValueError(
                 "state: got both cu_seqlens and a state; allowed: one of them, rows being documents with a state"
             )
         hidden, balances = self._hidden(ids, _boundaries(ids, cu_seqlens), state)
         self._count(balances)
-        return self.lm_head(hidden)
+        return hidden
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embeddings of ids, [..., hidden_size] in config.dtype."""
+        return self.backbone.embeddings(ids).to(self.config.dtype)
 
     def new_state(self, batch: int) -> State:
         """What each layer keeps of the tokens of `batch` rows while decoding: forward(ids, state=state) continues them."""
@@ -124,6 +136,22 @@ class HybridModel(nn.Module):
                     for part in ("up_proj", "down_proj")
                 }
 
+    def train_only(self, patterns: Iterable[str]) -> None:
+        """Freeze every parameter whose name matches none of these fnmatch patterns ("backbone.layers.*.q_proj.*").
+
+        Quantized matrices are no parameters: they are frozen always. A frozen router's bias does not move either.
+        Raises ValueError for a pattern that matches no parameter.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in (patterns := list(patterns)):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:5])
+                raise ValueError(
+                    f"train_only: got {pattern!r}, which matches no parameter; allowed: patterns over {shown}, ..."
+                )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+
     def routers(self) -> dict[str, Router]:
         """The routers by name."""
         return dict(self._routers)
@@ -131,7 +159,7 @@ class HybridModel(nn.Module):
     def update_router_bias(self) -> None:
         """Move each router's bias against the load since the last call; to be called after an optimizer step."""
         for router in self.routers().values():
-            router.balance(self.config.router_bias_update_rate)
+            router.balance(self.config.router_bias_update_rate if router.weight.requires_grad else 0.0)
 
     def expert_load(self) -> dict[str, float]:
         """Of the slots routed since the last update_router_bias: the worst router's max / mean - 1 ("max_violation"), the mean
@@ -162,14 +190,11 @@ class HybridModel(nn.Module):
     def _hidden(
         self, ids: Tensor, cu_seqlens: Tensor | None, state: State | None = None
     ) -> tuple[Tensor, list[Balance]]:
-        x, balances = self._embed(ids), []
+        x, balances = self.embed(ids), []
         for layer, past in zip(self.backbone.layers, state or [None] * len(self.backbone.layers), strict=True):
             x, balance = self._run(layer, x, cu_seqlens, past)
             balances += [balance] if balance else []
         return self.backbone.norm_f(x), balances
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.backbone.embeddings(ids).to(self.config.dtype)
 
     def _run(self, layer: nn.Module, *arguments):
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -185,7 +210,7 @@ class HybridModel(nn.Module):
             return total, balances
         depths = self.config.mtp_num_depths
         for depth in range(1, depths + 1):
-            embedding = self._embed(ahead(ids, depth, 0, cu_seqlens))
+            embedding = self.embed(ahead(ids, depth, 0, cu_seqlens))
             hidden, more = self._run(self.mtp, hidden, embedding, cu_seqlens)
             total = total + self._cross_entropy(hidden, ahead(labels, depth, -100, cu_seqlens))
             balances += more

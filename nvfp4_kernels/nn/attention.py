@@ -17,11 +17,11 @@ class AttentionState:
     k: Tensor | None = None
     v: Tensor | None = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in further keys and values; returns all of them."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Takes in further keys and values; returns the attention of their queries to all so far, as `attend`."""
         self.k = k if self.k is None else torch.cat([self.k, k], 1)
         self.v = v if self.v is None else torch.cat([self.v, v], 1)
-        return self.k, self.v
+        return attend(q, self.k, self.v)
 
 
 class Attention(nn.Module):
@@ -38,25 +38,44 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: AttentionState | None = None) -> Tensor:
         """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
 
-        state: of the tokens before x, to which those of x are added; rows are then documents.
+        state: an AttentionState, or what has its `attend`, of the tokens before x, to which those of x are added; rows are
+        then documents.
         """
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if state is not None:
-            k, v = state.append(k, v)
-        y = attend(q, k, v) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens.tolist())
+            y = state.attend(q, k, v)
+        else:
+            y = attend(q, k, v) if cu_seqlens is None else attend_packed(q, k, v, cu_seqlens.tolist())
         return self.o_proj(y.flatten(-2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of [batch, length, heads, head_dim], each row by itself; the queries belong to the last tokens of k."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    earlier = k.shape[2] - q.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    earlier = k.shape[2] - q.shape[1]
     if earlier == 0:
+        q = q.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return attend_seen(q, k, v, torch.ones(1, q.shape[1], k.shape[2], dtype=torch.bool, device=q.device).tril(earlier))
+
+
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Attention of q [batch, queries, heads, head_dim] to those of k, v [batch, kv_heads, tokens, head_dim] that `seen`, bool
+    [batch or 1, queries, tokens], allows.
+
+    The query heads that share a key are rows of one product. enable_gqa would copy each key for each of them: measured on
+    two cores, bf16, 8 rows of 512 tokens, 8 heads over 2: 0.2 ms so, 3.9 ms with enable_gqa.
+    """
+    (batch, queries, _, head_dim), shared = q.shape, k.shape[1]
+    rows = q.reshape(batch, queries, shared, -1, head_dim).permute(
+        0, 2, 3, 1, 4
+    )  # [batch, kv_heads, share, queries, ...]
+    share = rows.shape[2]
+    mask = seen[:, None, None].expand(-1, -1, share, -1, -1).flatten(2, 3)
+    y = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=mask)
+    return y.view(batch, shared, share, queries, head_dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:

@@ -20,6 +20,12 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def _state(*tensors: Tensor | None) -> tuple:
+    """What changes when one of them does."""
+    marks = ((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+    return (_steps, *marks)
+
+
 class FormsCache:
     """What `make(weight, recipe, noise)` gave, made anew after an optimizer's step, a change in place or another recipe.
 
@@ -38,7 +44,7 @@ class FormsCache:
         """The forms; None where the recipe quantizes nothing, and while compiling, where the graph makes them."""
         if not recipe.quantized or torch.compiler.is_compiling():
             return None
-        key = (_steps, weight._version, weight.data_ptr(), recipe)
+        key = (_state(weight), recipe)
         if key != self._key:
             self._key, self._forms = key, self._make(weight, recipe, noise)
         return self._forms
@@ -48,3 +54,23 @@ class FormsCache:
 
     def __reduce__(self):
         return FormsCache, (self._make,)
+
+
+class Derived:
+    """What `make(*tensors)` gave, made anew as FormsCache does; of tensors that nobody differentiates in."""
+
+    def __init__(self, make: Callable):
+        self._make, self._key, self._made = make, None, None
+
+    def get(self, *tensors: Tensor | None):
+        key = _state(*tensors)
+        if key != self._key:
+            with torch.no_grad():
+                self._key, self._made = key, self._make(*tensors)
+        return self._made
+
+    def __deepcopy__(self, memo) -> "Derived":
+        return Derived(self._make)
+
+    def __reduce__(self):
+        return Derived, (self._make,)

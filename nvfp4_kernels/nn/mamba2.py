@@ -1,17 +1,19 @@
 """The Mamba-2 mixer: one projection in, short convolution, selective scan, gated norm, one projection out."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.mixer import mixer
+from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
-from nvfp4_kernels.ops.state_update.op import state_update
 
 
 @dataclass
@@ -21,15 +23,18 @@ class Mamba2State:
     conv: Tensor  # [batch, channels, width - 1], the last inputs of the convolution
     ssm: Tensor  # [batch, heads, head_dim, state], fp32
 
-    def advance(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
-        """The scan of the next tokens, arguments as selective_scan's; `ssm` becomes the state after them."""
-        if x.shape[1] == 1:
-            tokens = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D)
-            return state_update(self.ssm, *tokens, dt_bias=dt_bias, dt_limit=dt_limit)[:, None]
-        y, self.ssm = selective_scan(
-            x, dt, A, B, C, D, dt_bias=dt_bias, dt_limit=dt_limit, initial_state=self.ssm, return_state=True,
-            chunk_size=chunk_size,
-        )  # fmt: skip
+    def mix(self, projected: Tensor, mixer: "Mamba2") -> Tensor:
+        """What comes between the projections, for the next tokens of each row; the state is brought up to date in place."""
+        if projected.shape[1] == 1:
+            return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments())
+        return mixer.mix(projected, self._convolve, self._scan)
+
+    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y, self.conv = causal_conv1d(xBC, weight, bias, "silu", self.conv, True)
+        return y
+
+    def _scan(self, *tokens: Tensor, **options) -> Tensor:
+        y, self.ssm = selective_scan(*tokens, **options, initial_state=self.ssm, return_state=True)
         return y
 
 
@@ -67,6 +72,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(heads))
         self.norm = RMSNorm(inner, eps, inner // groups)
         self.out_proj = Linear(inner, hidden, bias)
+        self._decoding = Derived(_decoding_weights)
 
     def new_state(self, batch: int, dtype: torch.dtype) -> Mamba2State:
         """The state before the first token."""
@@ -79,20 +85,43 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: Mamba2State | None = None) -> Tensor:
         """x: [batch, length, hidden]. cu_seqlens: int [documents + 1] over batch * length tokens, row boundaries included.
 
-        state: of the tokens before x, brought up to date in place; rows are then documents.
+        state: a Mamba2State, or what has its `mix`, of the tokens before x, brought up to date in place; rows are then
+        documents.
         """
-        z, xBC, dt = self.in_proj(x).split(self.split, -1)
-        weight, bias, A = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log)
-        if state is None:
-            y = mixer(
-                z, xBC, dt, weight, bias, A, self.D, self.dt_bias, self.norm.weight, cu_seqlens,
-                self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
-            )  # fmt: skip
-            return self.out_proj(y)
-        xBC, state.conv = causal_conv1d(xBC, weight, bias, "silu", state.conv, True)
+        projected = self.in_proj(x)
+        if state is not None:
+            return self.out_proj(state.mix(projected, self))
+        z, xBC, dt = projected.split(self.split, -1)
+        y = mixer(
+            z, xBC, dt, self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log), self.D, self.dt_bias,
+            self.norm.weight, cu_seqlens, self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
+        )  # fmt: skip
+        return self.out_proj(y)
+
+    def mix(self, projected: Tensor, convolve: Callable, scan: Callable) -> Tensor:
+        """Convolution, scan and norm with a state that the two functions keep.
+
+        convolve(xBC, weight, bias) -> xBC. scan(x, dt, A, B, C, D, dt_bias=, dt_limit=, chunk_size=) -> y, as selective_scan.
+        """
+        z, xBC, dt = projected.split(self.split, -1)
         inner, shared = self.split[0], self.groups * self.state
-        x, B, C = xBC.split((inner, shared, shared), -1)
+        x, B, C = convolve(xBC, self.conv1d.weight[:, 0], self.conv1d.bias).split((inner, shared, shared), -1)
         x = x.unflatten(-1, (self.heads, -1))
         B, C = (t.unflatten(-1, (self.groups, -1)) for t in (B, C))
-        y = state.advance(x, dt, A, B, C, self.D, self.dt_bias, self.dt_limit, self.chunk_size)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        options = dict(dt_bias=self.dt_bias, dt_limit=self.dt_limit, chunk_size=self.chunk_size)
+        return self.norm(scan(x, dt, -torch.exp(self.A_log), B, C, self.D, **options).flatten(-2), z)
+
+    def step_arguments(self) -> tuple:
+        """What mixer_step takes behind the states, `indices` aside."""
+        weights = self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.norm.weight
+        return *self._decoding.get(*weights), self.groups, self.dt_limit, self.norm.eps
+
+
+def _decoding_weights(taps, bias, A_log, D, dt_bias, norm_weight) -> tuple[Tensor | None, ...]:
+    """What mixer_step reads, at least fp32 and laid out as its kernel wants it: made once, not for each token."""
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+
+    taps = wide(taps[:, 0]).t().contiguous().t()
+    return taps, wide(bias), -torch.exp(wide(A_log)), wide(D), wide(dt_bias), wide(norm_weight)

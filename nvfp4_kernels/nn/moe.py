@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
+from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
@@ -47,10 +49,10 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
-        """x: [tokens, hidden]. Returns the routing and the scores [tokens, experts]."""
+        """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
         wide = x if x.dtype == torch.float64 else x.float()
         logits = F.linear(wide, self.weight.to(wide.dtype))
-        return route(logits, self.e_score_correction_bias, *self.options), torch.sigmoid(logits)
+        return route(logits, self.e_score_correction_bias, *self.options), logits
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
@@ -80,6 +82,12 @@ class Experts(nn.Module):
         )
         noises = self.up_noise, self.down_noise
         return experts(x, self.up_proj, self.down_proj, sizes, weights, recipes, noises, forms)
+
+    def stacks(self) -> tuple[Stack, Stack] | None:
+        """Both matrices as nk.expert_mlp takes them, or None where a recipe quantizes the activations too."""
+        if any(recipe.quantized for recipe in self.recipes.values()) or self.up_proj.dtype == torch.float64:
+            return None
+        return Stack(self.up_proj), Stack(self.down_proj)
 
     def refresh(self) -> None:
         """Forget the quantized weights; needed only after writing through `.data` by hand."""
@@ -114,20 +122,31 @@ class MoE(nn.Module):
         self.fc1_latent_proj = Linear(hidden, latent, bias) if latent else None
         self.fc2_latent_proj = Linear(latent, hidden, bias) if latent else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Balance]:
-        """x: [batch, length, hidden]. Training puts the routing weights before down_proj, as Megatron-LM; otherwise after."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Balance | None]:
+        """x: [batch, length, hidden]. Training puts the routing weights before down_proj, as Megatron-LM; otherwise after.
+
+        The balance is for training; otherwise it is None.
+        """
         tokens = x.flatten(0, 1)
-        routing, scores = self.gate(tokens)
+        routing, logits = self.gate(tokens)
         inner = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
-        rows = permute(inner, routing)
-        if self.training:
-            sorted_weights = routing.weights.flatten().index_select(0, routing.order)
-            y = unpermute(self.experts(rows, routing.sizes(), sorted_weights), routing)
-        else:
-            y = unpermute(self.experts(rows, routing.sizes()), routing, routing.weights)
+        y = self._trained(inner, routing) if self.training else self._served(inner, routing)
         y = (y if self.fc2_latent_proj is None else self.fc2_latent_proj(y)).view_as(x)
         y = y if self.shared_experts is None else y + self.shared_experts(x)
-        return y, Balance(sequence_balance_loss(scores, routing.indices, x.shape[0]), routing.offsets.diff())
+        if not self.training:
+            return y, None
+        loss = sequence_balance_loss(torch.sigmoid(logits), routing.indices, x.shape[0])
+        return y, Balance(loss, routing.offsets.diff())
+
+    def _trained(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = routing.weights.flatten().index_select(0, routing.order)
+        return unpermute(self.experts(permute(x, routing), routing.sizes(), weights), routing)
+
+    def _served(self, x: Tensor, routing: Routing) -> Tensor:
+        stacks = self.experts.stacks()
+        if stacks is None or torch.is_grad_enabled():
+            return unpermute(self.experts(permute(x, routing), routing.sizes()), routing, routing.weights)
+        return expert_mlp(x, routing, *stacks)
 
 
 def sequence_balance_loss(scores: Tensor, indices: Tensor, batch: int) -> Tensor:

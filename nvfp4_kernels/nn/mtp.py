@@ -25,14 +25,17 @@ class MTP(nn.Module):
         self.layers[-1].final_layernorm = RMSNorm(hidden, eps)
 
     def forward(
-        self, hidden: Tensor, embedding: Tensor, cu_seqlens: Tensor | None = None
+        self, hidden: Tensor, embedding: Tensor, cu_seqlens: Tensor | None = None, state: list | None = None
     ) -> tuple[Tensor, list[Balance]]:
-        """hidden, embedding: [batch, length, hidden]; embedding[t] is of the token after the last one hidden[t] has seen."""
+        """hidden, embedding: [batch, length, hidden]; embedding[t] is of the token after the last one hidden[t] has seen.
+
+        state: one for each layer, of the tokens before, as HybridModel takes it; None: there are none.
+        """
         first, last = self.layers[0], self.layers[-1]
         x = first.eh_proj(torch.cat([first.enorm(embedding), first.hnorm(hidden)], -1))
         balances = []
-        for layer in self.layers:
-            x, balance = layer(x, cu_seqlens)
+        for layer, past in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            x, balance = layer(x, cu_seqlens, past)
             balances += [balance] if balance else []
         return last.final_layernorm(x), balances
 

@@ -82,10 +82,24 @@ def converts_to_fp4(device: torch.device) -> bool:
     return fp4_tensor_cores(device) is not None
 
 
+def rounds_stochastically(device: torch.device) -> bool:
+    """Whether a device rounds fp32 to E2M1 by random bits in one instruction."""
+    return _capability(device) in HARDWARE_STOCHASTIC
+
+
 def _capability(device: torch.device) -> tuple[int, int] | None:
     if device.type == "meta":
         return _assumed
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def cuda_target(device: torch.device) -> str | None:
+    """Which of the architectures that csrc is compiled for runs on a CUDA device: "80", "90a", ..., or None. Code for sm_80
+    runs on all of its generation, that for the family 120f on sm_121 too; the suffix "a" binds to one chip.
+    """
+    major, minor = _capability(device) or (0, 0)
+    exact = {(9, 0): "90a", (10, 0): "100a", (10, 3): "103a"}
+    return exact.get((major, minor)) or {8: "80", 12: "120f"}.get(major)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -15,13 +15,16 @@ TABLE: dict[str, tuple[str, ...]] = {
     "dequantize": ("native", "triton", "reference"),
     "hadamard": ("native", "triton", "reference"),
     "matmul": ("native", "triton", "reference"),
-    "route": ("reference",),
-    "permute": ("reference",),
+    "grouped_matmul": ("native", "triton", "reference"),
+    "expert_mlp": ("native", "triton", "reference"),
+    "route": ("native", "triton", "reference"),
+    "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "triton", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
-    "relu2": ("reference",),
+    "mixer_step": ("native", "reference"),
+    "relu2": ("native", "triton", "reference"),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))
 
@@ -29,7 +32,11 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 
 
 class Refused(RuntimeError):
-    """No allowed implementation can serve the call; the message gives each one's reason."""
+    """No allowed implementation can serve the call; the message, and `reasons` by backend, say why."""
+
+    def __init__(self, message: str, reasons: dict[str, str | None]):
+        super().__init__(message)
+        self.reasons = reasons
 
 
 def _parse(text: str) -> tuple[str, ...]:
@@ -90,8 +97,9 @@ def select(op: str, *args) -> ModuleType:
     for name in candidates(op):
         if name in TABLE[op] and implementation(op, name).refuses(*args) is None:
             return implementation(op, name)
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals(op, *args).items())
+    reasons = refusals(op, *args)
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     others = (
         f"; allow more, as in NVFP4_BACKEND={_forced[0]},reference" if _forced and "reference" not in _forced else ""
     )
-    raise Refused(f"{op}: no allowed backend can serve this call ({reasons}){others}")
+    raise Refused(f"{op}: no allowed backend can serve this call ({told}){others}", reasons)

@@ -5,6 +5,21 @@ import torch
 LIBRARY = torch.library.Library("nvfp4", "DEF")
 
 
+def unobserved(x: torch.Tensor) -> bool:
+    """Whether an op on x may be run without torch's dispatcher, whose 10 to 15 us a decoded token pays a dozen times.
+
+    True where nobody would see the call: no gradients, compiler, profiler, mode, subclass or functorch transform.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def register(schema: str, run, fake) -> None:
     """Define `nvfp4::<schema>` with its eager implementation (all devices) and its fake (shapes alone).
 
@@ -26,22 +41,24 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
     """
     tensors = sum(part.strip().startswith("Tensor") for part in arguments.split(","))
     grads = ", ".join(f"Tensor? grad{i}" for i in range(outputs))
-    returns = ", ".join(["Tensor"] * gradients)
+    returns = "Tensor" if gradients == 1 else f"({', '.join(['Tensor'] * gradients)})"
 
     def run_backward(*given):
         nothing = given[outputs].new_empty(0)
-        return tuple(nothing.clone() if g is None else g.contiguous() for g in backward(*given))
+        made = tuple(nothing.clone() if g is None else g.contiguous() for g in backward(*given))
+        return made if gradients > 1 else made[0]
 
     def fake_backward(*given):
         inputs = given[outputs : outputs + gradients]
-        return tuple(
+        made = tuple(
             inputs[0].new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
             for x in inputs
         )
+        return made if gradients > 1 else made[0]
 
     results = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     register(f"{name}({arguments}) -> {results}", run, fake)
-    register(f"{name}_backward({grads}, {arguments}) -> ({returns})", run_backward, fake_backward)
+    register(f"{name}_backward({grads}, {arguments}) -> {returns}", run_backward, fake_backward)
     call = getattr(torch.ops.nvfp4, f"{name}_backward")
 
     def setup_context(ctx, inputs, output):
@@ -54,7 +71,7 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
             return (None,) * (tensors + len(ctx.options))
         inputs = ctx.saved_tensors
         made = call(*dys, *inputs, *ctx.options)
-        made = [g if x is not None else None for g, x in zip(made, inputs, strict=False)]
+        made = [g if x is not None else None for g, x in zip(made if gradients > 1 else (made,), inputs, strict=False)]
         return *made, *[None] * (tensors - gradients + len(ctx.options))
 
     torch.library.register_autograd(f"nvfp4::{name}", derivative, setup_context=setup_context, lib=LIBRARY)

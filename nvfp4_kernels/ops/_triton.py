@@ -26,8 +26,8 @@ except ImportError:
     tl = SimpleNamespace(constexpr=lambda value: value)  # so that the kernels' files import, to say why they refuse
     missing = "Triton is not installed (pip install triton)"
 
-    def jit(kernel):
-        return kernel
+    def jit(kernel=None, **options):
+        return kernel or jit
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,6 +14,7 @@ from torch import nn
 
 from nvfp4_kernels.nn.health import Health, observe
 from nvfp4_kernels.nn.nonfinite import Origin, tripwire
+from nvfp4_kernels.nn.quantized import QuantizedWeight
 from nvfp4_kernels.train.data import Batch, Packer
 from nvfp4_kernels.train.optimizer import load_state_tensors, state_tensors
 from nvfp4_kernels.train.schedule import Schedule
@@ -121,7 +122,7 @@ class Trainer:
 
     def accumulate_gradients(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Gradients of the mean loss over the targets of all micro-batches; also the buffers as they were before."""
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        before = changing_buffers(self.model)
         targets = sum(batch.targets for batch in batches)
         sums: dict[str, float] = {}
         for batch in batches:
@@ -164,10 +165,16 @@ class Trainer:
             )
 
 
+def changing_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all buffers but the weights of quantized layers, which stay as they are."""
+    weights = {name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    return {name: b.clone() for name, b in model.named_buffers() if name.rpartition(".")[0] not in weights}
+
+
 def restore(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+        for name, buffer in buffers.items():
+            model.get_buffer(name).copy_(buffer)
 
 
 def named_losses(losses) -> dict[str, float]:

@@ -96,12 +96,9 @@ class Run:
         # Sums are split by thread: a run that is to be resumed bit for bit keeps the number it began with.
         self.settings = settings = settings.replace(threads=settings.threads or torch.get_num_threads())
         torch.set_num_threads(settings.threads)
-        self.recipe, self.out, config = (
-            recipe or get_recipe(settings.recipe),
-            Path(settings.out),
-            build_config(settings),
-        )
+        self.recipe, self.out = recipe or get_recipe(settings.recipe), Path(settings.out)
         found, damaged = snapshot.newest(self.out / "checkpoints")
+        config = HybridConfig.load(found.path) if found and settings.from_ else build_config(settings)
         check_folder(self.out, resume, found, damaged)
         self.tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
         self.corpus = corpus or load_data(settings, config, self.tokenizer)
@@ -112,7 +109,7 @@ class Run:
                 "(do: give the same data)"
             )
         data, self.validation = split(settings, self.corpus)
-        model = build_model(config, settings, self.recipe)
+        model = build_model(config, settings, self.recipe, found.path if found else None)
         optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
         options = (settings.accumulate, settings.clip, settings.health_every)
         self.trainer = Trainer(model, data, optimizer, Schedule(settings.lr, None), *options)

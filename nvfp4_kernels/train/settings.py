@@ -12,6 +12,9 @@ class Settings:
 
     preset: str = "tiny"
     config: str | None = None
+    from_: str | None = None
+    quantized: str = "dequantize"
+    train_only: str = "*"
     recipe: str = "nvfp4"
     data: str | None = None
     bin_dtype: str = "uint16"
@@ -51,6 +54,8 @@ class Settings:
         demand(self.steps is None or self.minutes is None, "steps", "steps or minutes, not both")
         for name in ("warmup", "decay", "weight_decay", "validation_every", "health_every", "threads", "seed"):
             demand(getattr(self, name) >= 0, name, "0 or more")
+        demand(self.from_ is None or self.config is None, "config", "config or from, not both")
+        demand(self.quantized in ("keep", "dequantize"), "quantized", "keep, dequantize")
         demand(self.lr > 0, "lr", "more than 0")
         demand(self.clip > 0, "clip", "more than 0 (inf for none)")
         demand(0 <= self.validation < 0.5, "validation", "a share of the documents from 0 to 0.5")
@@ -64,6 +69,11 @@ class Settings:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def patterns(self) -> list[str]:
+        """Those of train_only."""
+        return [pattern.strip() for pattern in self.train_only.split(",")]
 
     @classmethod
     def load(cls, run: Path) -> "Settings":

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from nvfp4_kernels.checkpoint import snapshot
+from nvfp4_kernels.checkpoint.huggingface import from_pretrained, read_config
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
@@ -18,13 +19,26 @@ from nvfp4_kernels.train.tokenizer import load_tokenizer
 
 
 def build_config(settings: Settings) -> HybridConfig:
+    if settings.from_:
+        return read_config(settings.from_)
     return HybridConfig.load(settings.config) if settings.config else preset(settings.preset)
 
 
-def build_model(config: HybridConfig, settings: Settings, recipe: Recipe | None = None) -> HybridModel:
-    """The same weights for the same seed, whatever the recipe."""
+def build_model(
+    config: HybridConfig, settings: Settings, recipe: Recipe | None = None, resumed: Path | None = None
+) -> HybridModel:
+    """The same weights for the same seed, whatever the recipe.
+
+    resumed: a snapshot of the run, which tells how the matrices of the checkpoint that it began from are kept.
+    """
     torch.manual_seed(settings.seed)
-    model = HybridModel(config, recipe=recipe or get_recipe(settings.recipe)).to(default_device())
+    recipe = recipe or get_recipe(settings.recipe)
+    if settings.from_:
+        folder = resumed or settings.from_
+        model = from_pretrained(folder, torch.float32, default_device(), recipe, settings.quantized)
+    else:
+        model = HybridModel(config, recipe=recipe).to(default_device())
+    model.train_only(settings.patterns)
     model.checkpoint_activations = settings.checkpoint_activations
     return model
 
@@ -54,6 +68,5 @@ def load_run(run: Path):
     if found is None:
         raise ValueError(damaged[0] if damaged else f"model: {run} holds no checkpoint yet; do: let it train further")
     config = HybridConfig.load(found.path)
-    model = HybridModel(config, recipe=get_recipe(settings.recipe))
-    model.load_state_dict(found.tensors("model"))
-    return model.eval(), load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id), found.step
+    model = from_pretrained(found.path, recipe=get_recipe(settings.recipe))
+    return model, load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id), found.step

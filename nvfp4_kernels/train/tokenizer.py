@@ -1,7 +1,8 @@
 """Text to token ids and back: bytes as they are, or a tokenizer.json through the `tokenizers` package.
 
-A tokenizer has `name`, `vocab_size`, `separator` (the id that ends a document, or None), `encode(bytes) -> ids`
-and `decode(ids) -> bytes`. A separator is only ever predicted, never read: boundaries travel as cu_seqlens.
+A tokenizer has `name`, `vocab_size`, `separator` (the id that ends a document, or None), `encode(bytes) -> ids`,
+`decode(ids) -> bytes` and `bytewise` (whether each id stands for its bytes, whatever comes before). A separator is only ever
+predicted, never read: boundaries travel as cu_seqlens.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = 256
+    bytewise = True
 
     def __init__(self, separator: int | None = None):
         self.separator = separator
@@ -30,6 +32,8 @@ class ByteTokenizer:
 
 class JsonTokenizer:
     """A tokenizer.json as transformers ships it."""
+
+    bytewise = False
 
     def __init__(self, path: str | Path):
         path = Path(path)

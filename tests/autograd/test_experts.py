@@ -54,12 +54,17 @@ def test_each_expert_is_a_linear_layer(recipe, dtype):
             assert not dup[e].any()
             continue
         one, weight = x[rows].detach().requires_grad_(), up[e].detach().requires_grad_()
+        if recipe is HIGH:
+            wide, d = up[e].to(dtype).double(), dy[rows].double()
+            wanted = [(y[rows], x[rows].double() @ wide.T, dtype), (dx[rows], d @ wide, dtype)]
+            wanted += [(dup[e], d.T @ x[rows].double(), torch.float32)]
+            for got, want, kept in wanted:
+                assert (got.double() - want).norm() <= torch.finfo(kept).eps * want.norm()
+            continue
         expected = linear(one, weight, recipe=recipe)
         assert torch.equal(y[rows], expected)
         dx_e, dw_e = torch.autograd.grad(expected, (one, weight), dy[rows])
-        assert torch.equal(dx[rows], dx_e)
-        torch.testing.assert_close(dup[e], dw_e, rtol=2**-7, atol=0) if recipe is HIGH else None
-        assert recipe is HIGH or torch.equal(dup[e], dw_e)
+        assert torch.equal(dx[rows], dx_e) and torch.equal(dup[e], dw_e)
 
 
 def test_kept_forms_change_nothing_and_are_those_of_each_matrix():
@@ -108,3 +113,24 @@ def test_errors_name_the_argument():
     x, up, down, _ = inputs()
     with pytest.raises(ValueError, match=r"sizes: got \[3\]; allowed: 6 sizes that sum to 55"):
         experts(x, up, down, [3])
+
+
+@pytest.mark.parametrize("recipe", [HIGH, NVFP4], ids=["high", "nvfp4"])
+def test_frozen_weights_cost_no_gradient(recipe, monkeypatch):
+    """The same gradient of x from the same noise, and none of the products that only a weight's gradient needs."""
+    from nvfp4_kernels.autograd import experts as module
+
+    name = "matmul" if recipe.quantized else "grouped_matmul"
+    plain, calls, gradients = getattr(module, name), [], []
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(1) or plain(*a, **k))
+    x, up, _, _ = inputs(torch.float32)
+    for frozen in (False, True):
+        weight, noise = up.detach().clone().requires_grad_(not frozen), torch.tensor([7, 0])
+        y = expert_linear(x, weight, SIZES, recipe, noise)
+        calls.clear()
+        y.backward(torch.ones_like(y))
+        gradients.append((x.grad.clone(), noise.clone(), len(calls)))
+        assert (weight.grad is None) == frozen
+        x.grad = None
+    (dx, noise, products), (frozen_dx, frozen_noise, fewer) = gradients
+    assert torch.equal(dx, frozen_dx) and torch.equal(noise, frozen_noise) and products == 2 * fewer

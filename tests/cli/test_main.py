@@ -47,7 +47,7 @@ def test_every_setting_has_a_flag_with_unit_default_and_example(capsys):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, (_, _, unit, _, example) in FLAGS.items():
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + name.rstrip("_").replace("_", "-")
         assert f"{flag} {unit.upper()}" in text and f"e.g. {flag} {example}" in text, flag
         assert (
             "default" in text.split(f"{flag} {unit.upper()} ")[1].split(" e.g. ")[0]

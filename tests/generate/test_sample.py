@@ -1,93 +1,87 @@
-"""Sampling against what it is defined to be: argmax chains, draws from the softmax, top-k, seeds, stops, errors."""
+"""Sampling against definitions written out a second time, and against what a distribution is: frequencies."""
 
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
-from torch import nn
 
-from nvfp4_kernels.generate.loop import sample
-from nvfp4_kernels.generate.sample import choose
-from nvfp4_kernels.model.config import HybridConfig
-from nvfp4_kernels.model.hybrid import HybridModel
+from nvfp4_kernels.generate.sample import ACCEPT, TOKEN, Draws, Sampling, Shaper, draw
+
+M32 = 0xFFFFFFFF
 
 
-class Counter(nn.Module):
-    """After token t comes t + 1 for certain, or the logits given; records the contexts it saw."""
-
-    def __init__(self, vocab=10, logits=None):
-        super().__init__()
-        self.config, self.table, self.seen = SimpleNamespace(vocab_size=vocab), nn.Parameter(torch.zeros(1)), []
-        self.logits = logits
-
-    def forward(self, ids):
-        self.seen.append(ids.tolist()[0])
-        assert not self.training
-        rows = torch.nn.functional.one_hot((ids + 1) % 10, 10) * 50.0
-        return rows if self.logits is None else self.logits.expand(*ids.shape, -1)
-
-
-def test_greedy_and_context():
-    model = Counter().train()
-    heard = []
-    assert sample(model, [3], 5, temperature=0, context=2, on_token=heard.append) == [4, 5, 6, 7, 8] == heard
-    assert model.seen == [[3], [3, 4], [4, 5], [5, 6], [6, 7]] and model.training
-    assert sample(model, [3], 5, stop_ids=[6]) == [4, 5] and sample(model, [3], 0) == []
+def by_definition(logits, s, seen=()):
+    """Probabilities of one row, in plain Python and float64."""
+    z = [x / s.repetition_penalty if x > 0 else x * s.repetition_penalty for x in logits]
+    z = [changed if token in seen else x for token, (changed, x) in enumerate(zip(z, logits, strict=True))]
+    if s.temperature == 0:
+        return [float(token == z.index(max(z))) for token in range(len(z))]
+    z = [x / s.temperature for x in z]
+    ranked = sorted(range(len(z)), key=lambda token: -z[token])
+    kept = ranked[: s.top_k or len(z)]
+    p = {token: math.exp(z[token] - z[ranked[0]]) for token in kept}
+    total, nucleus, mass = sum(p.values()), [], 0.0
+    for token in kept:
+        if mass >= s.top_p:
+            break
+        nucleus.append(token)
+        mass += p[token] / total
+    nucleus = [token for token in nucleus if p[token] >= s.min_p * p[ranked[0]]]
+    total = sum(p[token] for token in nucleus)
+    return [p[token] / total if token in nucleus else 0.0 for token in range(len(z))]
 
 
-def test_draws_follow_the_softmax_at_the_temperature():
-    logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
-    for temperature in (0.5, 1.0, 2.0):
-        drawn = (
-            torch.tensor([choose(logits, temperature, None, generator) for _ in range(4000)]).bincount(minlength=4)
-            / 4000
-        )
-        want = torch.softmax(logits.double() / temperature, 0)
-        assert (drawn - want).abs().max() < 4 * (want * (1 - want) / 4000).max().sqrt()
+SAMPLINGS = [
+    Sampling(1.0), Sampling(0.0), Sampling(0.5), Sampling(2.0, top_k=5), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.2),
+    Sampling(0.7, 9, 0.8, 0.05, 1.3), Sampling(1.0, top_k=1), Sampling(0.0, repetition_penalty=4.0), Sampling(1.0, 100, 0.99),
+]  # fmt: skip
 
 
-def test_top_k_keeps_the_k_largest_and_their_proportions():
-    logits, generator = torch.tensor([0.0, 3.0, 2.0, 2.5]), torch.Generator().manual_seed(0)
-    drawn = torch.tensor([choose(logits, 1.0, 2, generator) for _ in range(2000)]).bincount(minlength=4) / 2000
-    assert drawn[0] == drawn[2] == 0 and abs(drawn[1] - torch.sigmoid(torch.tensor(0.5))) < 0.05
-    assert {choose(logits, 5.0, 1, generator) for _ in range(50)} == {1}
-    assert choose(logits.bfloat16(), 1.0, 99, generator) in range(4)
+@pytest.mark.parametrize("groups", [[s] for s in SAMPLINGS] + [SAMPLINGS], ids=str)
+def test_probabilities_are_their_definition(groups):
+    """Alone, and beside rows that ask for everything else."""
+    logits = torch.randn(len(groups), 30) * 2
+    seen = torch.rand(len(groups), 30) < 0.4
+    got = Shaper(groups).probabilities(logits, seen)
+    for row, s in enumerate(groups):
+        tokens = set(seen[row].nonzero()[:, 0].tolist())
+        want = torch.tensor(by_definition(logits[row].double().tolist(), s, tokens))
+        torch.testing.assert_close(got[row].double(), want.double(), atol=1e-5, rtol=1e-4)
 
 
-def test_seed_fixes_the_text():
-    model = Counter(logits=torch.zeros(10))
-    one, two, other = (sample(model, [1], 30, 1.0, seed=seed) for seed in (0, 0, 1))
-    assert one == two != other
+def test_draws_follow_the_probabilities():
+    p = torch.tensor([[0.1, 0.0, 0.4, 0.3, 0.2, 0.0]])
+    draws = Draws(3)
+    drawn = torch.tensor([draw(p, [draws.at(position, TOKEN)])[0] for position in range(4000)]).bincount(minlength=6)
+    assert drawn[1] == drawn[5] == 0
+    assert ((drawn / 4000 - p[0]).abs() < 4 * (p[0] * (1 - p[0]) / 4000).sqrt() + 1e-9).all()
+    assert draw(p, [1 - 2.0**-33]) == [4] and draw(p, [2.0**-33]) == [0]
+    assert draw(torch.eye(3), [0.5] * 3) == [0, 1, 2]
 
 
-def test_hybrid_model_greedy_equals_forward():
-    config = HybridConfig(
-        "ME*",
-        vocab_size=50,
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        mamba_num_heads=2,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=1,
-        chunk_size=16,
-        n_routed_experts=4,
-        moe_intermediate_size=32,
-        moe_shared_expert_intermediate_size=32,
-    )
-    model = HybridModel(config).eval()
-    ids = [1, 2, 3]
-    for _ in range(5):
-        ids.append(int(model(torch.tensor([ids])).float()[0, -1].argmax()))
-    assert sample(model, [1, 2, 3], 5, temperature=0) == ids[3:]
+def philox_by_hand(counter, key):
+    """One draw of Philox4x32-10 in Python's integers."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k0, b & M32, (a >> 32) ^ c[3] ^ k1, a & M32]
+        k0, k1 = (k0 + 0x9E3779B9) & M32, (k1 + 0xBB67AE85) & M32
+    return c
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (([], 1), "prompt_ids: got none"), (([10], 1), "prompt_ids: got 10; allowed: 0 to 9"), (([-1], 1), "prompt_ids: got -1"),
-    (([1], 1, -0.1), "temperature: got -0.1"), (([1], 1, 1.0, 0), "top_k: got 0"),
+@pytest.mark.parametrize("seed", [0, 1, (1 << 40) + 5])
+def test_draws_are_philox_of_seed_and_position(seed):
+    draws = Draws(seed)
+    for position in (5000, 0, 127, 128, 1, 5000):  # in any order
+        words = philox_by_hand((position, 0, 0, 0), (seed & M32, seed >> 32))
+        for word in (TOKEN, ACCEPT):
+            assert draws.at(position, word) == (words[word] + 0.5) / 2**32
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -0.1), ("temperature", math.inf), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1),
+    ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 1 << 63),
 ])  # fmt: skip
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sample(Counter(), *arguments)
+def test_errors_name_the_argument(name, value):
+    with pytest.raises(ValueError, match=f"{name}: got {value}"):
+        Sampling(**{name: value})

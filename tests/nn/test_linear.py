@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.ops.quantize import op as quantize_op
 from nvfp4_kernels.recipe import HIGH, NVFP4
 
@@ -131,3 +132,27 @@ def test_convert_include_exclude():
     assert isinstance(nk.convert(nn.Linear(16, 16), NVFP4), nk.Linear)
     again = nk.convert(model, "bf16")
     assert all(m.recipe == HIGH for m in again.modules() if isinstance(m, nk.Linear))
+
+
+def test_a_decoded_token_is_multiplied_by_our_kernel(monkeypatch):
+    layer = nk.Linear(64, 48, bias=True, dtype=torch.bfloat16)
+    x = torch.randn(2, 4, 64).bfloat16()
+    exact = x.double() @ layer.weight.double().t() + layer.bias.double()
+    found = []
+
+    def watched(*operands):
+        found.append(few_rows(*operands))
+        return found[-1]
+
+    monkeypatch.setattr("nvfp4_kernels.nn.linear.few_rows", watched)
+    with torch.no_grad():
+        few, many = layer(x), layer(x.repeat(2, 1, 1))
+        with nk.backend("reference"):
+            plain = layer(x)
+        with pytest.raises(RuntimeError, match="shape|size"):
+            layer(x[..., :32])
+        mapped = torch.func.vmap(layer)(x)
+    assert layer(x).requires_grad
+    assert [y is not None for y in found] == [True] + [False] * 5
+    for y in (few, many[:2], plain, mapped):
+        assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() < 5e-3 * exact.norm()

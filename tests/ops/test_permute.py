@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import nvfp4_kernels as nk
 from nvfp4_kernels.ops.permute.op import permute, unpermute
-from nvfp4_kernels.ops.route.op import route
+from nvfp4_kernels.ops.route.op import Routing, route
 
 
 @pytest.fixture
@@ -44,6 +45,47 @@ def test_gradcheck(routing):
 def test_there_and_back_is_top_k_times_the_token(routing):
     x = torch.randn(9, 4).bfloat16()
     torch.testing.assert_close(unpermute(permute(x, routing), routing), 3 * x, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, features", [(9, 5, 3, 4), (1, 4, 2, 33), (0, 4, 2, 8), (40, 3, 3, 130)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_values_and_gradients(backend, tokens, experts, top_k, features, dtype):
+    """Against fp64 loops, forward and backward, with rows apart in memory."""
+    routing = route(torch.randn(tokens, experts), None, top_k)
+    x = torch.randn(tokens, 2 * features).to(dtype)[:, :features].requires_grad_()
+    y = torch.randn(tokens * top_k, features).to(dtype).requires_grad_()
+    weights = torch.rand(tokens, top_k, requires_grad=True)
+    rows, out, plain = permute(x, routing), unpermute(y, routing, weights), unpermute(y, routing)
+    wide_x, wide_y, wide_weights = (t.detach().double().requires_grad_() for t in (x, y, weights))
+    wanted_rows = torch.zeros(tokens * top_k, features, dtype=torch.float64)
+    for slot, row in enumerate(routing.inverse.flatten().tolist()):
+        wanted_rows[row] = wide_x[slot // top_k].detach()
+    assert torch.equal(rows.double(), wanted_rows)
+    chosen = wide_y[routing.inverse.flatten()].view(tokens, top_k, features)
+    unit = max(torch.finfo(dtype).eps, 1e-6)
+    pairs = [(out, (chosen * wide_weights[:, :, None]).sum(1), (y, weights), (wide_y, wide_weights))]
+    pairs += [(plain, chosen.sum(1), (y,), (wide_y,))]
+    for got, wanted, leaves, wide_leaves in pairs:
+        dout = torch.randn_like(got)
+        gradients = torch.autograd.grad(got, leaves, dout)
+        expected = torch.autograd.grad(wanted, wide_leaves, dout.double(), retain_graph=True)
+        for g, w in [(got, wanted), *zip(gradients, expected, strict=True)]:
+            assert g.dtype in (dtype, torch.float32) and (g.double() - w).norm() <= unit * w.norm()
+    drows = torch.randn_like(rows)
+    (dx,) = torch.autograd.grad(rows, x, drows)
+    wanted = drows.double()[routing.inverse.flatten()].view(tokens, top_k, features).sum(1)
+    assert (dx.double() - wanted).norm() <= unit * wanted.norm()
+
+
+def test_native_takes_no_rows_out_of_range(routing):
+    wrong = Routing(routing.indices, routing.weights, routing.offsets, routing.inverse + 1, routing.order + 1)
+    with nk.backend("native"):
+        with pytest.raises(ValueError, match="routing: got rows out of range"):
+            permute(torch.zeros(9, 4), wrong)
+        with pytest.raises(ValueError, match="routing: got rows out of range"):
+            unpermute(torch.zeros(27, 4), wrong)
 
 
 def test_errors_name_the_argument(routing):

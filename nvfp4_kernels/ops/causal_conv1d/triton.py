@@ -15,6 +15,7 @@ from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, refuses_device, tl
 
 FORWARD_SPAN = 32  # tokens a program: many short programs balance the load, and 3 in 32 inputs are read twice
+VARYING = ["tokens", "length", "sequences", "spans", "span_tokens"]  # one compiled kernel for all of their values
 FORWARD_TOGETHER, BACKWARD_TOGETHER = 8, 4  # loads in flight: what the registers hold beside weights and windows
 
 
@@ -140,7 +141,7 @@ def products(sums, factor, taps, WIDTH: tl.constexpr):
     return added
 
 
-@jit
+@jit(do_not_specialize=VARYING)
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, initial_ptr, cu_seqlens_ptr, y_ptr, state_ptr, x_stride, tokens, length, channels,
     sequences, spans,
@@ -190,7 +191,7 @@ def forward_kernel(
             store_state(state_ptr, sequence, k, channel, channels, inside, last[k], WIDTH)
 
 
-@jit
+@jit(do_not_specialize=VARYING)
 def backward_kernel(
     dy_ptr, dstate_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, cu_seqlens_ptr, dx_ptr, dinitial_ptr, partial_ptr,
     dy_stride, x_stride, tokens, length, channels, sequences, spans, span_tokens,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
-from nvfp4_kernels.ops._library import register_differentiable
+from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
 
 def gated_rms_norm(
@@ -45,7 +45,8 @@ def gated_rms_norm(
         require(z.dtype == x.dtype, "z", z.dtype, f"{x.dtype}, as x", TypeError)
         same_device("z", z, x.device)
     same_device("weight", weight, x.device)
-    return torch.ops.nvfp4.gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
+    run = _run if unobserved(x) else torch.ops.nvfp4.gated_rms_norm
+    return run(x, z, weight, eps, group_size, norm_before_gate)
 
 
 def _run(*arguments) -> Tensor:

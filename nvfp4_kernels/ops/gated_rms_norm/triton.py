@@ -74,7 +74,7 @@ def forward_kernel(
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), at < group_size)
 
 
-@jit
+@jit(do_not_specialize=["rows"])  # one compiled kernel for all batches
 def backward_kernel(
     dy_ptr, x_ptr, z_ptr, weight_ptr, dx_ptr, dz_ptr, dweight_ptr, dy_stride, x_stride, z_stride, rows, channels,
     group_size, eps,

@@ -1,25 +1,35 @@
-"""a @ b.T through csrc/matmul: quantized operands are decoded exactly to bf16 (or fp32) in cache-sized blocks."""
+"""a @ b.T through csrc/matmul: on CPUs quantized operands are decoded exactly to bf16 (or fp32) in cache-sized blocks; on GPUs
+few rows of bf16 meet a packed weight."""
 
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops.matmul import _cuda as cuda
 
-Operand = NVFP4Tensor | MXFP8Tensor | Tensor
+Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 
 
 def refuses(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> str | None:
-    return refuses_device(a.codes if isinstance(a, (NVFP4Tensor, MXFP8Tensor)) else a)
+    values = a if isinstance(a, Tensor) else a.codes
+    if isinstance(b, PackedNVFP4Tensor) or _cuda.takes(values):
+        return cuda.refuses(a, b, bias, out_dtype, out, accumulate)
+    return refuses_device(values)
 
 
 def run(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> Tensor:
     """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
+    if isinstance(b, PackedNVFP4Tensor):
+        out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
+        return cuda.run(a, b, bias, out, accumulate)
     left, right = _operand(a), _operand(b)  # they hold the tensors alive
     if out is None:
         out = torch.empty(left[0][4], right[0][4], dtype=out_dtype)

@@ -1,5 +1,6 @@
 """permute and unpermute: token rows to rows sorted by expert, and back with each token's rows summed."""
 
+import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
@@ -15,8 +16,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     """
     tokens, top_k = routing.indices.shape
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, features], as routed")
-    arguments = (x, routing.order, routing.inverse)
-    return select("permute", *arguments).run(*arguments)
+    return _Permute.apply(x, routing.order, routing.inverse)
 
 
 def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
@@ -34,5 +34,37 @@ def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Ten
         require(
             tuple(weights.shape) == (tokens, top_k), "weights", f"shape {list(weights.shape)}", f"[{tokens}, {top_k}]"
         )
-    arguments = (y, routing.order, routing.inverse)
-    return select("permute", *arguments).combine(*arguments, weights)
+    return _Unpermute.apply(y, routing.order, routing.inverse, weights)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return _serving(x).run(x, order, inverse)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        return _serving(dy).combine(dy, *ctx.saved_tensors, None), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(None if weights is None else y, order, inverse, weights)
+        return _serving(y).combine(y, order, inverse, weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout: Tensor):
+        y, order, inverse, weights = ctx.saved_tensors
+        if weights is None:
+            return _serving(dout).run(dout, order, inverse), None, None, None
+        dy, dweights = _serving(dout).combine_backward(dout, y, order, inverse, weights)
+        return dy, None, None, dweights
+
+
+def _serving(x: Tensor):
+    """The implementation: `run` gathers rows, `combine` sums them by token, `combine_backward` is its derivative."""
+    return select("permute", x)

@@ -1,4 +1,4 @@
-"""quantize through csrc/quantize: any strides, both forms from one read, AVX-512, AVX2 or scalar code."""
+"""quantize through csrc/quantize: any strides, both forms in one pass; AVX-512, AVX2 or scalar code on CPUs, CUDA on GPUs."""
 
 from functools import lru_cache
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops.quantize import _cuda as cuda
 
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}
@@ -14,15 +16,18 @@ NONE = (0, False, 0, -1, 0, 0, 0)
 
 
 def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
-    return refuses_device(x)
+    return cuda.refuses(x, row, col) if _cuda.takes(x) else refuses_device(x)
 
 
 def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
     rows, cols = x.shape
-    row_parts, row_form = _form(row, rows, cols)
-    col_parts, col_form = _form(col, cols, rows)
+    row_parts, row_form = _form(row, rows, cols, x.device)
+    col_parts, col_form = _form(col, cols, rows, x.device)
     noise = None if noise is None else noise.contiguous()
+    if _cuda.takes(x):
+        cuda.run(x, (row, row_parts, 0), (col, col_parts, int(row is not None and row.stochastic)), noise)
+        return (*row_parts, *col_parts)
     status = native.quantize(
         x.data_ptr(),
         DTYPES[x.dtype],
@@ -44,20 +49,26 @@ def _numbers(spec: QuantSpec) -> tuple[int, bool, int, int]:
     return BLOCKS[spec.block], spec.stochastic, CHOICES[spec.four_over_six], signs
 
 
-def _form(spec: QuantSpec | None, rows: int, cols: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:
+def _form(
+    spec: QuantSpec | None, rows: int, cols: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple]:
     """The output tensors of one form, and what csrc/bindings.cpp calls a form."""
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
     if spec is None:
-        nothing = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8), torch.empty(0)
+        nothing = empty(torch.uint8, 0), empty(torch.uint8, 0), empty(torch.float32, 0)
         return nothing, NONE
     if spec.block == "1x32":
         blocks = (cols + 31) // 32
-        codes = torch.empty(rows, blocks * 32, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(rows, blocks, dtype=torch.uint8)
-        global_scale = torch.empty(0)
+        codes = empty(torch.float8_e4m3fn, rows, blocks * 32)
+        scales = empty(torch.uint8, rows, blocks)
+        global_scale = empty(torch.float32, 0)
     else:
         blocks = (cols + 15) // 16
-        codes = torch.empty(rows, blocks * 8, dtype=torch.uint8)
-        scales = torch.empty(rows, blocks, dtype=torch.float8_e4m3fn)
-        global_scale = torch.empty(())
+        codes = empty(torch.uint8, rows, blocks * 8)
+        scales = empty(torch.float8_e4m3fn, rows, blocks)
+        global_scale = empty(torch.float32)
     pointers = codes.data_ptr(), scales.data_ptr(), global_scale.data_ptr()
     return (codes, scales, global_scale), (*_numbers(spec), *pointers)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register_differentiable
 
 
 def relu2(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -32,4 +33,20 @@ def relu2(x: Tensor, weights: Tensor | None = None) -> Tensor:
             f"[{x.shape[0]}], one for each row of x",
         )
         require(torch.is_floating_point(weights), "weights", weights.dtype, "a floating-point tensor", TypeError)
+        same_device("weights", weights, x.device)
+    return torch.ops.nvfp4.relu2(x, weights)
+
+
+def _run(x: Tensor, weights: Tensor | None) -> Tensor:
     return select("relu2", x, weights).run(x, weights)
+
+
+def _backward(dy: Tensor, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return select("relu2", x, weights).backward(dy, x, weights)
+
+
+def _fake(x: Tensor, weights: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+register_differentiable("relu2", "Tensor x, Tensor? weights", 1, _run, _fake, _backward, 2)

@@ -1,4 +1,4 @@
-"""y = max(x, 0)^2 * w and its derivatives 2 max(x, 0) w dy and <max(x, 0)^2, dy>; only x (and w) is kept for backward."""
+"""y = max(x, 0)^2 * w and its derivatives 2 max(x, 0) w dy and <max(x, 0)^2, dy>."""
 
 import torch
 from torch import Tensor
@@ -9,23 +9,19 @@ def refuses(x: Tensor, weights: Tensor | None) -> str | None:
 
 
 def run(x: Tensor, weights: Tensor | None) -> Tensor:
-    return _Relu2.apply(x, weights)
+    r = _relu(x)
+    return (r * r if weights is None else r * r * weights[:, None]).to(x.dtype).contiguous()
 
 
-class _Relu2(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        r = torch.relu(x)
-        return r.mul_(r) if weights is None else (r * weights[:, None]).mul_(r).to(x.dtype)
+def backward(dy: Tensor, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and weights."""
+    r = _relu(x)
+    scaled = r * dy
+    if weights is None:
+        return (2 * scaled).to(x.dtype), None
+    dweights = torch.linalg.vecdot(r.to(weights.dtype), scaled.to(weights.dtype))
+    return (scaled * (2 * weights)[:, None]).to(x.dtype), dweights
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, weights = ctx.saved_tensors
-        r = torch.relu(x)
-        if weights is None:
-            return r.mul_(dy).mul_(2), None
-        dr2 = r * dy  # <r^2, dy> = <r, r dy>
-        dweights = torch.linalg.vecdot(r.to(weights.dtype), dr2.to(weights.dtype)) if ctx.needs_input_grad[1] else None
-        return (dr2 * (2 * weights)[:, None]).to(x.dtype), dweights
+
+def _relu(x: Tensor) -> Tensor:
+    return torch.relu(x if x.dtype == torch.float64 else x.float())

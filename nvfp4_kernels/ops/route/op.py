@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register_differentiable
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def route(
     bias: float [experts] or None; it sways the choice, never the weights, and gets no gradient.
     n_group, topk_group: with n_group > 1 only the topk_group groups with the best sum of their two best scores may be
         chosen from. normalize: divide the weights by their sum. scale: multiply them by this.
+    Equal scores are chosen by index, the lower first; NaN counts as the largest, so that it shows in the weights.
     Returns a Routing. Raises TypeError or ValueError naming the argument.
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; as Nemotron 3 uses it.
     """
@@ -65,5 +67,33 @@ def route(
     if bias is not None:
         require(tuple(bias.shape) == (experts,), "bias", f"shape {list(bias.shape)}", f"[{experts}]")
         require(torch.is_floating_point(bias), "bias", bias.dtype, "a floating-point tensor", TypeError)
-    arguments = (logits, bias, top_k, scale, n_group, topk_group, normalize)
-    return Routing(*select("route", *arguments).run(*arguments))
+        same_device("bias", bias, logits.device)
+    return Routing(*torch.ops.nvfp4.route(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
+
+
+def _run(*arguments) -> tuple[Tensor, ...]:
+    return select("route", *arguments).run(*arguments)
+
+
+def _backward(dindices, dweights: Tensor, doffsets, dinverse, dorder, *arguments) -> tuple[Tensor]:
+    return (select("route", *arguments).backward(dweights, *arguments),)
+
+
+def _fake(logits: Tensor, bias, top_k: int, *options) -> tuple[Tensor, ...]:
+    tokens, experts = logits.shape
+    integers = [
+        logits.new_empty(n, dtype=torch.int64) for n in ((tokens, top_k), experts + 1, (tokens, top_k), tokens * top_k)
+    ]
+    weights = logits.new_empty(tokens, top_k, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return integers[0], weights, *integers[1:]
+
+
+register_differentiable(
+    "route",
+    "Tensor logits, Tensor? bias, int top_k, float scale, int n_group, int topk_group, bool normalize",
+    5,
+    _run,
+    _fake,
+    _backward,
+    1,
+)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops.state_update import _cuda as cuda
 
 NONE = (0, 0, 0, 0, 0)  # the view of a tensor that was not given
 
@@ -17,7 +19,7 @@ def refuses(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, *option
             return f"the last axis of {name} is not contiguous"
     if 0 in (x.shape[2], B.shape[2]):
         return "no heads or groups"
-    return refuses_device(x)
+    return cuda.refuses(state, x) if _cuda.takes(x) else refuses_device(x)
 
 
 def run(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_softplus, low, high) -> Tensor:
@@ -25,6 +27,8 @@ def run(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_s
     x, B, C, z = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, B, C, z))
     A, D, dt_bias = (None if t is None else t.to(torch.float32).contiguous() for t in (A, D, dt_bias))
     indices, noise = (None if t is None else t.to(torch.int64).contiguous() for t in (indices, noise))
+    if _cuda.takes(x):
+        return cuda.run(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_softplus, low, high)
     y = torch.empty(x.shape, dtype=x.dtype)
     status = native.state_update(
         (batch, tokens, heads, groups, head_dim, B.shape[3], state.shape[0], DTYPES[state.dtype]),

@@ -1,0 +1,19 @@
+"""Over the routed rows of 8,192 tokens: the hidden values of the experts of Nano and Super, weighted and not."""
+
+import torch
+
+from nvfp4_kernels.ops.relu2 import triton
+
+
+def both_ways(rows: int, features: int, weighted: bool):
+    x, dy = torch.empty(2, rows, features, dtype=torch.bfloat16, device="meta")
+    weights = torch.empty(rows, device="meta") if weighted else None
+    triton.run(x, weights)
+    triton.backward(dy, x, weights)
+
+
+CASES = {
+    "Nano experts": lambda: both_ways(8192 * 6, 1856, True),
+    "Super experts": lambda: both_ways(8192 * 22, 2688, True),
+    "Super shared": lambda: both_ways(8192, 5376, False),
+}

@@ -1,0 +1,85 @@
+"""Compiles csrc/*/cuda.cu with nvcc, without a GPU, and says what each kernel takes, as resources.py does for Triton's.
+
+    python benchmarks/cuda_resources.py        all kernels, all architectures; its rows in benchmarks/results/resources.json
+    python benchmarks/cuda_resources.py --op matmul --arch 80 90a        a part of it, only printed
+
+The rows have the case "CUDA". shared: what a kernel has by itself and what a launch adds.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.resources import RESULTS, counted, tool
+from nvfp4_kernels.ops.matmul import _cuda as matmul
+from nvfp4_kernels.ops.quantize import _cuda as quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = tuple(sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu")))
+ARCHS = ("80", "90a", "100a", "103a", "120f")  # as in CMakeLists.txt
+WARPS = collections.defaultdict(lambda: 4, {f"amax_values_{name}": 8 for name in quantize.NAMES.values()})
+
+
+def launched_with(kernel: str) -> int:
+    """Bytes of shared memory that a launch adds."""
+    if kernel.startswith("amax_values"):
+        return 0
+    if kernel.startswith("weight_only"):
+        return matmul.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel.startswith("state_update"):
+        return 16 * int(kernel.rsplit("_", 1)[1])
+    return quantize.shared_bytes(4 if kernel.endswith("fp32") else 2)
+
+
+def rows(op: str, arch: str) -> list[dict]:
+    """What each kernel of an op takes on an architecture. Raises RuntimeError with nvcc's message."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        flags = ["-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        command = ["nvcc", *flags, "-cubin", str(ROOT / "csrc" / op / "cuda.cu"), "-o", str(cubin)]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode or "warning" in built.stderr:
+            raise RuntimeError(built.stderr[:2000])
+        usage, sass = tool("cuobjdump", "--dump-resource-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
+    made = []
+    for kernel, text in re.findall(r"Function (\w+):\s*(REG:.*)", usage):
+        registers, stack, shared = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED"))
+        about = {"op": op, "case": "CUDA", "kernel": kernel, "arch": int(arch.rstrip("af"))}
+        taken = {
+            "registers": registers,
+            "spills": stack,
+            "shared": shared + launched_with(kernel),
+            "warps": WARPS[kernel],
+        }
+        made.append(about | taken | {"instructions": counted(code[kernel])})
+    return sorted(made, key=lambda row: row["kernel"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=OPS, help="one op alone; default: all")
+    parser.add_argument("--arch", choices=ARCHS, nargs="+", help=f"default: {' '.join(ARCHS)}")
+    given = parser.parse_args()
+    tasks = [(op, arch) for op in OPS if given.op in (None, op) for arch in given.arch or ARCHS]
+    found = []
+    with ThreadPoolExecutor(2) as pool:
+        for made in pool.map(lambda task: rows(*task), tasks):
+            found += made
+            for row in made:
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if given.op is None and given.arch is None:
+        others = [row for row in json.loads(RESULTS.read_text()) if row["case"] != "CUDA"]
+        RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in others + found) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""What is measured on a GPU, each beside its yardstick in torch: one size at a time lies in memory.
+
+A case gives the amounts that must move or be computed; benchmarks/gpu/run.py times it with CUDA events and an L2 cache flushed
+before each round. `small` sizes serve a rehearsal on a CPU: there the kernels run in Triton's interpreter.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import nvfp4_kernels as nk
+from benchmarks.bench_causal_conv1d import plain as plain_conv1d
+from benchmarks.bench_selective_scan import listing
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.nn.moe import MoE
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass
+class Case:
+    """ours: run under each backend of ours that serves it, or (not forced) as the dispatch decides.
+
+    theirs: yardsticks by name. about: dtype; bytes or flops; limit, "copy" or "matmul".
+    """
+
+    op: str
+    name: str
+    ours: Callable[[], object]
+    theirs: dict[str, Callable[[], object]] = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
+    forced: bool = True
+
+
+def draw(*shape: int, dtype=BF16, device="cuda") -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=FP32).to(dtype)
+
+
+def quantize(device: str, small: bool) -> Iterator[Case]:
+    """Bytes: the input twice (amax, then codes), the codes and scales once. Yardstick: the same rule in eager torch."""
+    signs = QuantSpec(hadamard=DEFAULT_SIGNS)
+    noisy = QuantSpec("1x16", "stochastic")
+    forms = {
+        "1x16": (QuantSpec(), None),
+        "16x16": (QuantSpec("16x16"), None),
+        "pair 16x16 (weight)": (QuantSpec("16x16"), QuantSpec("16x16")),
+        "pair 1x16 + RHT (x)": (QuantSpec(), signs),
+        "pair SR + RHT SR (dy)": (noisy, QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)),
+    }
+    rows, cols = (32, 64) if small else (8192, 4096)
+    noise = torch.tensor([1, 2], device=device)
+    for name, (row, col) in forms.items():
+        x = draw(rows, cols, device=device)
+        run = lambda x=x, row=row, col=col: nk.quantize_pair(x, row, col, noise)  # noqa: E731
+        written = sum(0.5625 * x.numel() for spec in (row, col) if spec)
+        about = dict(dtype="bf16", bytes=2 * x.nbytes + written, limit="copy")
+        yield Case("quantize", f"{name} {rows}x{cols}", run, {"eager torch": _by("reference", run)}, about)
+
+
+def _by(backend: str, run: Callable) -> Callable:
+    def forced():
+        with nk.backend(backend):
+            return run()
+
+    return forced
+
+
+def decoding(device: str, small: bool) -> Iterator[Case]:
+    rows, cols = (32, 64) if small else (8192, 4096)
+    x = draw(rows, cols, device=device)
+    q = nk.quantize(x)
+    about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy")
+    yield Case(
+        "dequantize", f"{rows}x{cols}", lambda: q.dequantize(BF16), {"copy of as many bytes": _copy(about)}, about
+    )
+    about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy")
+    yield Case("hadamard", f"{rows}x{cols}", lambda: nk.hadamard(x), {"copy of as many bytes": x.clone}, about)
+
+
+def _copy(about: dict) -> Callable:
+    def run():
+        half = torch.empty(
+            int(about["bytes"]) // 2, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
+        return half.clone()
+
+    return run
+
+
+def matmul(device: str, small: bool) -> Iterator[Case]:
+    """Quantized operands, and weights alone; few rows are bound by the packed weight's bytes, many by arithmetic."""
+    for m, n, k in ((32, 48, 64),) if small else ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688)):
+        a, b = draw(m, k, device=device), draw(n, k, device=device)
+        qa, qb = nk.quantize(a), nk.quantize(b, block="16x16")
+        about = dict(dtype="nvfp4", flops=2 * m * n * k, limit="matmul")
+        run = lambda qa=qa, qb=qb: nk.matmul(qa, qb, BF16)  # noqa: E731
+        yield Case("matmul", f"NVFP4 x NVFP4 {m}x{n}x{k}", run, {"torch bf16": lambda a=a, b=b: a @ b.t()}, about)
+    n, k = (48, 64) if small else (4096, 14336)
+    b = draw(n, k, device=device)
+    qb = nk.quantize(b)
+    for m in (1, 17) if small else (1, 4, 16, 64, 256, 512, 2048, 8192):
+        a = draw(m, k, device=device)
+        amount = dict(bytes=qb.nbytes, limit="copy") if m <= 64 else dict(flops=2 * m * n * k, limit="matmul")
+        run = lambda a=a: nk.matmul(a, qb, BF16)  # noqa: E731
+        about = dict(dtype="bf16") | amount
+        yield Case("matmul", f"bf16 x NVFP4 weight {m}x{n}x{k}", run, {"torch bf16": lambda a=a: a @ b.t()}, about)
+
+
+def linear(device: str, small: bool) -> Iterator[Case]:
+    """Forward and backward, the weight quantized in each step as in training without gradient accumulation."""
+    for m, n, k in ((32, 48, 64),) if small else ((8192, 4096, 4096), (8192, 10304, 2688)):
+        x, w, dy = draw(m, k, device=device), draw(n, k, dtype=FP32, device=device), draw(m, n, device=device)
+        x.requires_grad_()
+        w.requires_grad_()
+        narrow = w.detach().to(BF16).requires_grad_()
+
+        def ours(x=x, w=w, dy=dy):
+            return torch.autograd.grad(nk.linear(x, w, recipe="nvfp4"), (x, w), dy)
+
+        def theirs(x=x, w=narrow, dy=dy):
+            return torch.autograd.grad(F.linear(x, w), (x, w), dy)
+
+        about = dict(dtype="nvfp4", flops=6 * m * n * k, limit="matmul")
+        yield Case("linear", f"forward and backward {m}x{n}x{k}", ours, {"torch bf16": theirs}, about)
+
+
+def selective_scan(device: str, small: bool) -> Iterator[Case]:
+    """Bytes: x, B, C, dt and y once, backward as many again with their gradients."""
+    sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
+        "Nano 8k": (1, 8192, 64, 64, 8, 128),
+        "Nano 8 x 8k": (8, 8192, 64, 64, 8, 128),
+        "Nano 64k": (1, 65536, 64, 64, 8, 128),
+        "Super 8k": (1, 8192, 128, 64, 8, 128),
+    }  # fmt: skip
+    for name, (batch, length, heads, head_dim, groups, state) in sizes.items():
+        x, dy = (draw(batch, length, heads, head_dim, device=device) for _ in range(2))
+        B, C = (draw(batch, length, groups, state, device=device) for _ in range(2))
+        dt = (draw(batch, length, heads, dtype=FP32, device=device) - 4).to(BF16)
+        A = -torch.rand(heads, device=device) * 15 - 1
+        D, bias = (torch.randn(heads, device=device) for _ in range(2))
+        leaves = [t.requires_grad_() for t in (x, dt, A, B, C, D, bias)]
+        chunk = 32 if small else 128
+
+        def forward(leaves=leaves):
+            with torch.no_grad():
+                return nk.selective_scan(*leaves[:6], dt_bias=leaves[6])
+
+        def both(leaves=leaves, dy=dy):
+            return torch.autograd.grad(nk.selective_scan(*leaves[:6], dt_bias=leaves[6]), leaves, dy)
+
+        def chunked(leaves=leaves, chunk=chunk):
+            with torch.no_grad():
+                return listing(*leaves, chunk, BF16)
+
+        def chunked_both(leaves=leaves, dy=dy, chunk=chunk):
+            return torch.autograd.grad(listing(*leaves, chunk, BF16), leaves, dy)
+
+        once = 2 * x.nbytes + B.nbytes + C.nbytes + dt.nbytes
+        for title, run, peer, amount in (
+            ("forward", forward, {"torch, chunked": chunked}, once),
+            ("forward and backward", both, {"torch, chunked": chunked_both}, 3 * once),
+        ):
+            yield Case(
+                "selective_scan", f"{title}, {name}", run, peer | _mamba_ssm(leaves, dy, title != "forward"),
+                dict(dtype="bf16", bytes=amount, limit="copy"),
+            )  # fmt: skip
+
+
+def _mamba_ssm(leaves: list[torch.Tensor], dy: torch.Tensor, backward: bool) -> dict:
+    """mamba_ssm's Triton, where it is installed or lies on the path."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return {}
+    x, dt, A, B, C, D, bias = leaves
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            y = mamba_chunk_scan_combined(x, dt, A, B, C, 256, D=D, dt_bias=bias, dt_softplus=True)
+            return torch.autograd.grad(y, leaves, dy) if backward else y
+
+    return {"mamba_ssm": run}
+
+
+def state_update(device: str, small: bool) -> Iterator[Case]:
+    """One token of Nano's layer. Bytes: each state read and written."""
+    heads, head_dim, groups, state = (2, 16, 1, 16) if small else (64, 64, 8, 128)
+    for batch in (1, 3) if small else (1, 8, 64, 256):
+        for dtype, stochastic in ((FP32, False), (FP16, True)):
+            kept = draw(batch, heads, head_dim, state, dtype=dtype, device=device)
+            x, dt = draw(batch, heads, head_dim, device=device), draw(batch, heads, device=device)
+            B, C = (draw(batch, groups, state, device=device) for _ in range(2))
+            A, D, bias = (-torch.rand(heads, device=device) for _ in range(3))
+            noise = torch.tensor([1, 2], device=device) if stochastic else None
+            given = (x, dt, A, B, C, D)
+            run = lambda s=kept, g=given, n=noise, b=bias: nk.state_update(s, *g, dt_bias=b, noise=n)  # noqa: E731
+
+            def plain(s=kept, g=given, b=bias):
+                x, dt, A, B, C, D = g
+                step = F.softplus(dt.float() + b)[..., None, None]
+                B, C = (t.repeat_interleave(heads // groups, 1).float() for t in (B, C))
+                s.copy_(s * torch.exp(step * A[:, None, None]) + step * x.float()[..., None] * B[:, :, None])
+                return ((s.float() @ C[..., None])[..., 0] + x * D[:, None]).to(x.dtype)
+
+            name = f"batch {batch}, {str(dtype)[6:]}{' stochastic' if stochastic else ''}"
+            about = dict(dtype=str(dtype)[6:], bytes=2 * kept.nbytes, limit="copy")
+            yield Case("state_update", name, run, {"torch": plain}, about)
+
+
+def neighbours(device: str, small: bool) -> Iterator[Case]:
+    """causal_conv1d and gated_rms_norm at Nano's sizes; bytes: inputs, outputs and, backward, their gradients."""
+    batch, length, channels, inner, group = (1, 32, 48, 32, 16) if small else (1, 8192, 6144, 4096, 512)
+    x, dy = (draw(batch, length, channels, device=device) for _ in range(2))
+    leaves = [x.requires_grad_()] + [
+        draw(*s, dtype=FP32, device=device).requires_grad_() for s in ((channels, 4), (channels,))
+    ]
+    narrow = [t.detach().to(BF16).requires_grad_() for t in leaves]
+    y, z, dn = (draw(batch * length, inner, device=device) for _ in range(3))
+    norm_leaves = [y.requires_grad_(), z.requires_grad_(), torch.ones(inner, device=device, requires_grad=True)]
+
+    def plain_norm(y, z, weight):
+        u = (y.float() * F.silu(z.float())).unflatten(-1, (-1, group))
+        return ((u * torch.rsqrt(u.square().mean(-1, keepdim=True) + 1e-5)).flatten(-2) * weight).to(y.dtype)
+
+    norm = lambda y, z, w: nk.gated_rms_norm(y, z, w, group_size=group)  # noqa: E731
+    for op, ours, theirs, mine, peers, grad, once in (
+        ("causal_conv1d", nk.causal_conv1d, plain_conv1d, leaves, narrow, dy, x.nbytes),
+        ("gated_rms_norm", norm, plain_norm, norm_leaves, norm_leaves, dn, y.nbytes),
+    ):
+        tensors = 2 if op == "causal_conv1d" else 3
+        for backward in (False, True):
+
+            def call(f, given, grad=grad, backward=backward):
+                with torch.set_grad_enabled(backward):
+                    out = f(*given)
+                return torch.autograd.grad(out, given, grad) if backward else out
+
+            amount = (tensors + 2 * tensors - 1 if backward else tensors) * once
+            yield Case(
+                op, f"{'forward and backward' if backward else 'forward'} {length} tokens",
+                lambda call=call, f=ours, given=mine: call(f, given),
+                {"torch": lambda call=call, f=theirs, given=peers: call(f, given)},
+                dict(dtype="bf16", bytes=amount, limit="copy"),
+            )  # fmt: skip
+
+
+def moe(device: str, small: bool) -> Iterator[Case]:
+    """Routed experts with shared expert and latent projections, forward and backward, in training mode."""
+    sizes = {"tiny": (17, 32, 4, 2, 48, 32, None)} if small else {
+        "Nano": (8192, 2688, 128, 6, 1856, 3712, None),
+        "Super": (8192, 4096, 512, 22, 2688, 5376, 1024),
+    }  # fmt: skip
+    for name, (tokens, hidden, experts, top_k, width, shared, latent) in sizes.items():
+        layer = MoE(hidden, experts, top_k, width, shared, latent).to(device)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        x, dy = draw(1, tokens, hidden, device=device).requires_grad_(), draw(1, tokens, hidden, device=device)
+        rows, size = tokens * top_k, latent or hidden
+        flops = 3 * 2 * (rows * 2 * size * width + tokens * 2 * hidden * (shared + (latent or 0)))
+
+        def ours(layer=layer, x=x, dy=dy):
+            return torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], dy)
+
+        about = dict(dtype="bf16", flops=flops, limit="matmul")
+        theirs = (
+            {"torch._grouped_mm": _grouped(layer, x, dy)} if hasattr(torch, "_grouped_mm") and device != "cpu" else {}
+        )
+        yield Case("moe", f"forward and backward, {name}, {tokens} tokens", ours, theirs, about, False)
+
+
+def _grouped(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Callable:
+    """The same block by torch._grouped_mm over eagerly permuted rows, its weights in bf16 beforehand."""
+    up, down = (
+        t.detach().to(BF16).transpose(1, 2).requires_grad_() for t in (layer.experts.up_proj, layer.experts.down_proj)
+    )
+    dense = [
+        m.weight.detach().to(BF16).requires_grad_()
+        for m in (layer.shared_experts.up_proj, layer.shared_experts.down_proj)
+    ]
+    latent = [m.weight.detach().to(BF16).requires_grad_() for m in (layer.fc1_latent_proj, layer.fc2_latent_proj) if m]
+    gate, top_k, scale = layer.gate.weight, layer.gate.options[0], layer.gate.options[1]
+    leaves = [x, up, down, gate, *dense, *latent]
+
+    def run():
+        tokens = x[0]
+        scores = torch.sigmoid(tokens.float() @ gate.t())
+        chosen = scores.topk(top_k, 1)
+        weights = chosen.values / chosen.values.sum(1, keepdim=True) * scale
+        order = chosen.indices.flatten().argsort(stable=True)
+        ends = torch.bincount(chosen.indices.flatten(), minlength=up.shape[0]).cumsum(0).to(torch.int32)
+        inner = F.linear(tokens, latent[0]) if latent else tokens
+        rows = inner[order // top_k]
+        hidden = F.relu(torch._grouped_mm(rows, up, offs=ends)).square()
+        back = torch._grouped_mm(hidden, down, offs=ends) * weights.flatten()[order, None].to(BF16)
+        y = torch.zeros_like(inner).index_add(0, order // top_k, back)
+        y = F.linear(y, latent[1]) if latent else y
+        y = y + F.linear(F.relu(F.linear(tokens, dense[0])).square(), dense[1])
+        return torch.autograd.grad(y[None], leaves, dy)
+
+    return run
+
+
+GROUPS = (quantize, decoding, matmul, linear, selective_scan, state_update, neighbours, moe)
+
+
+def all_cases(device: str, small: bool = False) -> Iterator[Case]:
+    """Every case, one group after the other; each group's tensors go when the next begins."""
+    for group in GROUPS:
+        yield from group(device, small)
+
+
+def finite(result: object) -> bool:
+    """Whether every floating-point number of a result is finite: a time of garbage is no time."""
+    if isinstance(result, torch.Tensor):
+        return (
+            not result.is_floating_point() or result.element_size() == 1 or math.isfinite(float(result.float().sum()))
+        )
+    return all(finite(part) for part in result) if isinstance(result, (tuple, list)) else True

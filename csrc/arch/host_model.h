@@ -1,0 +1,108 @@
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, block after block, each thread a
+// fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
+//
+//   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
+//   __syncthreads     every thread of the block must come to it, or the launch fails
+//   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
+//   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
+//   thread order      drawn from a seed: with a barrier missing, results depend on it
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+
+namespace host_model {
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+// Of the running thread and its launch.
+const Dim3& thread_index();
+const Dim3& block_index();
+const Dim3& block_size();
+const Dim3& grid_size();
+
+[[noreturn]] void fail(const char* what);
+void barrier();
+void* dynamic_shared();
+void* static_shared(const void* key, size_t bytes);
+
+// Every lane leaves up to `slot` bytes; once all have, each sees everybody's, until it takes part in the next but one.
+constexpr size_t slot = 64;
+const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot];
+int lane();
+
+void copy_async(void* to, const void* from, int bytes, int bytes_from);
+void commit_copies();
+void wait_copies(int groups_left);
+
+struct Kernel {  // makes a kernel known by name
+    using Entry = void (*)(const void*);
+    Kernel(const char* name, Entry entry, size_t parameters, unsigned threads);
+};
+
+template <class T>
+T shuffled(const char* operation, T value, int from) {
+    T out;
+    std::memcpy(&out, exchange(operation, &value, sizeof(T))[from & 31], sizeof(T));
+    return out;
+}
+
+}  // namespace host_model
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+#define threadIdx host_model::thread_index()
+#define blockIdx host_model::block_index()
+#define blockDim host_model::block_size()
+#define gridDim host_model::grid_size()
+
+static inline void __syncthreads() { host_model::barrier(); }
+static inline void __syncwarp() { host_model::exchange("__syncwarp", "", 1); }
+static inline void __threadfence() {}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+    return host_model::shuffled("__shfl_sync", value, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return host_model::shuffled("__shfl_xor_sync", value, host_model::lane() ^ mask);
+}
+static inline unsigned __ballot_sync(unsigned, int predicate) {
+    const auto* all = host_model::exchange("__ballot_sync", &predicate, sizeof predicate);
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) {
+        int vote;
+        std::memcpy(&vote, all[i], sizeof vote);
+        votes |= vote ? 1u << i : 0u;
+    }
+    return votes;
+}
+
+// Blocks run one at a time and a fiber gives way at its own will only, so that plain code is atomic.
+static inline unsigned atomicAdd(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = before + value;
+    return before;
+}
+
+// Shared memory of fixed type: a name for it. And the kernel itself: extern "C", one parameter block `p`.
+#define NVFP4_SHARED(Type, name)  \
+    static const char name##_key = 0; \
+    Type& name = *static_cast<Type*>(host_model::static_shared(&name##_key, sizeof(Type)))
+#define NVFP4_DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(host_model::dynamic_shared())
+#define NVFP4_KERNEL(name, threads, blocks, Parameters)                                                                \
+    static void name(const Parameters& p);                                                                             \
+    static const host_model::Kernel name##_entry(                                                                      \
+        #name, [](const void* given) { name(*static_cast<const Parameters*>(given)); }, sizeof(Parameters), threads);  \
+    static void name(const Parameters& p)

@@ -1,0 +1,168 @@
+// Every line of inline PTX, each with the section of the PTX ISA that defines it and, beside it, its model on the CPU.
+#pragma once
+#include "numerics/e2m1.h"
+#include "numerics/lane.h"
+
+#if defined(__CUDACC__)
+// The conversion to E2M1 exists in the targets of its architectures and families alone (PTX ISA, cvt).
+#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
+#if __CUDA_ARCH__ >= 1000
+#define NVFP4_CONVERTS_TO_E2M1
+#endif
+#endif
+#endif
+
+namespace nvfp4 {
+
+#if defined(__CUDACC__)
+
+// Addresses of shared memory as instructions take them (PTX ISA, cvta).
+static __device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes from global to shared memory, the first `bytes` of them read, the others zero; past the L1 cache
+// (PTX ISA, cp.async).
+static __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+// The copies of this thread since the last commit become a group (PTX ISA, cp.async.commit_group).
+static __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `left` of this thread's groups are on their way (PTX ISA, cp.async.wait_group).
+template <int left>
+static __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+// d += a b, a 16x16 and b 16x8 bf16, d fp32 (PTX ISA, mma.sync.aligned.m16n8k16, "Matrix Fragments for mma.m16n8k16 with
+// floating point type"): of lane 4 g + q, a[0] row g, a[1] row g + 8, columns 2q, 2q + 1, a[2], a[3] the same 8 columns on;
+// b[0] rows 2q, 2q + 1 of column g, b[1] 8 rows on; d[0], d[1] row g, columns 2q, 2q + 1, d[2], d[3] row g + 8.
+static __device__ __forceinline__ void multiply_bf16(float* d, const u32* a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Both halves a b in bf16, rounded to nearest, subnormals kept: a fused multiply-add of -0, since sm_80 has no product of
+// its own (PTX ISA, fma; half precision). `high`: b's upper half for both, else its lower.
+template <bool high>
+static __device__ __forceinline__ u32 scaled_bf16x2(u32 a, u32 b) {
+    u32 d;
+    if (high) {
+        asm("{ .reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {h, h}; fma.rn.bf16x2 %0, %1, s, %3; }"
+            : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    } else {
+        asm("{ .reg .b16 l, h; .reg .b32 s; mov.b32 {l, h}, %2; mov.b32 s, {l, l}; fma.rn.bf16x2 %0, %1, s, %3; }"
+            : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    }
+    return d;
+}
+
+// Exact (PTX ISA, cvt), and to nearest, ties to even, beyond the range Inf.
+static __device__ __forceinline__ float fp16_to_fp32(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+static __device__ __forceinline__ u16 fp32_to_fp16(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// 16 bytes of global memory that nobody reads again (PTX ISA, ld.global.nc with level::eviction_priority).
+static __device__ __forceinline__ void load_once16(const void* p, u32* v) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
+}
+
+// 16 bytes that other blocks have written: from the L2 cache, past an L1 that may be out of date (PTX ISA, ld, .cg).
+static __device__ __forceinline__ void load_from_others16(const float* p, float* v) {
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p) : "memory");
+}
+
+#if defined(NVFP4_CONVERTS_TO_E2M1)
+// E2M1 codes of eight values, to nearest, ties to even, beyond 6 to 6; v[0] in the lowest four bits (PTX ISA, cvt.e2m1x2: the
+// second operand goes to the lower half). As e2m1_nearest, but for NaN, which op.py's contract keeps away.
+static __device__ __forceinline__ u32 e2m1_word(const F32x1* v) {
+    u32 word;
+    asm("{ .reg .b8 a, b, c, d;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 a, %2, %1;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 b, %4, %3;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 c, %6, %5;\n"
+        "cvt.rn.satfinite.e2m1x2.f32 d, %8, %7;\n"
+        "mov.b32 %0, {a, b, c, d}; }"
+        : "=r"(word)
+        : "f"(v[0].v), "f"(v[1].v), "f"(v[2].v), "f"(v[3].v), "f"(v[4].v), "f"(v[5].v), "f"(v[6].v), "f"(v[7].v));
+    return word;
+}
+#endif
+
+#else  // the model
+
+static inline void copy_async16(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 16, bytes); }
+static inline void commit_copies() { host_model::commit_copies(); }
+template <int left>
+static inline void wait_copies() {
+    host_model::wait_copies(left);
+}
+
+static inline float bf16_half(u32 word, int half) { return real(U32x1(half ? word & 0xFFFF0000u : word << 16)).v; }
+
+static inline void multiply_bf16(float* d, const u32* a, u32 b0, u32 b1) {
+    const u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const auto* all = host_model::exchange("mma.sync.m16n8k16", mine, sizeof mine);
+    const int g = host_model::lane() / 4, q = host_model::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + 8 * (i / 2), col = 2 * q + i % 2;
+        double sum = d[i];
+        for (int k = 0; k < 16; ++k) {
+            u32 left, right;  // k 0..7 lies in the first registers, 8..15 in the second
+            std::memcpy(&left, all[row % 8 * 4 + k % 8 / 2] + 4 * (row / 8 + k / 8 * 2), 4);
+            std::memcpy(&right, all[col * 4 + k % 8 / 2] + 4 * (4 + k / 8), 4);
+            sum += static_cast<double>(bf16_half(left, k % 2)) * bf16_half(right, k % 2);
+        }
+        d[i] = static_cast<float>(sum);
+    }
+}
+
+template <bool high>
+static inline u32 scaled_bf16x2(u32 a, u32 b) {
+    u32 halves[2];
+    for (int i = 0; i < 2; ++i) {
+        const u32 x = bits(F32x1(bf16_half(a, i) * bf16_half(b, high))).v;  // two 8-bit significands: exact in fp32
+        halves[i] = (x + 0x7FFFu + (x >> 16 & 1u)) >> 16;
+    }
+    return halves[0] | halves[1] << 16;
+}
+
+static inline float fp16_to_fp32(u16 x) {
+    const u32 sign = (x & 0x8000u) << 16, m = x & 0x7FFFu;
+    const float magnitude = m >= 0x7C00u ? real(U32x1(m << 13 | 0x70000000u)).v : std::ldexp(real(U32x1(m << 13)).v, 112);
+    return real(U32x1(bits(F32x1(magnitude)).v | sign)).v;
+}
+static inline u16 fp32_to_fp16(float x) {
+    const u32 b = bits(F32x1(x)).v, sign = b >> 16 & 0x8000u, m = b & 0x7FFFFFFFu;
+    if (m > 0x7F800000u) return 0x7FFFu;
+    if (m >= 0x477FF000u) return static_cast<u16>(sign | 0x7C00u);
+    if (m < 0x38800000u) return static_cast<u16>(sign | static_cast<u32>(std::nearbyint(std::ldexp(real(U32x1(m)).v, 24))));
+    return static_cast<u16>(sign | ((m + 0xFFFu + (m >> 13 & 1u) - 0x38000000u) >> 13));
+}
+
+static inline void load_once16(const void* p, u32* v) { std::memcpy(v, p, 16); }
+static inline void load_from_others16(const float* p, float* v) { std::memcpy(v, p, 16); }
+
+#endif
+
+#if !defined(NVFP4_CONVERTS_TO_E2M1)
+NVFP4_HD u32 e2m1_word(const F32x1* v) {
+    u32 word = 0;
+    NVFP4_UNROLL
+    for (int j = 0; j < 8; ++j) word |= e2m1_nearest(v[j]).v << (4 * j);
+    return word;
+}
+#endif
+
+}  // namespace nvfp4

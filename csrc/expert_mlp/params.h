@@ -1,0 +1,25 @@
+// expert_mlp: y[token] = sum over its choices c of w[token, c] down[e] relu2(up[e] x[token]), e = the expert of the choice.
+// An inference step of a mixture of experts in one call.
+#pragma once
+#include "grouped_matmul/params.h"
+
+namespace nvfp4 {
+
+struct ExpertMlpParams {
+    Operand x;                  // plain [tokens, size]
+    GroupedMatmulParams up, down;  // up.a: the gathered rows, room for [tokens * top_k, size]; down.out: room for as many
+    i64 top_k;
+    const float* weights;  // [tokens, top_k]
+    const i64* inverse;    // [tokens, top_k]: the row of each slot among those sorted by expert
+    const i64* order;      // [tokens * top_k]: the slot of each such row
+    void* out;             // [tokens, size], of x's type
+    int threads;
+};
+
+// Return 0, 1 when memory ran out, or 2 when the routing is none.
+namespace scalar { int expert_mlp(const ExpertMlpParams&); }
+namespace avx2 { int expert_mlp(const ExpertMlpParams&); }
+namespace avx512 { int expert_mlp(const ExpertMlpParams&); }
+namespace avx512bf16 { int expert_mlp(const ExpertMlpParams&); }
+
+}  // namespace nvfp4

@@ -1,0 +1,96 @@
+// grouped_matmul on the CPU. All columns of all groups stand in one line, sixteen a unit, and each thread takes a stretch of it of
+// equal cost: so one loop serves any load, an expert with all rows as well as many with few. A group without rows costs nothing.
+#include "params.h"
+
+#include <atomic>
+
+#include "matmul/rectangle.h"
+
+namespace nvfp4 {
+namespace NVFP4_ISA {
+namespace {
+
+// Decoding or packing one row of b takes about as long as its products with this many rows of a.
+constexpr i64 packing = 24;
+
+i64 bytes(Kind kind) { return kind == Kind::fp32 ? 4 : 2; }
+
+const void* at(const Operand& x, i64 elements) { return static_cast<const char*>(x.data) + elements * bytes(x.kind); }
+
+// The product of group e.
+MatmulParams group(const GroupedMatmulParams& p, i64 e) {
+    const i64 first = p.offsets[e], count = p.offsets[e + 1] - first;
+    MatmulParams one{p.a, p.b, nullptr, 0, nullptr, p.out_dtype, false, p.relu2, 1};
+    const i64 out_bytes = p.out_dtype == fp32 ? 4 : 2;
+    if (p.sums) {
+        one.a.data = at(p.a, first * p.a.col_stride);
+        one.b.data = at(p.b, first * p.b.col_stride);
+        one.a.cols = one.b.cols = count;
+        one.out = static_cast<char*>(p.out) + e * p.a.rows * p.b.rows * out_bytes;
+        return one;
+    }
+    one.a.data = at(p.a, first * p.a.row_stride);
+    one.a.rows = count;
+    one.out = static_cast<char*>(p.out) + first * p.b.rows * out_bytes;
+    if (p.b.kind == Kind::nvfp4) {
+        one.b.data = static_cast<const u8*>(p.b.data) + e * p.b.rows * (p.b.cols / 2);
+        one.b.scales = p.b.scales + e * p.b.rows * (p.b.cols / 16);
+        one.b.global_scale = p.b.global_scale + e;
+    } else {
+        one.b.data = at(p.b, e * p.b_stride);
+    }
+    return one;
+}
+
+// What sixteen columns of group e cost: its products, and reading b. Of sums divided, a group without rows is zeros to write.
+i64 unit_cost(const GroupedMatmulParams& p, i64 e) {
+    const i64 count = p.offsets[e + 1] - p.offsets[e];
+    if (p.sums) return (count + 1) * (p.a.rows + packing);
+    return count ? count + packing : 0;
+}
+
+template <class P>
+int run(const GroupedMatmulParams& p) {
+    const i64 units = (p.b.rows + 15) / 16;
+    i64 total = 0;
+    for (i64 e = 0; e < p.groups; ++e) total += unit_cost(p, e) * units;
+    const i64 products = (p.sums ? p.a.rows * p.a.cols : p.a.rows * p.b.cols) * p.b.rows;
+    std::atomic<bool> failed{false};
+    auto body = [&](int t, int n) {
+        const i64 begin = total * t / n, end = total * (t + 1) / n;
+        i64 start = 0;  // where the group's units begin
+        for (i64 e = 0; e < p.groups && start < end; ++e) {
+            const i64 cost = unit_cost(p, e), from = begin - start, to = end - start;
+            start += cost * units;
+            if (cost == 0 || start <= begin) continue;
+            // A unit belongs to the thread in whose stretch it begins.
+            const i64 first = from <= 0 ? 0 : (from + cost - 1) / cost, last = at_most((to + cost - 1) / cost, units);
+            const MatmulParams one = group(p, e);
+            const Range cols{first * 16, at_most(last * 16, p.b.rows)};
+            if (p.sums && one.a.cols == 0) {
+                no_products(one, 1.0f, cols);
+            } else if (!multiply_cols<P>(one, combined_scale(one), one.b.cols, cols)) {
+                failed = true;
+            }
+        }
+    };
+    parallel(static_cast<int>(at_most(p.threads, products / (1 << 19) + 1)), body);
+    return failed;
+}
+
+}  // namespace
+
+int grouped_matmul(const GroupedMatmulParams& p) {
+    const DefaultFloats floats;
+    bool ascend = p.offsets[0] == 0 && p.offsets[p.groups] == (p.sums ? p.a.cols : p.a.rows);
+    for (i64 e = 0; e < p.groups; ++e) ascend = ascend && p.offsets[e] <= p.offsets[e + 1];
+    if (!ascend) return 2;
+    if (p.a.rows == 0 || p.b.rows == 0 || p.groups == 0) return 0;
+#if defined(NVFP4_ISA_AVX512BF16)
+    if (exact_in_bf16(p.a) && exact_in_bf16(p.b)) return run<Pair16>(p);
+#endif
+    return run<Single32>(p);
+}
+
+}  // namespace NVFP4_ISA
+}  // namespace nvfp4

@@ -1,0 +1,230 @@
+// Few rows of bf16 activations times a packed NVFP4 weight, for decoding: the weight's bytes are all that takes time.
+//
+// The operands change places: the weight is the mma's 16-row operand, its values decoded in registers (decode.cuh), the
+// tokens are the 8 columns. A block of four warps takes 128 rows of the weight and a part of k; it walks along k in steps of
+// 128, with three steps (two for 64 tokens) on their way to shared memory by cp.async. A lane's four k-steps of a 64-wide
+// tile are 16 consecutive k, so that one scale serves all 32 weights of a lane and 16 bytes of x all its columns.
+// Splits of k leave fp32 sums in `partial`; whichever block of a tile ends last adds them up, always in the order of k: the
+// same bits on every run.
+// Bytes: 0.5625 a weight; x comes from the L2 cache once for each 128 rows. SASS instructions a weight in the loop (sm_90):
+// 2.6 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
+#include "arch/values.cuh"
+#include "decode.cuh"
+#include "launch.h"
+
+namespace nvfp4 {
+
+constexpr int block_rows = 128, block_threads = 128, warp_slabs = 2;  // a slab: 16 rows
+constexpr int step = 128;                                             // of k
+constexpr int slab_bytes = 1024, slab_scale_bytes = 128;              // of a slab's codes and scales in a step
+constexpr int slabs = block_rows / 16, token_bytes = step * 2;
+
+// Eight tokens each: `groups` of them. What a stage of the ring holds: codes, scales, x.
+template <int groups>
+struct Stage {
+    static constexpr int count = groups == 8 ? 3 : 4;
+    static constexpr int scales = slabs * slab_bytes, x = scales + slabs * slab_scale_bytes, bytes = x + 8 * groups * token_bytes;
+};
+
+// Chunk `chunk` of a token's 256 bytes. Odd tokens change neighbours, so that the eight lanes that read 16 bytes at once, of
+// two tokens, meet every bank once.
+static __device__ __forceinline__ int x_place(int token, int chunk) { return token * token_bytes + ((chunk ^ (token & 1)) << 4); }
+
+// What a thread loads of each step: places that a step moves on by a constant.
+template <int groups>
+struct Loader {
+    static constexpr int slab_chunks = slab_bytes / 16, scale_chunks = slab_scale_bytes / 16, token_chunks = token_bytes / 16;
+    static constexpr int slabs_apart = block_threads / slab_chunks, tokens_apart = block_threads / token_chunks;
+
+    const unsigned char *codes, *scales, *x;
+    i64 slab_stride, x_stride, x_left;  // bytes; x_left: of a row of x, from the thread's chunk on
+    int slabs_left, scale_bytes, tokens_left, x_to;
+
+    __device__ __forceinline__ Loader(const WeightOnlyLaunch& p, i64 tile) {
+        const int thread = static_cast<int>(threadIdx.x), slab = thread / slab_chunks, token = thread / token_chunks;
+        const i64 first = tile * slabs, steps = p.length / step, left = (p.rows + 15) / 16 - first;
+        slabs_left = static_cast<int>(left < slabs ? left : slabs);
+        slab_stride = steps * slab_bytes;
+        codes = reinterpret_cast<const unsigned char*>(p.codes) + (first + slab) * slab_stride + thread % slab_chunks * 16;
+        scales = reinterpret_cast<const unsigned char*>(p.scales) +
+                 (first + thread / scale_chunks) * steps * slab_scale_bytes + thread % scale_chunks * 16;
+        scale_bytes = thread / scale_chunks < slabs_left ? 16 : 0;
+        slabs_left -= slab;
+        x_stride = p.x_stride * 2;
+        x = static_cast<const unsigned char*>(p.x) + token * x_stride + thread % token_chunks * 16;
+        x_left = p.cols * 2 - thread % token_chunks * 16;
+        tokens_left = static_cast<int>(p.tokens) - token;
+        x_to = Stage<groups>::x + x_place(token, thread % token_chunks);
+    }
+
+    // Starts the loads of step k; zeros outside the weight and outside x.
+    __device__ __forceinline__ void load(i64 k, unsigned char* stage) const {
+        const int thread = static_cast<int>(threadIdx.x);
+        const unsigned char* from = codes + k * slab_bytes;
+        NVFP4_UNROLL
+        for (int i = 0; i < slabs / slabs_apart; ++i) {
+            copy_async16(stage + (thread + i * block_threads) * 16, from, i * slabs_apart < slabs_left ? 16 : 0);
+            from += slabs_apart * slab_stride;
+        }
+        if (thread < slabs * scale_chunks) {
+            copy_async16(stage + Stage<groups>::scales + thread * 16, scales + k * slab_scale_bytes, scale_bytes);
+        }
+        from = x + k * token_bytes;
+        const i64 left = x_left - k * token_bytes;
+        const int inside = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+        NVFP4_UNROLL
+        for (int i = 0; i < groups; ++i) {
+            copy_async16(stage + x_to + i * tokens_apart * token_bytes, from, i * tokens_apart < tokens_left ? inside : 0);
+            from += tokens_apart * x_stride;
+        }
+    }
+};
+
+template <int groups>
+static __device__ __forceinline__ void multiply_stage(const unsigned char* stage, float (&sums)[warp_slabs][groups][4]) {
+    const int lane = lane_index(), warp = warp_index();
+    u32 scale[warp_slabs];
+    NVFP4_UNROLL
+    for (int m = 0; m < warp_slabs; ++m) {
+        const unsigned char* from = stage + Stage<groups>::scales + (warp * warp_slabs + m) * slab_scale_bytes;
+        scale[m] = reinterpret_cast<const u32*>(from)[lane];
+    }
+    NVFP4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        u32 a[warp_slabs][4][4];
+        NVFP4_UNROLL
+        for (int m = 0; m < warp_slabs; ++m) {
+            const unsigned char* from = stage + (warp * warp_slabs + m) * slab_bytes + half * 512;
+            const Chunk q = reinterpret_cast<const Chunk*>(from)[lane];
+            const u32 s = half == 0 ? packed_scales<0>(scale[m]) : packed_scales<1>(scale[m]);
+            decode_weights(q.x, s, a[m][0]);
+            decode_weights(q.y, s, a[m][1]);
+            decode_weights(q.z, s, a[m][2]);
+            decode_weights(q.w, s, a[m][3]);
+        }
+        NVFP4_UNROLL
+        for (int n = 0; n < groups; ++n) {
+            const int token = 8 * n + lane / 4, chunk = 8 * half + 2 * (lane & 3);
+            const unsigned char* x = stage + Stage<groups>::x;
+            const Chunk low = *reinterpret_cast<const Chunk*>(x + x_place(token, chunk));
+            const Chunk high = *reinterpret_cast<const Chunk*>(x + x_place(token, chunk + 1));
+            NVFP4_UNROLL
+            for (int m = 0; m < warp_slabs; ++m) {
+                multiply_bf16(sums[m][n], a[m][0], low.x, low.y);
+                multiply_bf16(sums[m][n], a[m][1], low.z, low.w);
+                multiply_bf16(sums[m][n], a[m][2], high.x, high.y);
+                multiply_bf16(sums[m][n], a[m][3], high.z, high.w);
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ float load_as(const void* from, i32 dtype, i64 i) {
+    if (dtype == 0) return static_cast<const float*>(from)[i];
+    const u16 raw = static_cast<const u16*>(from)[i];
+    return (dtype == 1 ? widen_one<Half>(raw) : widen_one<Brain>(raw)).v;
+}
+
+static __device__ __forceinline__ void finish(const WeightOnlyLaunch& p, float g, i64 row, i64 token, float sum) {
+    if (row >= p.rows || token >= p.tokens) return;
+    F32x1 y = F32x1(sum) * F32x1(packed_unit) * F32x1(g);
+    if (p.bias) y = y + F32x1(load_as(p.bias, p.bias_dtype, row));
+    const i64 at = token * p.rows + row;
+    if (p.out_dtype == 0) {
+        float* out = static_cast<float*>(p.out) + at;
+        *out = p.accumulate ? (F32x1(*out) + y).v : y.v;
+    } else {
+        static_cast<u16*>(p.out)[at] = static_cast<u16>(p.out_dtype == 1 ? Half::narrow(y.v) : Brain::narrow(y.v));
+    }
+}
+
+// Adds up what the splits of a tile have left, in their order, if this block is the last of them; else false.
+template <int groups>
+static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 tile, i64 split, float (&sums)[warp_slabs][groups][4]) {
+    constexpr int floats = warp_slabs * groups * block_threads * 4;
+    const auto place = [&](i64 s, int m, int n) {
+        return p.partial + (tile * p.splits + s) * floats + ((m * groups + n) * block_threads + static_cast<int>(threadIdx.x)) * 4;
+    };
+    const i64 column = 2 * (lane_index() & 3);  // the first of the thread's two tokens in each group
+    NVFP4_UNROLL
+    for (int m = 0; m < warp_slabs; ++m) {
+        NVFP4_UNROLL
+        for (int n = 0; n < groups; ++n) {
+            const float* v = sums[m][n];
+            if (8 * n + column < p.tokens) *reinterpret_cast<float4*>(place(split, m, n)) = {v[0], v[1], v[2], v[3]};
+        }
+    }
+    NVFP4_SHARED(u32, before);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) before = atomicAdd(p.arrived + tile, 1u);
+    __syncthreads();
+    if (before != static_cast<u32>(p.splits - 1)) return false;
+    __threadfence();
+    if (threadIdx.x == 0) p.arrived[tile] = 0;
+    NVFP4_UNROLL
+    for (int m = 0; m < warp_slabs; ++m) {
+        NVFP4_UNROLL
+        for (int n = 0; n < groups; ++n) {
+            float* v = sums[m][n];
+            v[0] = v[1] = v[2] = v[3] = 0.0f;
+            for (i64 s = 0; 8 * n + column < p.tokens && s < p.splits; ++s) {
+                float part[4];
+                load_from_others16(place(s, m, n), part);
+                NVFP4_UNROLL
+                for (int i = 0; i < 4; ++i) v[i] = (F32x1(v[i]) + F32x1(part[i])).v;
+            }
+        }
+    }
+    return true;
+}
+
+template <int groups>
+static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
+    NVFP4_DYNAMIC_SHARED(memory);
+    constexpr int stages = Stage<groups>::count;
+    const i64 tile = blockIdx.x, split = blockIdx.y, steps = p.length / step;
+    const i64 begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
+    const Loader<groups> loader(p, tile);
+    float sums[warp_slabs][groups][4] = {};
+
+    for (int i = 0; i < stages - 1; ++i) {
+        if (begin + i < end) loader.load(begin + i, memory + i * Stage<groups>::bytes);
+        commit_copies();
+    }
+    int stage = 0;
+    for (i64 k = begin; k < end; ++k) {
+        wait_copies<stages - 2>();
+        __syncthreads();  // the step is here, and everybody is done with the stage loaded next
+        const i64 next = k + stages - 1;
+        if (next < end) loader.load(next, memory + (stage == 0 ? stages - 1 : stage - 1) * Stage<groups>::bytes);
+        commit_copies();
+        multiply_stage<groups>(memory + stage * Stage<groups>::bytes, sums);
+        stage = stage == stages - 1 ? 0 : stage + 1;
+    }
+    wait_copies<0>();
+
+    if (p.splits > 1 && !collect<groups>(p, tile, split, sums)) return;
+    float g = *p.global_scale;
+    if ((bits(F32x1(g)).v & 0x7F800000u) == 0x7F800000u) g = real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
+    const i64 row = tile * block_rows + warp_index() * (16 * warp_slabs) + lane_index() / 4;
+    NVFP4_UNROLL
+    for (int m = 0; m < warp_slabs; ++m) {
+        NVFP4_UNROLL
+        for (int n = 0; n < groups; ++n) {
+            NVFP4_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                finish(p, g, row + 16 * m + 8 * (i >> 1), 8 * n + 2 * (lane_index() & 3) + (i & 1), sums[m][n][i]);
+            }
+        }
+    }
+}
+
+// By the tokens they serve. Shared memory has room for four blocks on H200's multiprocessors (three of 32 tokens, two of 64):
+// 36 to 108 KB of weight on their way, where latency times bandwidth is 26.
+NVFP4_KERNEL(weight_only_8, block_threads, 4, WeightOnlyLaunch) { weight_only<1>(p); }
+NVFP4_KERNEL(weight_only_16, block_threads, 4, WeightOnlyLaunch) { weight_only<2>(p); }
+NVFP4_KERNEL(weight_only_32, block_threads, 3, WeightOnlyLaunch) { weight_only<4>(p); }
+NVFP4_KERNEL(weight_only_64, block_threads, 2, WeightOnlyLaunch) { weight_only<8>(p); }
+
+}  // namespace nvfp4

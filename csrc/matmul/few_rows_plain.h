@@ -1,0 +1,131 @@
+// A few rows of a times a plain b: both are read along k where they lie, nothing is packed. Sixteen rows of b stay in the
+// first-level cache while the rows of a pass by.
+#pragma once
+#include <type_traits>
+
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
+#include "kernel.h"
+#include "operand.h"
+
+namespace nvfp4 {
+namespace NVFP4_ISA {
+
+constexpr i64 most_few_plain = 12;  // rows; beyond, packing b for the kernel of many rows is faster (at 464 x 672 and 672 x 464)
+constexpr i64 plain_run = 32;       // values: a whole number of vectors of steps, and of sixteens
+#if defined(NVFP4_ISA_AVX512)
+constexpr int plain_cols = 4;  // columns at once: kernel_rows * plain_cols sums in registers
+#else
+constexpr int plain_cols = 2;
+#endif
+
+// Whether b's rows lie in memory as the kernel wants to read them.
+template <class P>
+static inline bool reads_plain(const Operand& b) {
+    return b.kind < Kind::nvfp4 && b.col_stride == 1 && (P::values == 1 || b.kind == Kind::bf16);
+}
+
+// Steps from a row in memory.
+template <class P, class T>
+static inline auto load_steps(const T* from) {
+    if constexpr (P::values == 1) {
+        return load(from);
+    } else {
+        return load(reinterpret_cast<const typename P::Step*>(from));
+    }
+}
+
+// sum[r][j] += a[r] . b[j] over `vectors` vectors of steps.
+template <class P, int rows, class T>
+static inline void dot_plain(const typename P::Step* a, i64 a_stride, const T* const* b, i64 vectors, F (*sum)[plain_cols]) {
+    constexpr i64 apart = F::lanes * (std::is_same<T, typename P::Step>::value ? 1 : P::values);
+    F total[rows][plain_cols];
+    for (int r = 0; r < rows; ++r) {
+        for (int j = 0; j < plain_cols; ++j) total[r][j] = sum[r][j];
+    }
+    for (i64 i = 0; i < vectors; ++i) {
+        decltype(load(a)) right[plain_cols];
+        for (int j = 0; j < plain_cols; ++j) right[j] = load_steps<P>(b[j] + i * apart);
+        for (int r = 0; r < rows; ++r) {
+            const auto left = load(a + r * a_stride + i * F::lanes);
+            for (int j = 0; j < plain_cols; ++j) total[r][j] = dot(total[r][j], left, right[j]);
+        }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int j = 0; j < plain_cols; ++j) sum[r][j] = total[r][j];
+    }
+}
+
+template <class P, class T>
+static inline void dot_plain_rows(i64 rows, const typename P::Step* a, i64 a_stride, const T* const* b, i64 vectors,
+                                  F (*sum)[plain_cols]) {
+    switch (rows) {
+        case 1: return dot_plain<P, 1>(a, a_stride, b, vectors, sum);
+        case 2: return dot_plain<P, 2>(a, a_stride, b, vectors, sum);
+        case 3: return dot_plain<P, 3>(a, a_stride, b, vectors, sum);
+        case 4: return dot_plain<P, 4>(a, a_stride, b, vectors, sum);
+        case 5: return dot_plain<P, 5>(a, a_stride, b, vectors, sum);
+        case 6: return dot_plain<P, 6>(a, a_stride, b, vectors, sum);
+        default: return;
+    }
+}
+
+// Columns `cols` of all rows; done as in few_rows.h. False: memory ran out.
+template <class P, class T, class Done>
+static inline bool multiply_few_plain(const MatmulParams& p, const T* b, Range cols, Done done) {
+    using Step = typename P::Step;
+    static thread_local Scratch scratch;
+    const i64 m = p.a.rows, k = p.b.cols, whole = k / plain_run * plain_run, padded = (k + plain_run - 1) / plain_run * plain_run;
+    constexpr i64 run_steps = plain_run / P::values;
+    const i64 a_stride = padded / P::values, vectors = whole / P::values / F::lanes;
+    Step* a = static_cast<Step*>(scratch.get((m * a_stride + plain_cols * run_steps) * 4));
+    if (!a) return false;
+    Step* tails = a + m * a_stride;
+    for (i64 r = 0; r < m; ++r) read_row<P>(p.a, r, 0, padded, a + r * a_stride);
+
+    for (i64 col = cols.begin; col < cols.end; col += 16) {
+        alignas(64) float sums[most_few_plain][16];
+        const i64 width = cols.end - col < 16 ? cols.end - col : 16;
+        for (i64 j = 0; j < width; j += plain_cols) {
+            const T* rows[plain_cols];
+            const Step* ends[plain_cols];
+            for (i64 c = 0; c < plain_cols; ++c) {
+                const i64 row = col + (j + c < width ? j + c : width - 1);  // beyond the last: the last again, unused
+                rows[c] = b + row * p.b.row_stride;
+                ends[c] = tails + c * run_steps;
+                if (whole < k) read_row<P>(p.b, row, whole, plain_run, tails + c * run_steps);
+            }
+            for (i64 r = 0; r < m; r += kernel_rows) {
+                const i64 count = m - r < kernel_rows ? m - r : kernel_rows;
+                F total[kernel_rows][plain_cols];
+                for (auto& row : total) {
+                    for (F& sum : row) sum = F(0.0f);
+                }
+                dot_plain_rows<P>(count, a + r * a_stride, a_stride, rows, vectors, total);
+                if (whole < k) {
+                    dot_plain_rows<P>(count, a + r * a_stride + whole / P::values, a_stride, ends, run_steps / F::lanes, total);
+                }
+                for (i64 i = 0; i < count; ++i) {
+                    for (i64 c = 0; c < plain_cols && j + c < 16; ++c) sums[r + i][j + c] = sum(total[i][c]);
+                }
+            }
+        }
+        for (i64 r = 0; r < m; ++r) done(sums[r], r, col, width);
+    }
+    return true;
+}
+
+template <class P, class Done>
+static inline bool multiply_few_plain(const MatmulParams& p, Range cols, Done done) {
+    if constexpr (P::values == 1) {
+        switch (p.b.kind) {
+            case Kind::fp16: return multiply_few_plain<P>(p, static_cast<const Half*>(p.b.data), cols, done);
+            case Kind::fp32: return multiply_few_plain<P>(p, static_cast<const Single*>(p.b.data), cols, done);
+            default: break;
+        }
+    }
+    return multiply_few_plain<P>(p, static_cast<const Brain*>(p.b.data), cols, done);
+}
+
+}  // namespace NVFP4_ISA
+}  // namespace nvfp4

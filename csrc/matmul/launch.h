@@ -1,0 +1,26 @@
+// What the CUDA kernels of matmul take; ops/matmul/_cuda.py packs it.
+#pragma once
+#include "numerics/lane.h"
+
+namespace nvfp4 {
+
+// y [tokens, rows] = g * sum_k x[token, k] w[row, k] (+ bias), w in the packed layout of formats/packed.py.
+struct WeightOnlyLaunch {
+    const void* x;  // bf16, rows that begin at multiples of 16 bytes
+    i64 x_stride;   // in elements
+    const u32* codes;           // [ceil(rows / 16), length / 64, 32, 4]
+    const u32* scales;          // [ceil(rows / 16), length / 128, 32]
+    const float* global_scale;  // [1]
+    const void* bias;           // [rows] or null
+    void* out;                  // [tokens, rows]
+    float* partial;  // of each split, in the order of its threads' accumulators; null for one split
+    u32* arrived;    // [tiles], zero before and after: splits that have left their sums
+    i64 tokens, rows;
+    i64 cols;        // of x; zeros beyond
+    i64 length;      // of a packed row, a multiple of 128
+    i64 splits;
+    i32 bias_dtype, out_dtype;  // 0 fp32, 1 fp16, 2 bf16
+    i64 accumulate;             // add to out, which is fp32
+};
+
+}  // namespace nvfp4

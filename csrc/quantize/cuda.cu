@@ -1,0 +1,234 @@
+// quantize on GPUs: one read of x for the amax (of the values and of their transform), one for the codes of both forms.
+//
+//   g = 448 * 6 / amax,  scale = e4m3(amax_block * g / 6),  code = e2m1(x / (scale / g))        (numerics/block_scale.h)
+//
+// Bytes a value, bf16 in: 2 + 2 read, 0.5625 written a form. Nothing is read by the host: the amax kernels leave what each
+// block found, and every block of the quantizing kernel takes the largest of it.
+#include "encode.cuh"
+
+namespace nvfp4 {
+
+struct Target {
+    const FormLaunch& f;
+    i64 lines, runs;
+
+    // Eight bytes of codes; nothing outside the matrix.
+    __device__ __forceinline__ void store_codes(i64 line, i64 run, const u32* word) const {
+        if (line >= lines || run >= runs) return;
+        *reinterpret_cast<u64*>(f.codes + (line * runs + run) * 8) = word[0] | static_cast<u64>(word[1]) << 32;
+    }
+    // Four scales, those of the runs that exist.
+    __device__ __forceinline__ void store_scales(i64 line, i64 run, u32 four) const {
+        if (line >= lines || run >= runs) return;
+        u8* to = f.scales + line * runs + run;
+        if (runs % 4 == 0) {
+            *reinterpret_cast<u32*>(to) = four;
+            return;
+        }
+        for (int i = 0; i < 4 && run + i < runs; ++i) to[i] = static_cast<u8>(four >> (8 * i));
+    }
+};
+
+// What the columns of a tile became, until whole memory sectors of it can be written. The 4 words of padding send the two
+// halves of a column's 32 bytes to different banks.
+struct Staged {
+    u64 codes[4][tile_side + 4];
+    u8 scales[tile_side][4];
+};
+
+template <int known>
+static __device__ __forceinline__ void write_rows(const Target& to, const Encoded& made, i64 row, i64 block) {
+    const int lane = lane_index();
+    NVFP4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const i64 line = row + 16 * warp_index() + (lane & 7) + 8 * half;
+        to.store_codes(line, block + (lane >> 3), made.word[half]);
+        u32 four = made.scale[half] << (lane & 24);  // of the row's four blocks, in four lanes
+        four |= __shfl_xor_sync(all_lanes, four, 8);
+        four |= __shfl_xor_sync(all_lanes, four, 16);
+        if (lane < 8) to.store_scales(line, block, four);
+    }
+}
+
+static __device__ __forceinline__ void write_cols(const Target& to, const Encoded& made, Staged& staged, i64 col, i64 block) {
+    const int lane = lane_index(), warp = warp_index(), thread = static_cast<int>(threadIdx.x);
+    *reinterpret_cast<Chunk*>(&staged.codes[warp][2 * lane]) = {made.word[0][0], made.word[0][1], made.word[1][0], made.word[1][1]};
+    staged.scales[2 * lane][warp] = static_cast<u8>(made.scale[0]);
+    staged.scales[2 * lane + 1][warp] = static_cast<u8>(made.scale[1]);
+    __syncthreads();
+    const int c = thread >> 1, half = thread & 1;
+    const u64 codes[2] = {staged.codes[2 * half][c], staged.codes[2 * half + 1][c]};
+    const u32 words[4] = {static_cast<u32>(codes[0]), static_cast<u32>(codes[0] >> 32), static_cast<u32>(codes[1]),
+                          static_cast<u32>(codes[1] >> 32)};
+    const i64 run = block + 2 * half;
+    if (to.runs % 2 == 0 && col + c < to.lines && run < to.runs) {
+        *reinterpret_cast<Chunk*>(to.f.codes + ((col + c) * to.runs + run) * 8) = {words[0], words[1], words[2], words[3]};
+    } else {
+        to.store_codes(col + c, run, words);
+        to.store_codes(col + c, run + 1, words + 2);
+    }
+    if (thread < tile_side) to.store_scales(col + thread, block, *reinterpret_cast<const u32*>(staged.scales[thread]));
+}
+
+// The tensor's amax and what follows from it; `bad` when x holds a NaN or an infinity: then every code and scale is 0 and
+// the global scale NaN.
+template <int known>
+static __device__ __forceinline__ TensorScale form_scale(const QuantizeLaunch& p, Options<known> o, int turned, u32 values, bool first) {
+    u32 most = values;
+    if (o.is_rotated()) {
+        most = 0;
+        for (i64 i = threadIdx.x; i < p.programs; i += tile_threads) {
+            const u32 found = p.amax[turned * p.programs + i];
+            most = found > most ? found : most;
+        }
+        most = block_largest<tile_threads / 32>(most);
+    }
+    const bool bad = values >= 0x7F800000u;
+    const TensorScale s = tensor_scale(bad ? 0.0f : real(U32x1(most)).v, o.chooses() ? 256.0f : 448.0f);
+    if (first) *o.f.global_scale = bad ? real(U32x1(0x7FC00000u)).v : s.g_dec;
+    return s;
+}
+
+static __device__ __forceinline__ void zero(F32x1 (&v)[2][16]) {
+    NVFP4_UNROLL
+    for (int j = 0; j < 16; ++j) v[0][j] = v[1][j] = F32x1(0.0f);
+}
+
+template <class T, int row_known, int col_known>
+static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
+    NVFP4_DYNAMIC_SHARED(memory);
+    NVFP4_SHARED(Staged, staged);
+    const Options<row_known> row{p.row};
+    const Options<col_known> col{p.col};
+    const Target rows{p.row, p.rows, (p.cols + 15) / 16}, cols{p.col, p.cols, (p.rows + 15) / 16};
+
+    u32 values = 0;
+    for (i64 i = threadIdx.x; i < p.programs; i += tile_threads) values = p.amax[i] > values ? p.amax[i] : values;
+    values = block_largest<tile_threads / 32>(values);
+    const bool bad = values >= 0x7F800000u, first = blockIdx.x + blockIdx.y + threadIdx.x == 0;
+    TensorScale row_scale = {}, col_scale = {};
+    if (row.is_present()) row_scale = form_scale(p, row, 1, values, first);
+    if (col.is_present()) col_scale = form_scale(p, col, 2, values, first);
+    u64 seed = 0, offset = 0;
+    if (row.is_stochastic() || col.is_stochastic()) {
+        seed = p.noise[0];
+        offset = p.noise[1];
+    }
+
+    const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
+    const TileRing<T> ring{p, memory, left};
+    ring.walk([&](const unsigned char* tile, i64 top) {
+        const int lane = lane_index(), warp = warp_index();
+        F32x1 v[2][16];
+        if (row.is_present()) {
+            row_blocks<T>(tile, v);
+            if (bad) zero(v);
+            const i64 line = top + 16 * warp + (lane & 7), block = left / 16 + (lane >> 3);
+            const i64 index[2] = {line * rows.runs + block, (line + 8) * rows.runs + block};
+            const Encoded made = encode<row_known, false>(row, row_scale, v, index, seed, offset + static_cast<u64>(p.row.advance));
+            write_rows<row_known>(rows, made, top, left / 16);
+        }
+        if (col.is_present()) {
+            col_blocks<T>(tile, v);
+            if (bad) zero(v);
+            const i64 line = left + 2 * lane, block = top / 16 + warp;
+            const i64 index[2] = {line * cols.runs + block, (line + 1) * cols.runs + block};
+            const Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
+            write_cols(cols, made, staged, left, top / 16);
+        }
+    });
+}
+
+// The largest magnitudes that the scales want, each block's to its place in p.amax. Of the values alone: 16 bytes a load,
+// four of them on their way at once; p.rows lines of p.cols values.
+constexpr int amax_threads = 256, amax_loads = 4;
+
+template <class T>
+static __device__ __forceinline__ void amax_of_values(const QuantizeLaunch& p) {
+    using Raw = typename T::Raw;
+    constexpr int values = 16 / sizeof(Raw);
+    constexpr i64 piece = static_cast<i64>(amax_threads) * amax_loads * values;
+    const auto* x = static_cast<const Raw*>(p.x);
+    const i64 pieces = (p.cols + piece - 1) / piece;
+    u32 most = 0;
+    for (i64 at = blockIdx.x; at < p.rows * pieces; at += gridDim.x) {
+        const Raw* line = x + at / pieces * p.row_stride;
+        const i64 begin = at % pieces * piece;
+        if (p.wide && begin + piece <= p.cols) {
+            u32 v[amax_loads][4];
+            NVFP4_UNROLL
+            for (int i = 0; i < amax_loads; ++i) load_once16(line + begin + (threadIdx.x + i * amax_threads) * values, v[i]);
+            NVFP4_UNROLL
+            for (int i = 0; i < amax_loads; ++i) {
+                NVFP4_UNROLL
+                for (int w = 0; w < 4; ++w) most = T::largest(v[i][w], most);
+            }
+            continue;
+        }
+        const i64 end = begin + piece < p.cols ? begin + piece : p.cols;
+        for (i64 j = begin + threadIdx.x; j < end; j += amax_threads) most = T::largest(line[j], most);
+    }
+    most = block_largest<amax_threads / 32>(most);
+    if (threadIdx.x == 0) p.amax[blockIdx.x] = most;
+}
+
+// Of the values and of the transforms of those forms that have one.
+template <class T>
+static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& p) {
+    NVFP4_DYNAMIC_SHARED(memory);
+    u32 values = 0, turned[2] = {0, 0};
+    const auto turn = [&](const F32x1* given, i32 signs, u32& most) {
+        F32x1 v[16];
+        NVFP4_UNROLL
+        for (int j = 0; j < 16; ++j) {
+            v[j] = given[j];
+            values = Single::largest(bits(v[j]).v, values);
+        }
+        hadamard16(v, static_cast<u32>(signs));
+        NVFP4_UNROLL
+        for (int j = 0; j < 16; ++j) most = Single::largest(bits(v[j]).v, most);
+    };
+    const TileRing<T> ring{p, memory, static_cast<i64>(blockIdx.x) * tile_side};
+    ring.walk([&](const unsigned char* tile, i64) {
+        F32x1 v[2][16];
+        if (p.row.hadamard >= 0) {
+            row_blocks<T>(tile, v);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) turn(v[half], p.row.hadamard, turned[0]);
+        }
+        if (p.col.hadamard >= 0) {
+            col_blocks<T>(tile, v);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) turn(v[half], p.col.hadamard, turned[1]);
+        }
+    });
+    const i64 at = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+    values = block_largest<tile_threads / 32>(values);
+    NVFP4_UNROLL
+    for (int form = 0; form < 2; ++form) turned[form] = block_largest<tile_threads / 32>(turned[form]);
+    if (threadIdx.x == 0) {
+        p.amax[at] = values;
+        p.amax[p.programs + at] = turned[0];
+        p.amax[2 * p.programs + at] = turned[1];
+    }
+}
+
+// For each dtype: the amax kernels, and a kernel that reads all options from its parameters.
+#define NVFP4_QUANTIZE(name, T)                                                                    \
+    NVFP4_KERNEL(amax_values_##name, amax_threads, 4, QuantizeLaunch) { amax_of_values<T>(p); }       \
+    NVFP4_KERNEL(amax_transforms_##name, tile_threads, 5, QuantizeLaunch) { amax_of_transforms<T>(p); } \
+    NVFP4_KERNEL(quantize_any_##name, tile_threads, 3, QuantizeLaunch) { quantize<T, anything, anything>(p); }
+NVFP4_QUANTIZE(fp32, Single)
+NVFP4_QUANTIZE(fp16, Half)
+NVFP4_QUANTIZE(bf16, Brain)
+
+// The recipe's forms, known to the compiler: an activation for inference, for training, a gradient, a weight.
+NVFP4_KERNEL(quantize_row_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, present, absent>(p); }
+NVFP4_KERNEL(quantize_activation_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, present, present | rotated>(p); }
+NVFP4_KERNEL(quantize_gradient_bf16, tile_threads, 5, QuantizeLaunch) {
+    quantize<Brain, present | stochastic, present | stochastic | rotated>(p);
+}
+NVFP4_KERNEL(quantize_weight_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, present | tiles16, present | tiles16>(p); }
+NVFP4_KERNEL(quantize_weight_fp32, tile_threads, 5, QuantizeLaunch) { quantize<Single, present | tiles16, present | tiles16>(p); }
+
+}  // namespace nvfp4

@@ -1,0 +1,106 @@
+// 64 x 64 tiles of x on their way through shared memory: a block of 128 threads walks down a strip of x, two tiles in flight
+// (cp.async) while it works at a third. Rows of a tile are rotated by XOR of their 16-byte chunks with the row's number, so
+// that reading whole blocks along rows (8 lanes, 8 rows, one chunk each) and words along columns (32 lanes, one row) both
+// meet every bank once.
+#pragma once
+#include "arch/values.cuh"
+#include "launch.h"
+
+namespace nvfp4 {
+
+constexpr int tile_side = 64, tile_threads = 128, tile_stages = 3;
+
+template <class T>
+struct TileRing {
+    static constexpr int size = sizeof(typename T::Raw);
+    static constexpr int chunks = tile_side * size / 16;  // of a row
+    static constexpr int row_bytes = tile_side * size, bytes = tile_side * row_bytes;
+
+    const QuantizeLaunch& p;
+    unsigned char* memory;
+    i64 col;
+
+    static __device__ __forceinline__ int place(int row, int chunk) { return row * row_bytes + ((chunk ^ (row & 7)) << 4); }
+
+    // Starts the loads of the tile whose first row is `row`, to stage `to`; zeros outside x.
+    __device__ __forceinline__ void load(i64 row, int to) const {
+        unsigned char* tile = memory + to * bytes;
+        const auto* x = static_cast<const typename T::Raw*>(p.x);
+        const int thread = static_cast<int>(threadIdx.x);
+        if (p.wide) {
+            NVFP4_UNROLL
+            for (int i = 0; i < tile_side * chunks / tile_threads; ++i) {
+                const int at = thread + i * tile_threads, r = at / chunks, c = at % chunks;
+                const i64 left = (p.cols - col) * size - c * 16;
+                const int inside = row + r < p.rows && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
+                copy_async16(tile + place(r, c), inside ? x + (row + r) * p.row_stride + col + c * (16 / size) : x, inside);
+            }
+            return;
+        }
+        for (int at = thread; at < tile_side * tile_side; at += tile_threads) {
+            const int r = at / tile_side, c = at % tile_side;
+            const bool inside = row + r < p.rows && col + c < p.cols;
+            auto* to_element = reinterpret_cast<typename T::Raw*>(tile + place(r, c * size / 16) + c * size % 16);
+            *to_element = inside ? x[(row + r) * p.row_stride + col + c] : static_cast<typename T::Raw>(0);
+        }
+    }
+
+    // Calls work(tile, first row) for each tile of this block's part of the strip. Every tile begins with a barrier.
+    template <class Work>
+    __device__ __forceinline__ void walk(Work work) const {
+        const i64 down = (p.rows + tile_side - 1) / tile_side, first = static_cast<i64>(blockIdx.y) * p.tiles_down;
+        const i64 end = first + p.tiles_down < down ? first + p.tiles_down : down;
+        for (int i = 0; i < tile_stages - 1; ++i) {
+            if (first + i < end) load((first + i) * tile_side, i);
+            commit_copies();
+        }
+        int stage = 0;
+        for (i64 tile = first; tile < end; ++tile) {
+            wait_copies<tile_stages - 2>();
+            __syncthreads();  // everybody's part of the tile is here, and everybody is done with the stage loaded next
+            const i64 next = tile + tile_stages - 1;
+            if (next < end) load(next * tile_side, stage == 0 ? tile_stages - 1 : stage - 1);
+            commit_copies();
+            work(memory + stage * bytes, tile * tile_side);
+            stage = stage == tile_stages - 1 ? 0 : stage + 1;
+        }
+        wait_copies<0>();
+    }
+};
+
+// A thread's part of a tile in either direction: two blocks of 16 values. Eight lanes hold a 16x16 tile.
+//   along rows      lane l of warp w: rows 16 w + l % 8 and 8 rows below, block l / 8
+//   along columns   lane l of warp w: columns 2 l and 2 l + 1, rows 16 w .. 16 w + 15
+template <class T>
+static __device__ __forceinline__ void row_blocks(const unsigned char* tile, F32x1 (&v)[2][16]) {
+    constexpr int chunks = TileRing<T>::size, values = 16 / TileRing<T>::size;  // chunks of a block, values of a chunk
+    const int lane = lane_index(), row = 16 * warp_index() + (lane & 7), block = lane >> 3;
+    NVFP4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        NVFP4_UNROLL
+        for (int i = 0; i < chunks; ++i) {
+            const Chunk c = *reinterpret_cast<const Chunk*>(tile + TileRing<T>::place(row + 8 * half, block * chunks + i));
+            F32x1* to = v[half] + i * values;
+            T::widen(c.x, to);
+            T::widen(c.y, to + T::in_word);
+            T::widen(c.z, to + 2 * T::in_word);
+            T::widen(c.w, to + 3 * T::in_word);
+        }
+    }
+}
+
+template <class T>
+static __device__ __forceinline__ void col_blocks(const unsigned char* tile, F32x1 (&v)[2][16]) {
+    const int at = 2 * lane_index() * TileRing<T>::size, chunk = at / 16, within = at % 16;
+    NVFP4_UNROLL
+    for (int i = 0; i < 16; ++i) {
+        const auto* word = reinterpret_cast<const u32*>(tile + TileRing<T>::place(16 * warp_index() + i, chunk) + within);
+        F32x1 pair[2];
+        T::widen(word[0], pair);
+        if (T::in_word == 1) T::widen(word[1], pair + 1);
+        v[0][i] = pair[0];
+        v[1][i] = pair[1];
+    }
+}
+
+}  // namespace nvfp4

@@ -1,0 +1,70 @@
+"""Linear layers over frozen quantized weights: the input gets a gradient, the weight none."""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
+from nvfp4_kernels.ops.matmul.op import matmul
+
+
+def weight_only(
+    x: Tensor, weight: NVFP4Tensor | MXFP8Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """y = (x W^T) scale + b: products of x with the exactly decoded weight, summed in fp32.
+
+    x: [..., in], bf16, fp16 or fp32. weight: [out, in]. bias: [out] or None. scale: fp32 [], one more factor of the weight, or
+    None. Rounded once to x's dtype (with a scale: to fp32 before it).
+    Differentiable in x and bias. Raises TypeError or ValueError naming the argument, as nk.matmul.
+    """
+    return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
+
+
+def weight_only_experts(x: Tensor, weight: Stack, sizes: list[int]) -> Tensor:
+    """y[row] = W[e] x[row] for the expert e of each row: x [rows, in], sorted by expert, sizes the rows of each.
+
+    Differentiable in x. Raises TypeError or ValueError naming the argument, as nk.grouped_matmul.
+    """
+    return _WeightOnlyExperts.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
+
+
+class _WeightOnlyExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        ctx.weight, ctx.offsets = weight, offsets
+        return grouped_matmul(x, weight, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        codes, scales, global_scales = ctx.weight
+        shape = (*codes.shape[1:-1], 2 * codes.shape[-1])
+        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], shape[1])
+        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if start < end:
+                weight = NVFP4Tensor(codes[e], scales[e], global_scales[e], shape)
+                dx[start:end] = dy[start:end] @ weight.dequantize(dy.dtype)
+        return dx, None, None
+
+
+class _WeightOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale):
+        ctx.weight, ctx.scale, ctx.bias_dtype = weight, scale, None if bias is None else bias.dtype
+        if scale is None:
+            return matmul(x, weight, x.dtype, bias=bias)
+        y = matmul(x, weight, torch.float32) * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ctx.weight.dequantize(dy.dtype)
+            dx = dx if ctx.scale is None else dx * ctx.scale.to(dx.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.float().sum(0).to(ctx.bias_dtype)
+        return dx, None, dbias, None

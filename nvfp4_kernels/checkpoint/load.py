@@ -1,0 +1,167 @@
+"""The tensors of a checkpoint into a model on the meta device, one after the other, shard after shard.
+
+Each tensor of the model is allocated once, where and as it is to stay, when the first of its pieces arrives; of the
+files no more is held than the shard that is being read. So the peak is the model and one shard.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_kernels.checkpoint import names
+from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems
+from nvfp4_kernels.checkpoint.source import Entry
+from nvfp4_kernels.formats.tensor import NVFP4Tensor
+from nvfp4_kernels.nn.linear import new_noise
+from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts, QuantizedWeight
+
+ALWAYS_FP32 = ("e_score_correction_bias", "A_log", "D", "dt_bias")
+_BITS = (torch.uint8, torch.float8_e4m3fn, torch.int64)
+_READ = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+    "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """What one step reads: a tensor or an expert's share of it; of a matrix to be dequantized all of its parts."""
+
+    module: str
+    part: str
+    expert: int | None
+    parts: dict[str, tuple[Entry, bool]]
+
+
+class Files:
+    """Reads tensors; holds open no shard but those that the last piece came from, mostly one."""
+
+    def __init__(self):
+        self._open: dict[str, object] = {}
+
+    def read(self, piece: Piece) -> dict[str, Tensor]:
+        """The parts, as views of the file where the checkpoint does not hold the reciprocal."""
+        from safetensors import safe_open
+
+        needed = {entry.shard for entry, _ in piece.parts.values()}
+        self._open = {shard: handle for shard, handle in self._open.items() if shard in needed}
+        values = {}
+        for part, (entry, reciprocal) in piece.parts.items():
+            if entry.shard not in self._open:
+                self._open[entry.shard] = safe_open(entry.shard, "pt", device="cpu")
+            value = self._open[entry.shard].get_tensor(entry.name)
+            values[part] = value.reciprocal() if reciprocal else value
+        return values
+
+
+def insert_layers(model: nn.Module, layers: dict[str, QuantizedWeight], problems: Problems) -> None:
+    """Puts the quantized layers in the place of those that they stand for."""
+    for module, layer in layers.items():
+        parent, _, leaf = module.rpartition(".")
+        if not names.is_stack(module):
+            setattr(model.get_submodule(parent), leaf, layer)
+        elif leaf == "up_proj":
+            other = layers.get(f"{parent}.down_proj")
+            if other is None:
+                problems.add("half quantized", f"{parent}.down_proj; do: quantized='dequantize'")
+                continue
+            above, _, name = parent.rpartition(".")
+            setattr(model.get_submodule(above), name, QuantizedExperts(layer, other))
+        elif f"{parent}.up_proj" not in layers:
+            problems.add("half quantized", f"{parent}.up_proj; do: quantized='dequantize'")
+    problems.check()
+
+
+def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> None:
+    """Every tensor of `model`, from the checkpoint or, where that has none, as it is at a model's start.
+
+    Raises CheckpointError for scales that are NaN, infinite or negative, all of them named.
+    """
+    files, filled = Files(), {}
+    for piece in sorted(_pieces(fit, dequantize), key=_position):
+        layer = fit.layers.get(piece.module) if len(piece.parts) > 1 else None
+        values = files.read(piece)
+        for part, value in values.items():
+            if part.endswith(("_scale", "_scale_2")) and not _sound(value):
+                fit.problems.add("with NaN, infinite or negative scales", piece.parts[part][0].name)
+        value = values[piece.part] if layer is None else _dequantize(layer, values, device)
+        where = piece.module, piece.part
+        if where not in filled:
+            want = fit.wants[where]
+            kept = dtype or (torch.float32 if layer is not None else _READ[piece.parts[piece.part][0].dtype])
+            shape = want.shape if layer is None else (layer.out_features, layer.in_features)
+            shape = shape if want.experts is None else (want.experts, *shape)
+            filled[where] = torch.empty(shape, dtype=_held(*where, shape, kept, value.dtype), device=device)
+        target = filled[where] if piece.expert is None else filled[where][piece.expert]
+        target.copy_(value.reshape(target.shape))
+    fit.problems.check()
+    for (module, part), tensor in filled.items():
+        quantized = module in fit.layers and not dequantize
+        _put(model, names.parameter_name(module, part, quantized), tensor)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.backbone.embeddings.weight
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            drawn = name.rpartition(".")[2] in NOISE
+            _put(model, name, new_noise(device) if drawn else torch.zeros_like(buffer, device=device))
+
+
+def _pieces(fit: Fit, dequantize: bool) -> Iterator[Piece]:
+    for (module, part), want in fit.wants.items():
+        quantized = module in fit.layers and part != "bias"
+        if dequantize and (quantized and part != "weight" or part in ("k_scale", "v_scale")):
+            continue
+        for expert, found in want.found.items():
+            parts = {part: found}
+            if dequantize and quantized:
+                scales = (name for name, _ in fit.layers[module].named_buffers() if name != "input_scale")
+                parts = {name: fit.wants[module, name].found[expert] for name in scales}
+            yield Piece(module, part, expert, parts)
+
+
+def _position(piece: Piece) -> tuple[str, int]:
+    entry = piece.parts[piece.part][0]
+    return entry.shard, entry.start
+
+
+def _held(module: str, part: str, shape: tuple[int, ...], dtype: torch.dtype, read: torch.dtype) -> torch.dtype:
+    """Matrices have the dtype that is asked for. fp32: what is small, and what rounding would harm, the router above all."""
+    if read in _BITS:
+        return read
+    small = len(shape) < 2 or module.endswith((".conv1d", ".gate")) or part.endswith(("_scale", "_scale_2"))
+    return torch.float32 if small or part in ALWAYS_FP32 else dtype
+
+
+def _sound(scale: Tensor) -> bool:
+    """Finite, and not negative; zero is that of a matrix of zeros."""
+    if scale.dtype == torch.float8_e4m3fn:
+        codes = scale.view(torch.uint8)
+        return bool(((codes < 0x7F) | (codes == 0x80)).all())  # 0x7F is NaN, 0x80 is -0
+    return all(0 <= value < math.inf for value in scale.flatten().tolist())
+
+
+def _dequantize(layer: QuantizedWeight, values: dict[str, Tensor], device: torch.device) -> Tensor:
+    """The matrix, or those of all experts, in fp32."""
+    values = {part: value.to(device) for part, value in values.items()}
+    if isinstance(layer, NVFP4Weight):
+        codes, scales, global_scale = values["weight"], values["weight_scale"], values["weight_scale_2"]
+        shape = (layer.out_features, layer.in_features)
+        if codes.dim() == 3:
+            whole = (NVFP4Tensor(*parts, shape) for parts in zip(codes, scales, global_scale, strict=True))
+            return torch.stack([tensor.dequantize() for tensor in whole])
+        return NVFP4Tensor(codes, scales, global_scale.reshape(()), shape).dequantize()
+    scale = values["weight_scale"].reshape(-1, 1, 1) if values["weight"].dim() == 3 else values["weight_scale"]
+    return values["weight"].float() * scale
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:  # the scale of a KV cache, for which a linear layer has no place of its own
+        module.register_buffer(leaf, tensor)

@@ -1,0 +1,102 @@
+"""ModelOpt's account of a quantized checkpoint, both ways: hf_quant_config.json and config.json's quantization_config.
+
+The tensors speak for themselves (a uint8 weight is NVFP4, a float8_e4m3fn one FP8), so reading needs the account only to
+refuse what these modules are not; writing gives loaders (vLLM, TensorRT-LLM, transformers) all that they look for.
+Source: ModelOpt's export/quant_utils.py and convert_hf_config.py, vLLM's quantization/modelopt.py.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from nvfp4_kernels import __version__
+from nvfp4_kernels.checkpoint import compressed_tensors
+
+ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
+_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_NVFP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+_GROUPS = {
+    "FP8": {"input_activations": _FP8, "weights": _FP8},
+    "NVFP4": {"input_activations": _NVFP4, "weights": _NVFP4},
+    "W4A16_NVFP4": {"weights": _NVFP4},
+}
+
+
+def read_quantization(path: Path, in_config: dict | None) -> dict | None:
+    """{"method", "kv_cache": "FP8" or None} from config.json's quantization_config, or else from the file at `path`.
+
+    Raises ValueError for a method or an algorithm of which nothing here can read the weights.
+    """
+    if in_config is None:
+        if not path.exists():
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        details = values.get("quantization", {}) if isinstance(values, dict) else {}
+        kv_cache = details.get("kv_cache_quant_algo")
+        method = "modelopt"
+    else:
+        details = in_config.get("quantization", in_config)
+        kv_cache = details.get("kv_cache_quant_algo") or ("FP8" if details.get("kv_cache_scheme") else None)
+        method = str(in_config.get("quant_method", "modelopt"))
+    if method == compressed_tensors.METHOD:
+        compressed_tensors.check(details)
+    elif method.startswith("modelopt"):
+        _check(details)
+    else:
+        raise ValueError(f"quant_method: got {method!r}; allowed: modelopt, {compressed_tensors.METHOD}")
+    return {"method": method, "kv_cache": kv_cache}
+
+
+def _check(details: dict) -> None:
+    algorithm = str(details.get("quant_algo") or "").upper()
+    named = [algorithm]
+    if algorithm == "MIXED_PRECISION":
+        layers = details.get("quantized_layers") or {}
+        named = sorted({str(layer.get("quant_algo")).upper() for layer in layers.values()})
+    for name in named:
+        if name not in ALGORITHMS:
+            raise ValueError(f"quant_algo: got {name!r}; allowed: {', '.join(ALGORITHMS)}, MIXED_PRECISION of these")
+    sizes = {details.get("group_size")} | {
+        x.get("group_size") for x in (details.get("quantized_layers") or {}).values()
+    }
+    if wrong := sizes - {None, 16}:
+        raise ValueError(f"group_size: got {wrong.pop()}; allowed: 16, the block of NVFP4")
+
+
+def write_quantization(algorithms: Mapping[str, str], others: Iterable[str], kv_cache: str | None) -> tuple[dict, dict]:
+    """(hf_quant_config.json, config.json's quantization_config).
+
+    algorithms: one of ALGORITHMS for each quantized matrix, by its name in the checkpoint, that of an expert included.
+    others: the matrices that are not quantized, or patterns for them. kv_cache: "FP8" or None.
+    """
+    kinds = sorted(set(algorithms.values()))
+    details: dict = {"quant_algo": kinds[0] if len(kinds) == 1 else "MIXED_PRECISION"}
+    details["kv_cache_quant_algo"] = kv_cache
+    if len(kinds) == 1:
+        details |= {"group_size": 16} if "NVFP4" in kinds[0] else {}
+        details["exclude_modules"] = list(others)
+        groups = [_GROUPS[kinds[0]] | {"targets": ["Linear"]}]
+    else:
+        # A layer that is not named here is not quantized: that is how loaders read a mixed checkpoint.
+        details["quantized_layers"] = {name: _layer(algorithm) for name, algorithm in algorithms.items()}
+        groups = [
+            _GROUPS[kind] | {"targets": sorted(name for name, algorithm in algorithms.items() if algorithm == kind)}
+            for kind in kinds
+        ]
+    producer = {"name": "nvfp4_kernels", "version": __version__}
+    in_config = {
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": details.get("exclude_modules", []),
+        "quant_algo": details["quant_algo"],
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+    if "quantized_layers" in details:
+        in_config["quantized_layers"] = details["quantized_layers"]
+    if kv_cache:
+        in_config["kv_cache_scheme"] = _FP8
+    return {"producer": producer, "quantization": details}, in_config
+
+
+def _layer(algorithm: str) -> dict:
+    return {"quant_algo": algorithm} | ({"group_size": 16} if "NVFP4" in algorithm else {})

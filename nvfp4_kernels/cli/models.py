@@ -1,0 +1,62 @@
+"""The model and the tokenizer of a path on the command line, and a quantized model's folder."""
+
+import shutil
+from pathlib import Path
+
+
+def load_model(path: Path):
+    """(model, tokenizer) of a run of nvfp4 train or of a Hugging Face folder, on the device that this machine computes on."""
+    from nvfp4_kernels.checkpoint.huggingface import from_pretrained
+    from nvfp4_kernels.ops._device import default_device
+    from nvfp4_kernels.train.setup import load_run
+    from nvfp4_kernels.train.tokenizer import load_tokenizer
+
+    if (path / "run.json").is_file():
+        model, tokenizer, _ = load_run(path)
+        return model.to(default_device()), tokenizer
+    model = from_pretrained(path, device=default_device())
+    return model, load_tokenizer(str(path / "tokenizer.json"), model.config.vocab_size, model.config.eos_token_id)
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError where something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: {out} is there already; do: name another folder")
+
+
+def save_quantized(model, tokenizer, out: Path, write_more) -> None:
+    """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there."""
+    from nvfp4_kernels.checkpoint.huggingface import save_pretrained
+    from nvfp4_kernels.train.byte_level import tokenizer_json
+
+    part = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        save_pretrained(model, part, layout="modelopt")
+        if not (part / "tokenizer.json").exists():  # of a run, which names its tokenizer and does not hold it
+            bytewise = tokenizer.name == "bytes"
+            text = tokenizer_json(tokenizer) if bytewise else Path(tokenizer.name).read_text(encoding="utf-8")
+            (part / "tokenizer.json").write_text(text, encoding="utf-8")
+        write_more(part)
+        if out.exists():
+            out.rmdir()  # empty: check_out saw to it
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def read_text(flag: str, path: str | None, tokenizer):
+    """The tokens of a text file; None for no path. Raises ValueError naming `flag`."""
+    from nvfp4_kernels.ptq.evaluate import Text
+
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{flag}: {path} {why}; do: give a text file") from None
+    if b"\0" in text[: 1 << 16]:
+        raise ValueError(f"{flag}: {path} is binary, not text; do: give a text file")
+    return Text.encode(text, tokenizer, path)

@@ -1,0 +1,117 @@
+"""PackedNVFP4Tensor: a weight as the kernels for few tokens read it. Packed once, when a model is loaded; unpacking gives the
+same bytes back.
+
+A word holds the eight codes that a lane of a warp multiplies in one tensor-core instruction, four pairs of neighbours along
+the row, their bits where a shift and a mask make bf16 of a pair (csrc/matmul/decode.cuh):
+
+    pair p = 2 j + h of the word [slab, tile, 4 g + q, s]: row 16 slab + 8 h + g, columns 64 tile + 16 q + 4 s + 2 j and + 1
+
+A word of scales holds those of one lane for 128 columns: byte 2 h + t for row 16 slab + 8 h + g, block 8 step + 4 t + q, in
+ue5m3: five exponent bits, in which E4M3's subnormals are normal numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.layout import ceil_to
+from nvfp4_kernels.formats.tensor import NVFP4Tensor, QuantizedTensor
+
+SLAB, TILE, STEP = 16, 64, 128  # rows, columns, columns
+SHIFTS = (0, 6, 12)  # how far left pairs 0, 1 and 2 are shifted before the mask
+LAST = {15: 2, 8: 10, 7: 2, 6: 2}  # and, bit by bit of bf16, pair 3
+TARGETS = {3: 15, 2: 8, 1: 7, 0: 6}  # bit of an E2M1 code: bit of bf16 (sign, two of the exponent, one of the mantissa)
+
+
+def _place(pair: int, high: int, bit: int) -> int:
+    """The bit of the word that holds bit `bit` of the code in a half of a pair."""
+    target = TARGETS[bit]
+    return (target + 16 * high - (SHIFTS[pair] if pair < 3 else LAST[target])) % 32
+
+
+def _ue5m3(code: int) -> int:
+    """The same value as an E4M3 code 0..126, with an exponent field larger by 3 and no subnormals but zero."""
+    if code >= 8 or code == 0:
+        return code + 24 if code else 0
+    shift = 4 - code.bit_length()  # to the leading one of a subnormal
+    return (4 - shift << 3) + ((code << shift) & 7)
+
+
+PACKED_SCALE = [_ue5m3(code) for code in range(127)]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedNVFP4Tensor(QuantizedTensor):
+    """A weight [rows, cols] in the layout above; rows a multiple of 16.
+
+    codes: int32 [rows / 16, ceil64(cols) / 64, 32, 4], the tiles a multiple of two: zeros pad cols to a multiple of 128.
+    scales: int32 [rows / 16, ceil128(cols) / 128, 32].
+    global_scale, shape, hadamard: as in NVFP4Tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+    shape: torch.Size
+    hadamard: int | None = None
+
+    @classmethod
+    def pack(cls, w: NVFP4Tensor) -> "PackedNVFP4Tensor":
+        """Raises ValueError for other than two dimensions, rows that are no multiple of 16, a scale that is negative or NaN."""
+        rows = w.shape[0]
+        if len(w.shape) != 2 or rows % SLAB:
+            raise ValueError(f"w: got shape {list(w.shape)}; allowed: [rows, cols], rows a multiple of {SLAB}")
+        scales = w.scales.view(torch.uint8)
+        if (scales > 126).any():
+            raise ValueError("w: got a block scale that is negative or NaN; allowed: scales of 0 and above")
+        slabs, length = rows // SLAB, ceil_to(w.shape[1], STEP)
+        codes = torch.nn.functional.pad(w.codes, (0, length // 2 - w.codes.shape[1]))
+        # [slab, h, g, tile, q, s, j, byte of two codes]
+        parts = codes.view(slabs, 2, 8, length // TILE, 4, 4, 2)
+        words = torch.zeros(slabs, length // TILE, 8, 4, 4, dtype=torch.int32, device=codes.device)
+        for pair in range(4):
+            taken = parts[:, pair % 2, :, :, :, :, pair // 2].permute(0, 2, 1, 3, 4).to(torch.int32)
+            for high in range(2):
+                for bit in range(4):
+                    words |= ((taken >> (4 * high + bit)) & 1) << _place(pair, high, bit)
+        packed_scale = torch.tensor(PACKED_SCALE, dtype=torch.int32, device=codes.device)
+        blocks = torch.nn.functional.pad(packed_scale[scales.int()], (0, length // 16 - scales.shape[1]))
+        blocks = blocks.view(slabs, 2, 8, length // STEP, 2, 4)  # [slab, h, g, step, t, q]
+        scale_words = sum(
+            blocks[:, h, :, :, t].permute(0, 2, 1, 3) << 8 * (2 * h + t) for h in range(2) for t in range(2)
+        )
+        return cls(
+            words.view(slabs, length // TILE, 32, 4),
+            scale_words.to(torch.int32).reshape(slabs, length // STEP, 32),
+            w.global_scale,
+            w.shape,
+            w.hadamard,
+        )
+
+    def unpack(self) -> NVFP4Tensor:
+        """The weight as it was before `pack`."""
+        slabs, tiles = self.codes.shape[:2]
+        words = self.codes.view(slabs, tiles, 8, 4, 4)
+        parts = torch.zeros(slabs, 2, 8, tiles, 4, 4, 2, dtype=torch.uint8, device=words.device)
+        for pair in range(4):
+            byte = sum(
+                ((words >> _place(pair, high, bit)) & 1) << (4 * high + bit) for high in range(2) for bit in range(4)
+            )
+            parts[:, pair % 2, :, :, :, :, pair // 2] = byte.permute(0, 2, 1, 3, 4).to(torch.uint8)
+        plain_scale = torch.zeros(256, dtype=torch.uint8, device=words.device)
+        plain_scale[torch.tensor(PACKED_SCALE, device=words.device)] = torch.arange(
+            127, dtype=torch.uint8, device=words.device
+        )
+        blocks = torch.zeros(slabs, 2, 8, tiles // 2, 2, 4, dtype=torch.int32, device=words.device)
+        for h in range(2):
+            for t in range(2):
+                byte = (self.scales.view(slabs, tiles // 2, 8, 4) >> 8 * (2 * h + t)) & 0xFF
+                blocks[:, h, :, :, t] = byte.permute(0, 2, 1, 3)
+        rows, used = slabs * SLAB, ceil_to(self.shape[1], 16)
+        codes = parts.view(rows, tiles * TILE // 2)[:, : used // 2].contiguous()
+        scales = plain_scale[blocks.view(rows, tiles * 4).long()][:, : used // 16].contiguous()
+        return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), self.global_scale, self.shape, self.hadamard)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.unpack().dequantize(dtype)

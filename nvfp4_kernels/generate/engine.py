@@ -1,0 +1,259 @@
+"""Batched generation: sequences enter, are read, grow a token (or several) a step, and leave; each in a slot of the pool.
+
+The slots are independent of each other: what a sequence says depends on its prompt, its Sampling and the model.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.generate.sample import TOKEN, Draws, Sampling, Shaper, draw
+from nvfp4_kernels.generate.speculative import Acceptance, Drafter, judge, mark, seen_tokens
+from nvfp4_kernels.generate.state import STATE_DTYPES, Pool
+from nvfp4_kernels.generate.weights import serving
+
+
+class Request:
+    """A sequence: `tokens` are the new ones so far; `finished` is None while it grows, then "stop", "length" or "cancelled"."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, max_new_tokens: int, stop_ids: frozenset[int]):
+        self.prompt, self.sampling, self.max_new_tokens, self.stop_ids = prompt, sampling, max_new_tokens, stop_ids
+        self.tokens: list[int] = []
+        self.finished: str | None = None
+        self.slot: int | None = None
+        self.read = 0  # tokens of the prompt that the model has seen
+        self.draws = Draws(sampling.seed)
+        self.hidden: Tensor | None = None  # the model's states that the drafter has not seen
+        self.seen: Tensor | None = None  # bool [vocab], where a penalty asks for it
+
+    @property
+    def position(self) -> int:
+        """Of the next token to be drawn."""
+        return len(self.prompt) + len(self.tokens)
+
+    def last(self, count: int) -> list[int]:
+        return (self.prompt[-count:] + self.tokens)[-count:]
+
+    def take(self, tokens: list[int]) -> list[int]:
+        """Adds drawn tokens up to where the sequence ends; returns those."""
+        for i, token in enumerate(tokens):
+            if token in self.stop_ids:
+                self.finished = "stop"
+                return tokens[:i]
+            self.tokens.append(token)
+            if self.seen is not None:
+                self.seen[token] = True
+            if len(self.tokens) == self.max_new_tokens:
+                self.finished = "length"
+                return tokens[: i + 1]
+        return tokens
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step gave a request. finished: None, "stop" (one of stop_ids came) or "length" (max_new_tokens)."""
+
+    request: Request
+    tokens: list[int]
+    finished: str | None
+
+
+class Engine:
+    """Generates with a HybridModel, for up to `slots` sequences at once; more wait.
+
+    prefill_chunk: tokens of prompts read in one step, at most; longer ones take several steps, and those that already
+    grow go on in between. state_dtype: of the SSM states, "fp32", "bf16" or "fp16"; with stochastic their rounding is
+    stochastic, from each request's seed (fp16 so is what Nemotron 3 is served with). speculative: tokens drafted by the MTP
+    block at each step; 0: none.
+    The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
+    model does not reach it. Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        model,
+        slots: int = 8,
+        prefill_chunk: int = 2048,
+        state_dtype: str = "fp32",
+        stochastic: bool = False,
+        speculative: int = 0,
+    ):
+        for name, value, least in (
+            ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: got {value}; allowed: at least {least}")
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype: got {state_dtype!r}; allowed: {', '.join(STATE_DTYPES)}")
+        if stochastic and state_dtype == "fp32":
+            raise ValueError(
+                "stochastic: got True for fp32 states; allowed: state_dtype 'fp16' or 'bf16', which are rounded"
+            )
+        self.model = serving(model)
+        self.vocab, self.prefill_chunk, self.stochastic = model.config.vocab_size, prefill_chunk, stochastic
+        self.device = self.model.backbone.embeddings.weight.device
+        blocks, dtype = self.model.backbone.layers, model.config.dtype
+        self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device)
+        self.drafter = Drafter(self.model, slots, speculative) if speculative else None
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._free = list(range(slots))
+        self._shaper: tuple[tuple, Shaper] | None = None
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 256,
+        stop_ids: Sequence[int] = (),
+    ) -> Request:
+        """Queues a prompt, token ids, for `step` to work on. stop_ids: tokens that end it, and are not among its own."""
+        prompt = [int(token) for token in prompt]
+        if not prompt:
+            raise ValueError("prompt: got no token; allowed: at least one")
+        for name, tokens in (("prompt", prompt), ("stop_ids", stop_ids)):
+            outside = next((token for token in tokens if not 0 <= token < self.vocab), None)
+            if outside is not None:
+                raise ValueError(f"{name}: got {outside}; allowed: 0 to {self.vocab - 1}, the model's vocabulary")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}; allowed: at least 1")
+        request = Request(prompt, sampling or Sampling(), max_new_tokens, frozenset(stop_ids))
+        if request.sampling.repetition_penalty != 1:
+            request.seen = torch.zeros(self.vocab, dtype=torch.bool, device=self.device)
+            request.seen[prompt] = True
+        self.waiting.append(request)
+        return request
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """Of the drafts so far; None without speculative decoding."""
+        return self.drafter and self.drafter.acceptance
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Reads a chunk of the prompts that are there, and grows every sequence whose prompt has been read."""
+        while self.waiting and self._free:
+            request = self.waiting.popleft()
+            request.slot = self._free.pop(0)
+            self.running.append(request)
+        growing = [r for r in self.running if r.tokens]
+        reading = [r for r in self.running if r.read < len(r.prompt)]
+        events = self._read(reading) if reading else []
+        if growing:
+            events += self._speculate(growing) if self.drafter else self._grow(growing)
+        for event in events:
+            if event.finished:
+                self._release(event.request)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """Steps until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+
+    def cancel(self, request: Request) -> None:
+        """Takes a request out; its slot serves the next one."""
+        if request.finished:
+            return
+        request.finished = "cancelled"
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.clear(request.slot)
+        if self.drafter:
+            self.drafter.pool.clear(request.slot)
+        self._free = sorted([*self._free, request.slot])
+        request.hidden = None
+
+    def _read(self, requests: list[Request]) -> list[Event]:
+        """One packed forward over the next tokens of the prompts, first come, first served."""
+        room, parts = self.prefill_chunk, []
+        for request in requests:
+            if room:
+                part = request.prompt[request.read : request.read + room]
+                parts.append((request, part))
+                room -= len(part)
+        ids = torch.tensor([[token for _, part in parts for token in part]], device=self.device)
+        slots, counts = [request.slot for request, _ in parts], [len(part) for _, part in parts]
+        hidden = self.model.hidden(ids, state=self.pool.begin(slots, counts, packed=True))[0].split(counts)
+        if self.drafter:
+            self._let_drafter_read(parts, hidden)
+        whole = []
+        for (request, part), states in zip(parts, hidden, strict=True):
+            request.read += len(part)
+            if request.read == len(request.prompt):
+                request.hidden = states[-1:]
+                whole.append(request)
+        return self._draw(whole, self.model.lm_head(torch.cat([r.hidden for r in whole]))) if whole else []
+
+    def _let_drafter_read(self, parts: list[tuple[Request, list[int]]], hidden: Sequence[Tensor]) -> None:
+        known = [
+            (request.slot, states[: len(following)], following)
+            for (request, part), states in zip(parts, hidden, strict=True)
+            if (following := request.prompt[request.read + 1 : request.read + 1 + len(part)])
+        ]
+        if known:
+            self.drafter.read(*map(list, zip(*known, strict=True)))
+
+    def _grow(self, requests: list[Request]) -> list[Event]:
+        """A token for each."""
+        ids = torch.tensor([[request.tokens[-1]] for request in requests], device=self.device)
+        state = self.pool.begin([r.slot for r in requests], [1] * len(requests), noise=self._noise(requests))
+        return self._draw(requests, self.model.lm_head(self.model.hidden(ids, state=state)[:, 0]))
+
+    def _draw(self, requests: list[Request], logits: Tensor) -> list[Event]:
+        shaper = self._shaper_of(requests)
+        seen = seen_tokens(requests, shaper)
+        if shaper.greedy:
+            tokens = shaper.penalize(logits, seen).argmax(-1).tolist()
+        else:
+            uniforms = [request.draws.at(request.position, TOKEN) for request in requests]
+            tokens = draw(shaper.probabilities(logits, seen), uniforms)
+        return [Event(r, r.take([token]), r.finished) for r, token in zip(requests, tokens, strict=True)]
+
+    def _speculate(self, requests: list[Request]) -> list[Event]:
+        """Several tokens for each: drafts, one pass over all of them, and the states put where the accepted ones end."""
+        depth, acceptance = self.drafter.depth, self.drafter.acceptance
+        shaper = self._shaper_of(requests)
+        drafts, q = self.drafter.propose(requests, shaper)
+        ids = torch.tensor([r.tokens[-1:] + row for r, row in zip(requests, drafts, strict=True)], device=self.device)
+        slots, counts = [r.slot for r in requests], [depth + 1] * len(requests)
+        state = self.pool.begin(slots, counts, keep=True, noise=self._noise(requests))
+        hidden = self.model.hidden(ids, state=state)
+        logits, seen = self.model.lm_head(hidden), seen_tokens(requests, shaper)
+        p = []
+        for place in range(depth + 1):
+            if place:
+                mark(seen, [row[place - 1] for row in drafts])
+            p.append(shaper.probabilities(logits[:, place], seen))
+        made = judge(requests, drafts, q, torch.stack(p, 1))
+        self.pool.commit([len(tokens) for tokens in made])
+        events = []
+        for request, tokens, states in zip(requests, made, hidden, strict=True):
+            request.hidden = states[: len(tokens)]
+            acceptance.count(len(tokens) - 1)
+            events.append(Event(request, request.take(tokens), request.finished))
+        return events
+
+    def _noise(self, requests: list[Request]) -> list[tuple[int, int]] | None:
+        """The seed of each, and the place of its next token: the same whether tokens come one by one or several at once."""
+        if not self.stochastic:
+            return None
+        return [(request.sampling.seed, request.position - 1) for request in requests]
+
+    def _shaper_of(self, requests: list[Request]) -> Shaper:
+        samplings = tuple(request.sampling for request in requests)
+        if self._shaper is None or self._shaper[0] != samplings:
+            self._shaper = samplings, Shaper(samplings, self.device)
+        return self._shaper[1]

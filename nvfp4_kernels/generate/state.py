@@ -1,0 +1,261 @@
+"""What sequences leave behind while they are generated: keys and values, convolution windows, SSM states, in a pool of slots.
+
+A sequence has one slot in every layer for as long as it lives. One forward works on a Step: some slots, and how many tokens
+come to each. The pool's `layers` are handed to the model as its `state`; what they do depends on the pool's step.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_kernels.nn.attention import Attention, attend_seen
+from nvfp4_kernels.nn.mamba2 import Mamba2
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
+from nvfp4_kernels.ops.selective_scan.op import selective_scan
+from nvfp4_kernels.ops.state_update.op import state_update
+
+# Keys are allocated and attended to in pages. torch's attention on the CPU sums over blocks of 512 keys: where all of them are
+# whole, bits do not depend on the length of the longest sequence in the batch. (In bf16 64 do as well.)
+PAGE = 512
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Step:
+    """slots: of the sequences that get tokens. starts: how many tokens each of them has. counts: how many more come.
+
+    packed: the tokens come one sequence behind the other in one row (prefill); otherwise a row is a sequence, and all
+    counts are the same (decoding). keep: the states as they were before stay, to be settled by `Pool.commit`.
+    noise: (seed, offset) of each row, for fp16 or bf16 states rounded stochastically; None: to nearest.
+    """
+
+    slots: list[int]
+    starts: list[int]
+    counts: list[int]
+    packed: bool
+    keep: bool
+    noise: list[tuple[int, int]] | None
+    device: torch.device
+
+    @cached_property
+    def indices(self) -> Tensor:
+        return torch.tensor(self.slots, device=self.device)
+
+    @cached_property
+    def leading(self) -> bool:
+        """Whether the slots are 0, 1, 2, ...: then parts of the pool are views."""
+        return self.slots == list(range(len(self.slots)))
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.counts], device=self.device).cumsum(0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[sequences, tokens] of the coming tokens in their sequences."""
+        return torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(self.counts[0], device=self.device)
+
+    @cached_property
+    def reach(self) -> int:
+        """Keys that are looked at: those of the longest sequence, in whole pages."""
+        longest = max(start + count for start, count in zip(self.starts, self.counts, strict=True))
+        return -(-longest // PAGE) * PAGE
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """[sequences, tokens, reach]: the keys up to each token's own."""
+        return torch.arange(self.reach, device=self.device) <= self.positions[:, :, None]
+
+    def of(self, pool: Tensor) -> Tensor:
+        """The slots' part of a pooled tensor [slots, ...]."""
+        return pool[: len(self.slots)] if self.leading else pool[self.indices]
+
+
+class AttentionSlots:
+    """Keys and values of one attention layer, [slots, kv_heads, capacity, head_dim], capacity growing by pages."""
+
+    def __init__(self, pool: "Pool", mixer: Attention, dtype: torch.dtype):
+        self.pool = pool
+        shape = (pool.slots, mixer.num_kv_heads, PAGE, mixer.head_dim)
+        # Zeros, not what memory holds: the weight of an unseen key is 0, and 0 times NaN is NaN.
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=pool.device) for _ in range(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        step = self.pool.step
+        self._reserve(step.reach)
+        if step.packed:
+            parts = (t[0].split(step.counts) for t in (q, k, v))
+            rows = zip(step.slots, step.starts, *parts, strict=True)
+            return torch.cat([self._attend_one(*row) for row in rows])[None]
+        slots = step.indices[:, None]
+        self.k[slots, :, step.positions], self.v[slots, :, step.positions] = k, v
+        keys, values = (step.of(t)[:, :, : step.reach] for t in (self.k, self.v))
+        if q.shape[1] * q.shape[2] > k.shape[2]:
+            return attend_seen(q, keys, values, step.seen)
+        # One query alone with its key would be multiplied by another kernel, that rounds otherwise, than one of several.
+        twice = attend_seen(torch.cat([q, q], 1), keys, values, torch.cat([step.seen, step.seen], 1))
+        return twice[:, :1]
+
+    def _attend_one(self, slot: int, start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[tokens, heads, head_dim] of further tokens of one sequence."""
+        end = start + len(q)
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[slot, :, start:end] = new.transpose(0, 1)
+        keys, values = (t[slot : slot + 1, :, :end] for t in (self.k, self.v))
+        if start == 0:
+            q, share = q.transpose(0, 1)[None], q.shape[1] // k.shape[1]
+            return nn.functional.scaled_dot_product_attention(
+                q, keys, values, is_causal=True, enable_gqa=share > 1
+            )[0].transpose(0, 1)  # fmt: skip
+        seen = torch.ones(1, len(q), end, dtype=torch.bool, device=q.device).tril(start)
+        return attend_seen(q[None], keys, values, seen)[0]
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.k.shape[2]
+        if tokens > capacity:
+            room = max(tokens, 2 * capacity)
+            self.k, self.v = (nn.functional.pad(t, (0, 0, 0, room - capacity)) for t in (self.k, self.v))
+
+    def clear(self, slot: int, tokens: int) -> None:
+        self.k[slot, :, :tokens], self.v[slot, :, :tokens] = 0, 0
+
+
+class MambaSlots:
+    """Convolution windows [slots, channels, width - 1] and SSM states [slots, heads, head_dim, state] of one Mamba-2 layer."""
+
+    def __init__(self, pool: "Pool", mixer: Mamba2, number: int, dtype: torch.dtype, state_dtype: torch.dtype):
+        self.pool, self.number = pool, number
+        first = mixer.new_state(pool.slots, dtype)
+        self.conv, self.ssm = first.conv, first.ssm.to(state_dtype)
+        self._before: tuple[Tensor, Tensor] | None = None  # the slots' windows and states before a step that keeps them
+        self._tokens: tuple[Tensor, Mamba2] | None = None  # and what came to them
+
+    def mix(self, projected: Tensor, mixer: Mamba2) -> Tensor:
+        step = self.pool.step
+        if step.packed:
+            return mixer.mix(projected, self._convolve, self._scan)
+        if step.keep:
+            self._before = self.conv[step.indices], self.ssm[step.indices]
+            self._tokens = projected, mixer
+        return self._advance(projected, mixer, step.indices, step.noise)
+
+    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        step = self.pool.step
+        y, last = causal_conv1d(xBC, weight, bias, "silu", self.conv[step.indices], True, step.cu_seqlens)
+        self.conv[step.indices] = last
+        return y
+
+    def _scan(self, *tokens: Tensor, **options) -> Tensor:
+        step = self.pool.step
+        before = self.ssm[step.indices].float()
+        y, after = selective_scan(
+            *tokens, **options, initial_state=before, return_state=True, cu_seqlens=step.cu_seqlens
+        )
+        self.ssm[step.indices] = after.to(self.ssm.dtype)
+        return y
+
+    def _advance(
+        self, projected: Tensor, mixer: Mamba2, indices: Tensor, noise: list[tuple[int, int]] | None
+    ) -> Tensor:
+        if noise is None:
+            return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments(), indices=indices)
+        # Each sequence by itself: its noise must not depend on its row in the batch.
+        rows = zip(projected.split(1), indices.split(1), noise, strict=True)
+        return torch.cat([self._advance_one(row, mixer, slot, *draws) for row, slot, draws in rows])
+
+    def _advance_one(self, projected: Tensor, mixer: Mamba2, slot: Tensor, seed: int, offset: int) -> Tensor:
+        # Each layer has a seed of its own; an odd multiplier keeps layers and seeds apart.
+        seed = (seed + (self.number + 1) * 0x9E3779B97F4A7C15) % (1 << 63)
+        noise = torch.tensor([seed, offset], device=projected.device)
+
+        def convolve(xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y, self.conv[slot] = causal_conv1d(xBC, weight, bias, "silu", self.conv[slot], True)
+            return y
+
+        def update(*tokens: Tensor, chunk_size: int, **options) -> Tensor:
+            return state_update(self.ssm, *tokens, **options, indices=slot, noise=noise)
+
+        return mixer.mix(projected, convolve, update)
+
+    def commit(self, step: Step, tokens: list[int]) -> None:
+        """Of each sequence's kept tokens the first tokens[i] stay: where others followed, the state before is moved anew."""
+        (conv, ssm), (projected, mixer) = self._before, self._tokens
+        for count in set(tokens) - {projected.shape[1]}:
+            rows = [row for row, n in enumerate(tokens) if n == count]
+            indices = step.indices[rows]
+            self.conv[indices], self.ssm[indices] = conv[rows], ssm[rows]
+            noise = None if step.noise is None else [step.noise[row] for row in rows]
+            self._advance(projected[rows, :count], mixer, indices, noise)
+        self._before = self._tokens = None
+
+    def clear(self, slot: int, tokens: int) -> None:
+        self.conv[slot], self.ssm[slot] = 0, 0
+
+
+class Pool:
+    """`slots` sequences' states in each of `blocks`; lengths: how many tokens each has seen.
+
+    dtype: of keys, values and windows. state_dtype: of the SSM states.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, slots: int, dtype: torch.dtype, state_dtype: torch.dtype, device=None):
+        self.slots, self.device = slots, torch.device(device or "cpu")
+        self.lengths = [0] * slots
+        self.step: Step | None = None
+        self.layers: list[AttentionSlots | MambaSlots | None] = []
+        for number, block in enumerate(blocks):
+            match block.mixer:
+                case Mamba2():
+                    self.layers.append(MambaSlots(self, block.mixer, number, dtype, state_dtype))
+                case Attention():
+                    self.layers.append(AttentionSlots(self, block.mixer, dtype))
+                case _:
+                    self.layers.append(None)
+
+    def begin(
+        self,
+        slots: list[int],
+        counts: list[int],
+        packed: bool = False,
+        keep: bool = False,
+        noise: list[tuple[int, int]] | None = None,
+    ) -> list:
+        """The state for a forward of counts[i] more tokens of slots[i]; the lengths are those after it."""
+        starts = [self.lengths[slot] for slot in slots]
+        self.step = Step(slots, starts, counts, packed, keep, noise, self.device)
+        for slot, count in zip(slots, counts, strict=True):
+            self.lengths[slot] += count
+        return self.layers
+
+    def commit(self, tokens: list[int]) -> None:
+        """After a step that keeps: of each of its sequences the first tokens[i] >= 1 stay, as if the others had never come."""
+        step = self.step
+        for slot, start, count in zip(step.slots, step.starts, tokens, strict=True):
+            self.lengths[slot] = start + count
+        for layer in self.layers:
+            if isinstance(layer, MambaSlots):
+                layer.commit(step, tokens)
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        """Forget all but a slot's first `tokens` tokens; for pools without Mamba-2 layers, whose states know no way back."""
+        self.lengths[slot] = tokens
+
+    def clear(self, slot: int) -> None:
+        """The state before the first token."""
+        for layer in self.layers:
+            if layer is not None:
+                layer.clear(slot, (self.lengths[slot] // PAGE + 2) * PAGE)  # drafts were written beyond the length
+        self.lengths[slot] = 0
+
+    def nbytes(self) -> int:
+        tensors = [
+            vars(layer)[name]
+            for layer in self.layers
+            if layer
+            for name in ("k", "v", "conv", "ssm")
+            if name in vars(layer)
+        ]
+        return sum(t.nbytes for t in tensors)

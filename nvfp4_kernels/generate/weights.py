@@ -1,0 +1,100 @@
+"""The model as it is served: weights in the form that decoding reads, made once and not at each token."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp4_kernels.autograd.experts import quantize_experts
+from nvfp4_kernels.autograd.linear import quantize_weight
+from nvfp4_kernels.formats.tensor import NVFP4Tensor
+from nvfp4_kernels.nn.linear import Linear
+from nvfp4_kernels.nn.moe import Experts
+from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
+from nvfp4_kernels.ops._dispatch import select
+
+# Up to so many rows the CPU kernels sum in one and the same order (csrc/matmul/few_rows.h, few_rows_plain.h). More rows of a
+# decoded batch are multiplied in parts, up to _PARTS of them: what a row says then does not depend on how many there are.
+_FEW = {"plain": 12, "nvfp4": 32}
+_PARTS = 4
+
+
+class ServedLinear(nn.Module):
+    """x W^T + b: nk.matmul without its checks and torch's dispatcher, which a decoded token would feel at each layer.
+
+    weight: [out, in], of x's dtype or an NVFP4Tensor. Neither it nor the bias is a buffer: a served model stays where it is.
+    """
+
+    def __init__(self, weight: Tensor | NVFP4Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = weight, None if bias is None else bias.detach()
+        self.plain = isinstance(weight, Tensor)
+        self.few = _FEW["plain" if self.plain else "nvfp4"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.plain and (len(rows) > _PARTS * self.few or not x.is_cpu or x.dtype == torch.float64):
+            return F.linear(x, self.weight, self.bias)
+        if self.few < len(rows) <= _PARTS * self.few:
+            y = torch.cat([self._product(part) for part in rows.split(self.few)])
+        else:
+            y = self._product(rows)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    def _product(self, rows: Tensor) -> Tensor:
+        arguments = (rows, self.weight, self.bias, rows.dtype, None, False)
+        return select("matmul", *arguments).run(*arguments)
+
+
+def serving(model: nn.Module) -> nn.Module:
+    """A copy of a HybridModel in evaluation mode, to decode with; it shares whatever needs no other form.
+
+    Linear layers and experts: where the recipe quantizes nothing, weights of the activations' dtype; where it does, the
+    quantized weights that training multiplies with, NVFP4 kept in four bits, MXFP8 decoded to the activations' dtype;
+    activations stay in theirs (quantizing them, as training does, takes a scale from the whole batch: what a sequence says
+    would depend on its neighbours). Routers, norms, convolutions, A, D and dt_bias stay as they are. Weights that are
+    quantized already (nn.quantized) are shared.
+    """
+    dtype = model.config.dtype
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared by the copy
+    table = model.backbone.embeddings.weight
+    memo[id(table)] = nn.Parameter(table.detach().to(dtype), False)
+    made = copy.deepcopy(model, memo).eval()
+    for name, module in list(made.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, Linear):
+            setattr(made.get_submodule(parent), child, _linear(module, dtype))
+        elif isinstance(module, NVFP4Weight) and module.experts is None:
+            setattr(made.get_submodule(parent), child, ServedLinear(module.tensor(), module.bias))
+        elif isinstance(module, Experts):
+            setattr(made.get_submodule(parent), child, _experts(module, dtype))
+    return made
+
+
+@torch.no_grad()
+def _linear(module: Linear, dtype: torch.dtype) -> nn.Module:
+    bias = None if module.bias is None else module.bias.to(dtype)
+    form = quantize_weight(module.weight, module.recipe, module.noise)[0] if module.recipe.quantized else module.weight
+    return ServedLinear(form if isinstance(form, NVFP4Tensor) else _plain(form, dtype), bias)
+
+
+@torch.no_grad()
+def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
+    stacks = []
+    for part, weight, noise in (
+        ("up_proj", module.up_proj, module.up_noise),
+        ("down_proj", module.down_proj, module.down_noise),
+    ):
+        recipe = module.recipes[part]
+        stacks.append([form[0] for form in quantize_experts(weight, recipe, noise)] if recipe.quantized else weight)
+    if all(isinstance(stack[0], NVFP4Tensor) for stack in stacks):
+        return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
+    ups, downs = (torch.stack([_plain(form, dtype) for form in stack]) for stack in stacks)
+    made = Experts(ups.shape[0], ups.shape[2], ups.shape[1])
+    made.up_proj, made.down_proj = nn.Parameter(ups, False), nn.Parameter(downs, False)
+    return made
+
+
+def _plain(form, dtype: torch.dtype) -> Tensor:
+    return (form if isinstance(form, Tensor) else form.dequantize(dtype)).detach().to(dtype)

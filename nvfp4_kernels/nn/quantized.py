@@ -1,0 +1,185 @@
+"""Layers whose weights are kept as a checkpoint stores them: NVFP4 or FP8, decoded as they are read, never trained.
+
+Buffers have the names and shapes of ModelOpt's exports, so that a layer's state_dict is the checkpoint's: weight,
+weight_scale, weight_scale_2, input_scale; those of experts are stacked, an expert a row. `input_scale` (amax of the
+activations / (6 * 448), for FP8 / 448) is kept for others: here activations stay in their own precision (W4A16, W8A16).
+Gradients pass through to the inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.grouped_matmul.op import Stack
+from nvfp4_kernels.ops.relu2.op import relu2
+
+
+class QuantizedWeight(nn.Module):
+    """One matrix [out_features, in_features], or `experts` of them; the subclass says in which format.
+
+    input_scale: whether there is a place for it. bias: fp32 parameter, for a single matrix.
+    `.to(dtype)` and its like move the buffers and leave their dtypes: codes and scales are bits, not values.
+    """
+
+    BLOCK = 1  # in_features is a multiple of it
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        input_scale: bool = False,
+        experts: int | None = None,
+        device=None,
+    ):
+        super().__init__()
+        require(in_features % self.BLOCK == 0, "in_features", in_features, f"a multiple of {self.BLOCK}")
+        require(experts is None or not bias, "bias", "True for experts", "False: they have none")
+        self.in_features, self.out_features, self.experts = in_features, out_features, experts
+        lead = () if experts is None else (experts,)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        forms = {name: (dtype, (*lead, *shape)) for name, (dtype, shape) in self._forms().items()}
+        for name, (dtype, shape) in forms.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.register_buffer("input_scale", torch.zeros(lead, device=device) if input_scale else None)
+
+    def forward(self, x: Tensor, sizes: list[int] | None = None) -> Tensor:
+        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert, and sizes says how many rows each has."""
+        if self.experts is None:
+            return self._product(x, None)
+        return self._products(x, sizes)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W, [out, in] or [experts, out, in]."""
+        if self.experts is None:
+            return self._decode(None, dtype)
+        return torch.stack([self._decode(e, dtype) for e in range(self.experts)])
+
+    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
+        y = [self._product(part, e) for e, part in enumerate(x.split(sizes)) if len(part)]
+        return torch.cat(y) if y else x.new_zeros(0, self.out_features)
+
+    def extra_repr(self) -> str:
+        lead = "" if self.experts is None else f"experts={self.experts}, "
+        return f"{lead}in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn, recurse=True):
+        forms = {name: (b.dtype, b.shape) for name, b in self._buffers.items() if b is not None}
+        for name in forms:
+            self._buffers[name] = self._buffers[name].reshape(-1).view(torch.uint8)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for name, (dtype, shape) in forms.items():
+                self._buffers[name] = self._buffers[name].view(dtype).view(shape)
+
+    def _set(self, bias: Tensor | None, input_scale: Tensor | None, **buffers: Tensor) -> "QuantizedWeight":
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        for name, value in {**buffers, "input_scale": input_scale}.items():
+            setattr(self, name, value)
+        return self
+
+    def _part(self, buffer: Tensor, expert: int | None) -> Tensor:
+        return buffer if expert is None else buffer[expert]
+
+
+class NVFP4Weight(QuantizedWeight):
+    """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale."""
+
+    BLOCK = 16
+
+    @classmethod
+    def from_tensors(
+        cls, weight: NVFP4Tensor | list[NVFP4Tensor], bias: Tensor | None = None, input_scale: Tensor | None = None
+    ) -> "NVFP4Weight":
+        """Around one quantized [out, in] weight, which it shares, or around a copy of one for each expert."""
+        stacked = isinstance(weight, list)
+        first = weight[0] if stacked else weight
+        require(first.hadamard is None, "weight", "a rotated form", "a form without Hadamard transform")
+        made = cls(first.shape[1], first.shape[0], experts=len(weight) if stacked else None, device="meta")
+        names = dict(weight="codes", weight_scale="scales", weight_scale_2="global_scale")
+        if stacked:
+            parts = {name: torch.stack([getattr(w, part) for w in weight]) for name, part in names.items()}
+        else:
+            parts = {name: getattr(weight, part) for name, part in names.items()}
+        return made._set(bias, input_scale, **parts)
+
+    def tensor(self, expert: int | None = None) -> NVFP4Tensor:
+        """The weight as nk.matmul takes it."""
+        codes, scales, global_scale = (
+            self._part(t, expert) for t in (self.weight, self.weight_scale, self.weight_scale_2)
+        )
+        return NVFP4Tensor(codes, scales, global_scale, (self.out_features, self.in_features))
+
+    def stack(self) -> Stack:
+        """All experts' weights as nk.grouped_matmul takes them."""
+        return Stack(self.weight, self.weight_scale, self.weight_scale_2)
+
+    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
+        return weight_only_experts(x, self.stack(), sizes)
+
+    def _forms(self):
+        rows, cols = self.out_features, self.in_features
+        return {
+            "weight": (torch.uint8, (rows, cols // 2)),
+            "weight_scale": (torch.float8_e4m3fn, (rows, cols // 16)),
+            "weight_scale_2": (torch.float32, ()),
+        }
+
+    def _product(self, x: Tensor, expert: int | None) -> Tensor:
+        return weight_only(x, self.tensor(expert), self.bias)
+
+    def _decode(self, expert: int | None, dtype: torch.dtype) -> Tensor:
+        return self.tensor(expert).dequantize(dtype)
+
+
+class FP8Weight(QuantizedWeight):
+    """weight: E4M3 [out, in], weight_scale: fp32 []; W = weight * weight_scale."""
+
+    @classmethod
+    def from_tensors(
+        cls, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+    ) -> "FP8Weight":
+        """Around E4M3 codes [out, in] and their fp32 scale [], or [experts, out, in] and [experts]; all are shared."""
+        made = cls(
+            weight.shape[-1], weight.shape[-2], experts=len(weight) if weight.dim() == 3 else None, device="meta"
+        )
+        return made._set(bias, input_scale, weight=weight, weight_scale=weight_scale)
+
+    def _forms(self):
+        return {
+            "weight": (torch.float8_e4m3fn, (self.out_features, self.in_features)),
+            "weight_scale": (torch.float32, ()),
+        }
+
+    def _product(self, x: Tensor, expert: int | None) -> Tensor:
+        codes, scale = self._part(self.weight, expert), self._part(self.weight_scale, expert)
+        padding = -self.in_features % 32
+        if padding:
+            x, codes = F.pad(x, (0, padding)), F.pad(codes.view(torch.uint8), (0, padding)).view(codes.dtype)
+        ones = torch.full((), 127, dtype=torch.uint8, device=codes.device)  # E4M3 is MXFP8 with block scales of 2^0
+        scales = ones.expand(self.out_features, codes.shape[1] // 32)
+        return weight_only(x, MXFP8Tensor(codes, scales, codes.shape), self.bias, scale)
+
+    def _decode(self, expert: int | None, dtype: torch.dtype) -> Tensor:
+        return (self._part(self.weight, expert).float() * self._part(self.weight_scale, expert)).to(dtype)
+
+
+class QuantizedExperts(nn.Module):
+    """In the place of nn.moe.Experts: up_proj and down_proj, each the matrices of all experts in a format of its own."""
+
+    def __init__(self, up_proj: QuantizedWeight, down_proj: QuantizedWeight):
+        super().__init__()
+        self.up_proj, self.down_proj = up_proj, down_proj
+
+    def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
+        """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
+        return self.down_proj(relu2(self.up_proj(x, sizes), weights), sizes)
+
+    def stacks(self) -> tuple[Stack, Stack] | None:
+        """Both as nk.expert_mlp takes them, or None where it does not take their format."""
+        parts = self.up_proj, self.down_proj
+        return tuple(part.stack() for part in parts) if all(isinstance(part, NVFP4Weight) for part in parts) else None

@@ -1,0 +1,104 @@
+"""Launches the kernels of csrc/*/cuda.cu on the current stream, through the driver alone: no CUDA runtime is linked.
+
+A kernel takes one block of parameters, packed here as csrc/<op>/launch.h lays it out. Its code comes from nvcc, when csrc was
+built with CUDA, or else from NVRTC at first use (_nvrtc.py).
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops import _device, _nvrtc
+
+BUILT = Path(__file__).parent.parent / "_cuda"  # <op>.fatbin and archs.txt, by CMakeLists.txt
+MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+# Called in place of the driver, when set, with what `launch` is given: tests run the kernels in csrc/arch/host_model.h.
+_model: Callable | None = None
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a call on x is one for these kernels, whatever they say to it."""
+    return x.is_cuda or _model is not None
+
+
+def refuses_device(op: str, x: Tensor) -> str | None:
+    """Why the kernels of `op` cannot run where x is; None when they can."""
+    return None if _model is not None else _refusal(op, x.device)
+
+
+@functools.lru_cache
+def _refusal(op: str, device: torch.device) -> str | None:
+    arch = _device.cuda_target(device)
+    if arch is None:
+        return f"the CUDA kernels are written for sm_80, 90, 100, 103 and 120, not for {device}"
+    if _built(op, arch) or _nvrtc.missing() is None:
+        return None
+    return f"csrc was built without CUDA for {arch} (NVFP4_CUDA=1 builds it), and {_nvrtc.missing()}"
+
+
+def _built(op: str, arch: str) -> Path | None:
+    """Where nvcc's code for an architecture is, if there is any."""
+    archs = BUILT / "archs.txt"
+    return BUILT / f"{op}.fatbin" if archs.exists() and arch in archs.read_text().split(";") else None
+
+
+def launch(
+    op: str, kernel: str, grid: tuple[int, ...], threads: int, shared: int, parameters: bytes, x: Tensor
+) -> None:
+    """kernel<<<grid, threads, shared>>>(parameters) on x's device and its current stream."""
+    grid = (*grid, 1, 1)[:3]
+    if _model is not None:
+        _model(op, kernel, grid, threads, shared, parameters)
+        return
+    with torch.cuda.device(x.device):
+        function = _function(op, kernel, x.device, shared)
+        block = ctypes.create_string_buffer(parameters, len(parameters))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, None), kernel)
+
+
+@functools.lru_cache
+def _function(op: str, kernel: str, device: torch.device, shared: int) -> ctypes.c_void_p:
+    function = ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(op, device), kernel.encode()), kernel)
+    if shared > 48 << 10:  # what a kernel gets unasked
+        _check(_driver().cuFuncSetAttribute(function, MOST_SHARED, shared), kernel)
+    return function
+
+
+@functools.lru_cache
+def _module(op: str, device: torch.device) -> ctypes.c_void_p:
+    """The op's kernels, loaded into the context of the device, which is current."""
+    arch = _device.cuda_target(device)
+    built = _built(op, arch)
+    code = built.read_bytes() if built else _nvrtc.compiled(op, arch)
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code)), op)
+    return module
+
+
+@functools.lru_cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what}: CUDA driver error {status}: {(text.value or b'unknown').decode()}")
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether each row of a matrix with contiguous rows begins at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and (x.shape[0] < 2 or x.stride(0) * x.element_size() % 16 == 0)

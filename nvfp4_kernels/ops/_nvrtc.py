@@ -1,0 +1,78 @@
+"""Compiles csrc/<op>/cuda.cu where there is no nvcc: NVRTC, which CuPy brings, with a cache on disk.
+
+CuPy's low-level calls need neither a driver nor a GPU. Its RawModule will not do: it appends an -arch without the suffix that
+the FP4 instructions want, and -ftz=true, which changes results.
+"""
+
+import functools
+import hashlib
+import importlib
+import os
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+# In an installed package csrc lies inside; in a checkout beside it.
+CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
+
+
+@functools.lru_cache
+def missing() -> str | None:
+    """Why nothing can be compiled; None when it can. CuPy is imported no sooner than it is wanted."""
+    try:
+        _nvrtc().getVersion()
+    except ImportError:
+        return "CuPy, which brings NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
+    except RuntimeError as error:
+        return f"CuPy finds no NVRTC ({str(error).splitlines()[0]})"
+    return None
+
+
+def _nvrtc():
+    return importlib.import_module("cupy.cuda").nvrtc
+
+
+def folder() -> Path:
+    """NVFP4_CACHE, or nvfp4_kernels in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("NVFP4_CACHE") or cache / "nvfp4_kernels")
+
+
+def key(op: str, arch: str) -> str:
+    """Of everything that the code depends on: the headers all ops share and the op's own, the compiler, the target."""
+    read = hashlib.sha256(f"{_nvrtc().getVersion()} {arch}".encode())
+    for path in sorted(p for name in ("numerics", "arch", op) for p in (CSRC / name).iterdir()):
+        read.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"{op}-{arch}-{read.hexdigest()[:32]}"
+
+
+def compiled(op: str, arch: str) -> bytes:
+    """The cubin of an op's kernels for an architecture such as "90a", from the cache if it is there."""
+    path = folder() / f"{key(op, arch)}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    code = compile_source(op, arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a file of this process's own, then one rename: others see nothing or all of it
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)
+    return code
+
+
+def compile_source(op: str, arch: str) -> bytes:
+    """Compile now. Raises RuntimeError with NVRTC's first error."""
+    nvrtc = _nvrtc()
+    source = (CSRC / op / "cuda.cu").read_text()
+    # flags as in CMakeLists.txt; the working directory's headers are found through -I
+    options = (f"-arch=sm_{arch}", "-std=c++17", "--fmad=false", f"-I{CSRC}", f"-I{CSRC / op}")
+    program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program)
+        first = next((line for line in log.splitlines() if "error" in line), log[:300])
+        raise RuntimeError(f"csrc/{op}/cuda.cu: NVRTC failed for sm_{arch}: {first}") from error
+    finally:
+        nvrtc.destroyProgram(program)

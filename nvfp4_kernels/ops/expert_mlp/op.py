@@ -1,0 +1,50 @@
+"""expert_mlp: what a mixture's experts make of tokens at inference, from the routing to the weighted sum, in one call."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops._check import float_tensor, no_grad, require
+from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._library import register
+from nvfp4_kernels.ops.grouped_matmul.op import Stack, check_stack, plain_parts
+from nvfp4_kernels.ops.route.op import Routing
+
+
+def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
+    """y[token] = sum over its choices of weight * down[e] @ relu(up[e] @ x[token])^2, for the expert e of each choice.
+
+    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain or NVFP4.
+    Returns [tokens, size] of x's dtype. Sums run in fp32; the hidden values are rounded to x's dtype once, after the square.
+    No gradients: nk.experts has them. Raises TypeError, ValueError or RuntimeError naming the argument.
+    """
+    float_tensor("x", x)
+    no_grad("x", x, "nk.experts differentiates")
+    tokens = routing.indices.shape[0]
+    require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
+    stacks, experts = [], routing.offsets.shape[0] - 1
+    for name, given in (("up", up), ("down", down)):
+        stack = given if isinstance(given, Stack) else Stack(given)
+        check_stack(name, stack, x.device)
+        shape = (*stack.values.shape[:-1], stack.values.shape[-1] * (1 if stack.scales is None else 2))
+        size, width = x.shape[1], stacks[0][0].shape[1] if stacks else shape[-2]
+        wanted = (experts, size, width) if stacks else (experts, width, size)
+        require(shape == wanted, name, f"shape {list(shape)}", f"{list(wanted)}")
+        stacks.append(plain_parts(stack))
+    slots = routing.weights, routing.offsets, routing.inverse, routing.order
+    return torch.ops.nvfp4.expert_mlp(x, *slots, *stacks[0], *stacks[1])
+
+
+def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:
+    arguments = (x, weights.detach(), offsets, inverse, order, Stack(*parts[:3]), Stack(*parts[3:]))
+    return select("expert_mlp", *arguments).run(*arguments)
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_STACKS = ", ".join(f"Tensor {name}, Tensor? {name}_scales, Tensor? {name}_global" for name in ("up", "down"))
+register(
+    f"expert_mlp(Tensor x, Tensor weights, Tensor offsets, Tensor inverse, Tensor order, {_STACKS}) -> Tensor",
+    _run, _fake,
+)  # fmt: skip

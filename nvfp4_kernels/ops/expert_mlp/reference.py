@@ -1,0 +1,19 @@
+"""The parts one after another: gather, product, squared ReLU, product, weighted sum."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops.grouped_matmul import reference as grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import Stack
+from nvfp4_kernels.ops.permute import reference as permute
+
+
+def refuses(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack):
+    return None
+
+
+def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
+    rows = permute.run(x, order, inverse)
+    hidden = grouped_matmul.run(rows, up, offsets, torch.float32).relu_().square_().to(x.dtype)
+    y = grouped_matmul.run(hidden, down, offsets, torch.float32)
+    return permute.combine(y, order, inverse, weights).to(x.dtype)

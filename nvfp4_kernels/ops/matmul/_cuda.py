@@ -1,0 +1,76 @@
+"""Few tokens times a packed weight through csrc/matmul/cuda.cu: which kernel, how k is split, with which parameters."""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
+from nvfp4_kernels.ops import _cuda
+from nvfp4_kernels.ops._cuda import address
+from nvfp4_kernels.ops._native import DTYPES
+
+TOKENS = (8, 16, 32, 64)  # csrc/matmul/cuda.cu has a kernel for each
+STAGES = {8: 4, 16: 4, 32: 4, 64: 3}
+ROWS, THREADS, STEP = 128, 128, 128
+# As many as H200's 132 processors hold at once (cuda.cu); one number for all devices, so that all give the same bits.
+BLOCKS = {8: 528, 16: 528, 32: 396, 64: 264}
+LEAST_STEPS = 4  # of a split: fewer are over before the ring is full
+
+LAUNCH = struct.Struct("QqQQQQQQQqqqqqiiq")  # csrc/matmul/launch.h
+
+# By device and stream, for launches that follow one another: zeros, which each launch leaves as it finds them.
+_counters: dict[tuple, Tensor] = {}
+
+
+def refuses(a, b, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool) -> str | None:
+    if not isinstance(b, PackedNVFP4Tensor):
+        return "the CUDA kernels multiply packed weights alone (PackedNVFP4Tensor.pack)"
+    if not isinstance(a, Tensor) or a.dtype != torch.bfloat16 or not 0 < a.shape[0] <= TOKENS[-1]:
+        return f"packed weights are multiplied by 1 to {TOKENS[-1]} rows of bfloat16"
+    return _cuda.refuses_device("matmul", a)
+
+
+def kernel(tokens: int) -> int:
+    """The tokens that the smallest kernel for so many serves."""
+    return next(most for most in TOKENS if tokens <= most)
+
+
+def shared_bytes(most: int) -> int:
+    """Of the ring, in the kernel for `most` tokens: codes, scales and x of each stage."""
+    return STAGES[most] * (ROWS * STEP // 2 + ROWS * STEP // 16 + most * STEP * 2)
+
+
+def splits(tokens: int, rows: int, length: int) -> int:
+    """Parts of k: as many as fill the device, none shorter than LEAST_STEPS."""
+    return max(1, min(BLOCKS[kernel(tokens)] // -(-rows // ROWS), length // STEP // LEAST_STEPS))
+
+
+def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> Tensor:
+    """out [tokens, rows] = a @ w.T + bias, added to what is there with `accumulate`."""
+    if a.stride(1) != 1 or not _cuda.aligned(a):
+        cols = a.shape[1]
+        a = torch.nn.functional.pad(a, (0, -cols % 8)).contiguous()[:, :cols]
+    (tokens, cols), rows, length = a.shape, w.codes.shape[0] * 16, w.codes.shape[1] * 64
+    most, parts, tiles = kernel(tokens), splits(tokens, rows, length), -(-rows // ROWS)
+    partial = counters = None
+    if parts > 1:
+        partial = torch.empty(tiles * parts * ROWS * most, dtype=torch.float32, device=a.device)
+        counters = _zeros(tiles, a.device)
+    bias = None if bias is None else bias.contiguous()
+    parameters = LAUNCH.pack(
+        *(a.data_ptr(), a.stride(0), w.codes.data_ptr(), w.scales.data_ptr(), w.global_scale.data_ptr()),
+        *(address(bias), out.data_ptr(), address(partial), address(counters)),
+        *(tokens, rows, cols, length, parts, 0 if bias is None else DTYPES[bias.dtype], DTYPES[out.dtype], accumulate),
+    )
+    _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, shared_bytes(most), parameters, a)
+    return out
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph may replay beside anything else
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or _counters[key].numel() < count:
+        _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return _counters[key]

@@ -1,0 +1,350 @@
+"""The calls that every backend must answer as the reference does: shapes, inputs, and by how much it may differ."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.formats.tensor import QuantizedTensor
+from nvfp4_kernels.ops._dispatch import backend
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.dequantize.op import dequantize
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
+from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
+from nvfp4_kernels.ops.hadamard.op import hadamard
+from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.mixer_step.op import mixer_step
+from nvfp4_kernels.ops.permute.op import permute, unpermute
+from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
+from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.selective_scan.op import selective_scan
+from nvfp4_kernels.ops.state_update.op import state_update
+
+Inputs = dict[str, object]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. make(): inputs on the CPU, the same each time. run(**inputs): the outputs, by name.
+
+    tolerance: the largest relative L2 error of an output against the reference backend's; None: bit for bit.
+    """
+
+    op: str
+    name: str
+    make: Callable[[], Inputs]
+    run: Callable[..., dict[str, Tensor | QuantizedTensor]]
+    tolerance: float | None = None
+
+
+def cases(op: str) -> list[Case]:
+    """The cases of one op, small ones first. Raises KeyError for an op without cases."""
+    return list(_MAKERS[op]())
+
+
+def drawn(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Normal values, the same on every machine."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def _quantize() -> Iterator[Case]:
+    noise = torch.tensor([0x123456789, 7])
+    plain, stochastic = QuantSpec(), QuantSpec("1x16", "stochastic")
+    rotated = QuantSpec(hadamard=DEFAULT_SIGNS)
+    pairs = {
+        "1x16": (plain, None),
+        "16x16 pair": (QuantSpec("16x16"), QuantSpec("16x16")),
+        "x: 1x16, Hadamard columns": (plain, rotated),
+        "dy: stochastic, Hadamard columns": (stochastic, QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)),
+        "four_over_six mae": (QuantSpec(four_over_six="mae"), None),
+        "four_over_six mse, columns": (None, QuantSpec(four_over_six="mse")),
+        "MXFP8 pair": (QuantSpec("1x32"), QuantSpec("1x32")),
+    }
+    sources = {
+        "bf16 17x48": lambda: drawn(17, 48, dtype=BF16),
+        "fp32 130x1856": lambda: drawn(130, 1856),
+        "fp16 1x80 strided": lambda: drawn(80, 2, dtype=FP16).t()[:1],
+    }
+    for title, (row, col) in pairs.items():
+        for source, make in sources.items():
+            run = partial(_pair, row=row, col=col)
+            yield Case("quantize", f"{title}, {source}", lambda make=make: {"x": make(), "noise": noise}, run)
+    special = {
+        "zeros": lambda: torch.zeros(16, 32),
+        "1e38": lambda: drawn(16, 32, scale=1e38).clamp(-3e38, 3e38),
+        "1e-38": lambda: drawn(16, 32, scale=1e-38),
+        "NaN": lambda: drawn(16, 32).index_fill(1, torch.tensor([3]), float("nan")),
+        "Inf": lambda: drawn(16, 32).index_fill(1, torch.tensor([3]), float("inf")),
+    }
+    for title, make in special.items():
+        run = partial(_pair, row=plain, col=rotated)
+        yield Case("quantize", title, lambda make=make: {"x": make(), "noise": noise}, run)
+
+
+def _pair(x: Tensor, noise: Tensor, row: QuantSpec | None, col: QuantSpec | None) -> dict:
+    forms = zip(("row", "column"), (row, col), quantize_pair(x, row, col, noise), strict=True)
+    return {name: form for name, spec, form in forms if spec is not None}
+
+
+def _dequantize() -> Iterator[Case]:
+    for spec in (QuantSpec(), QuantSpec("16x16"), QuantSpec("1x32")):
+        for dtype in (BF16, FP32):
+            yield Case(
+                "dequantize",
+                f"{spec.block} to {str(dtype)[6:]}",
+                lambda spec=spec: {"q": _on_cpu(drawn(33, 1856), spec)},
+                lambda q, dtype=dtype: {"x": dequantize(q, dtype)},
+            )
+
+
+def _hadamard() -> Iterator[Case]:
+    for dtype, shape in ((BF16, (17, 48)), (FP32, (130, 1000)), (FP16, (3, 16))):
+        make = lambda dtype=dtype, shape=shape: {"x": drawn(*shape, dtype=dtype)}  # noqa: E731
+        yield Case("hadamard", f"{str(dtype)[6:]} {shape}", make, lambda x: {"y": hadamard(x)})
+
+
+def _matmul() -> Iterator[Case]:
+    specs = {"nvfp4": QuantSpec(), "16x16": QuantSpec("16x16"), "mxfp8": QuantSpec("1x32")}
+    for title, a_spec, b_spec, (m, n, k) in (
+        ("nvfp4 x nvfp4", "nvfp4", "16x16", (17, 48, 64)),
+        ("nvfp4 x nvfp4", "nvfp4", "nvfp4", (130, 200, 1856)),
+        ("mxfp8 x mxfp8", "mxfp8", "mxfp8", (33, 96, 320)),
+        ("bf16 x nvfp4", None, "nvfp4", (1, 256, 1856)),
+        ("bf16 x nvfp4", None, "nvfp4", (16, 256, 512)),
+        ("bf16 x nvfp4", None, "nvfp4", (130, 1856, 256)),
+    ):
+
+        def make(a_spec=a_spec, b_spec=b_spec, m=m, n=n, k=k) -> Inputs:
+            a, b = drawn(m, k, dtype=BF16), drawn(n, k, dtype=BF16, seed=1)
+            a = a if a_spec is None else _on_cpu(a, specs[a_spec])
+            return {"a": a, "b": _on_cpu(b, specs[b_spec]), "bias": drawn(n, seed=2), "total": drawn(m, n, seed=3)}
+
+        def run(a, b, bias, total) -> dict:
+            added = matmul(a, b, FP32, out=total.clone(), accumulate=True)
+            return {"y": matmul(a, b, FP32), "y + bias": matmul(a, b, FP32, bias=bias), "accumulated": added}
+
+        yield Case("matmul", f"{title}, {m}x{n}x{k}", make, run, 1e-5)
+
+
+def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
+    """The parts of an NVFP4 stack, each matrix quantized by itself; the scales as bytes."""
+    forms = [_on_cpu(drawn(rows, cols, seed=seed + g), QuantSpec("16x16")) for g in range(groups)]
+    parts = {part: torch.stack([getattr(f, part) for f in forms]) for part in ("codes", "scales", "global_scale")}
+    return parts | {"scales": parts["scales"].view(torch.uint8)}
+
+
+def _grouped_matmul() -> Iterator[Case]:
+    for sizes, n, k in (([5, 0, 17, 1], 48, 64), ([0, 70, 0], 80, 1856), ([12, 13, 40], 1856, 48)):
+
+        def make(sizes=sizes, n=n, k=k) -> Inputs:
+            offsets = torch.tensor([0, *sizes]).cumsum(0)
+            x, dy = drawn(sum(sizes), k, dtype=BF16), drawn(sum(sizes), n, dtype=BF16, seed=1)
+            return {"x": x, "dy": dy, "w": drawn(len(sizes), n, k, dtype=BF16, seed=2), "offsets": offsets} | _stack(
+                len(sizes), n, k, 3
+            )
+
+        def run(x, dy, w, offsets, codes, scales, global_scale) -> dict:
+            return {
+                "y": grouped_matmul(x, w, offsets, FP32),
+                "y of NVFP4": grouped_matmul(
+                    x, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale), offsets, FP32
+                ),
+                "dx": grouped_matmul(dy, w.transpose(1, 2), offsets, FP32),
+                "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
+            }
+
+        yield Case("grouped_matmul", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+
+
+def _expert_mlp() -> Iterator[Case]:
+    for tokens, experts, top_k, size, width in ((17, 8, 3, 48, 80), (1, 8, 2, 64, 1856), (64, 4, 4, 32, 48)):
+
+        def make(tokens=tokens, experts=experts, top_k=top_k, size=size, width=width) -> Inputs:
+            routing = route(drawn(tokens, experts), None, top_k, 2.5)
+            x, up = drawn(tokens, size, dtype=BF16, scale=0.1), drawn(experts, width, size, dtype=BF16, seed=1)
+            return {"x": x, "up": up} | vars(routing) | _stack(experts, size, width, 2)
+
+        def run(x, up, codes, scales, global_scale, **routing) -> dict:
+            return {
+                "y": expert_mlp(x, Routing(**routing), up, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale))
+            }
+
+        yield Case("expert_mlp", f"{tokens} tokens, {top_k} of {experts}, {size}x{width}", make, run, 1e-2)
+
+
+def _route() -> Iterator[Case]:
+    for tokens, experts, top_k, groups, kept in (
+        (17, 8, 2, 1, 1),
+        (1, 512, 22, 1, 1),
+        (130, 64, 6, 8, 4),
+        (3, 4, 4, 1, 1),
+    ):
+
+        def make(tokens=tokens, experts=experts) -> Inputs:
+            return {"logits": drawn(tokens, experts), "bias": drawn(experts, scale=0.1, seed=1)}
+
+        def run(logits, bias, top_k=top_k, groups=groups, kept=kept) -> dict:
+            r = route(logits, bias, top_k, 2.5, groups, kept)
+            return {"weights": r.weights, "indices": r.indices, "offsets": r.offsets, "order": r.order}
+
+        yield Case("route", f"{tokens} tokens, {top_k} of {experts}, {groups} groups", make, run, 1e-6)
+
+
+def _permute() -> Iterator[Case]:
+    for tokens, features in ((17, 48), (1, 16), (64, 1856)):
+
+        def make(tokens=tokens, features=features) -> Inputs:
+            routing = route(drawn(tokens, 8), None, 2)
+            parts = dict(indices=routing.indices, offsets=routing.offsets, inverse=routing.inverse, order=routing.order)
+            return {"x": drawn(tokens, features), "weights": routing.weights} | parts
+
+        def run(x, weights, indices, offsets, inverse, order) -> dict:
+            routing = Routing(indices, weights, offsets, inverse, order)
+            rows = permute(x, routing)
+            return {"rows": rows, "sums": unpermute(rows, routing, weights)}
+
+        yield Case("permute", f"{tokens}x{features}", make, run, 1e-6)
+
+
+def _relu2() -> Iterator[Case]:
+    for dtype, tolerance in ((FP32, 1e-6), (BF16, 1e-2)):
+
+        def make(dtype=dtype) -> Inputs:
+            x, weights = drawn(17, 80, dtype=dtype), drawn(17, seed=1).abs()
+            return {"x": x, "weights": weights, "dy": drawn(17, 80, dtype=dtype, seed=2)}
+
+        yield Case("relu2", f"{str(dtype)[6:]} 17x80", make, partial(_with_gradients, relu2, "x", "weights"), tolerance)
+
+
+def _with_gradients(op: Callable, *names: str, dy: Tensor, **given) -> dict:
+    """y and the gradients of the named inputs."""
+    leaves = {name: given[name].detach().requires_grad_() for name in names if given[name] is not None}
+    with torch.enable_grad():
+        y = op(**given | leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def _causal_conv1d() -> Iterator[Case]:
+    for dtype, (batch, length, channels), width, tolerance in (
+        (FP32, (2, 17, 48), 4, 2e-5),
+        (BF16, (1, 130, 320), 4, 1e-2),
+        (FP32, (1, 1, 16), 2, 2e-5),
+    ):
+
+        def make(dtype=dtype, batch=batch, length=length, channels=channels, width=width) -> Inputs:
+            x, dy = (drawn(batch, length, channels, dtype=dtype, seed=seed) for seed in (0, 1))
+            return {"x": x, "weight": drawn(channels, width, seed=2), "bias": drawn(channels, seed=3), "dy": dy}
+
+        run = partial(_with_gradients, causal_conv1d, "x", "weight", "bias")
+        yield Case("causal_conv1d", f"{str(dtype)[6:]} {batch}x{length}x{channels}", make, run, tolerance)
+
+
+def _gated_rms_norm() -> Iterator[Case]:
+    for dtype, (rows, channels, group), before, tolerance in (
+        (FP32, (17, 48, 48), False, 2e-5),
+        (FP32, (17, 160, 80), True, 2e-5),
+        (BF16, (130, 1024, 256), False, 1e-2),
+    ):
+
+        def make(dtype=dtype, rows=rows, channels=channels) -> Inputs:
+            x, z, dy = (drawn(rows, channels, dtype=dtype, seed=seed) for seed in range(3))
+            return {"x": x, "z": z, "weight": drawn(channels, seed=3), "dy": dy}
+
+        op = partial(gated_rms_norm, group_size=group, norm_before_gate=before)
+        run = partial(_with_gradients, op, "x", "z", "weight")
+        yield Case("gated_rms_norm", f"{str(dtype)[6:]} {rows}x{channels}, groups of {group}", make, run, tolerance)
+
+
+def _scan_inputs(batch: int, length: int, heads: int, head_dim: int, groups: int, state: int, dtype) -> Inputs:
+    x, z, dy = (drawn(batch, length, heads, head_dim, dtype=dtype, seed=seed) for seed in range(3))
+    B, C = (drawn(batch, length, groups, state, dtype=dtype, seed=seed) for seed in (3, 4))
+    dt, A = drawn(batch, length, heads, dtype=dtype, seed=5), -drawn(heads, seed=6).exp()
+    more = {"D": drawn(heads, seed=7), "dt_bias": drawn(heads, seed=8)}
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "z": z, "dy": dy} | more
+
+
+def _selective_scan() -> Iterator[Case]:
+    for dtype, sizes, tolerance in (
+        (FP32, (2, 17, 4, 16, 2, 16), 2e-5),
+        (FP32, (1, 200, 2, 80, 1, 64), 2e-5),
+        (BF16, (1, 300, 8, 64, 2, 128), 2e-2),
+    ):
+        make = partial(_scan_inputs, *sizes, dtype)
+        run = partial(_with_gradients, selective_scan, "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+        name = "{}x{}, {} heads of {}, {} groups, state {}".format(*sizes)
+        yield Case("selective_scan", f"{str(dtype)[6:]} {name}", make, run, tolerance)
+
+
+def _state_update() -> Iterator[Case]:
+    for dtype, stochastic, tolerance in ((FP32, False, 1e-5), (BF16, False, 1e-2), (FP16, True, 2e-3)):
+
+        def make(dtype=dtype, stochastic=stochastic) -> Inputs:
+            inputs = _scan_inputs(3, 2, 4, 64, 2, 128, FP32)
+            del inputs["dy"]
+            noise = torch.tensor([99, 3]) if stochastic else None
+            slots = torch.tensor([4, -1, 0])
+            return inputs | {"state": drawn(5, 4, 64, 128, dtype=dtype, seed=9), "indices": slots, "noise": noise}
+
+        def run(state, **given) -> dict:
+            state = state.clone()
+            return {"y": state_update(state, **given), "state": state}
+
+        name = f"{str(dtype)[6:]} state{', stochastic' if stochastic else ''}, slots, 2 tokens"
+        yield Case("state_update", name, make, run, tolerance)
+
+
+def _mixer_step() -> Iterator[Case]:
+    for dtype, tokens, tolerance in ((FP32, 1, 2e-5), (BF16, 2, 1e-2)):
+
+        def make(dtype=dtype, tokens=tokens) -> Inputs:
+            heads, groups, head_dim, state, slots = 4, 2, 64, 128, 5
+            inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+            per_head = {name: drawn(heads, seed=seed) for seed, name in enumerate(("D", "dt_bias"), 3)}
+            return per_head | {
+                "projected": drawn(3, tokens, inner + channels + heads, dtype=dtype),
+                "windows": drawn(slots, channels, 3, dtype=dtype, seed=1),
+                "states": drawn(slots, heads, head_dim, state, seed=2),
+                "conv_weight": drawn(channels, 4, scale=0.5, seed=5),
+                "conv_bias": drawn(channels, seed=6),
+                "A": -drawn(heads, seed=7).abs(),
+                "norm_weight": drawn(inner, seed=8),
+                "groups": groups,
+                "indices": torch.tensor([4, -1, 0]),
+            }
+
+        def run(windows, states, **given) -> dict:
+            windows, states = windows.clone(), states.clone()
+            return {"y": mixer_step(windows=windows, states=states, **given), "windows": windows, "states": states}
+
+        yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
+
+
+def _on_cpu(x: Tensor, spec: QuantSpec = QuantSpec()) -> QuantizedTensor:  # noqa: B008
+    """Quantized by the reference, whichever backend the case is about."""
+    with backend("reference"):
+        return quantize(x, spec)
+
+
+_MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "hadamard": _hadamard,
+    "matmul": _matmul,
+    "grouped_matmul": _grouped_matmul,
+    "expert_mlp": _expert_mlp,
+    "route": _route,
+    "permute": _permute,
+    "relu2": _relu2,
+    "causal_conv1d": _causal_conv1d,
+    "gated_rms_norm": _gated_rms_norm,
+    "selective_scan": _selective_scan,
+    "state_update": _state_update,
+    "mixer_step": _mixer_step,
+}

@@ -1,0 +1,53 @@
+"""Runs the CUDA kernels on the CPU: each launch goes to the library of csrc/arch/host_model.h that NVFP4_HOST_MODEL names.
+
+test_cuda.py builds it under the address sanitizer and calls these files in a process that has the sanitizer loaded.
+"""
+
+import ctypes
+import os
+
+import pytest
+
+from nvfp4_kernels.ops import _cuda
+
+
+class Model:
+    """Threads run in another order at each launch, `seed` and what follows it, or, with None, one after the other."""
+
+    def __init__(self):
+        self.library = ctypes.CDLL(os.environ["NVFP4_HOST_MODEL"])
+        self.seed = 1
+        self.kernels = []  # the names of those launched
+
+    def __call__(self, op, kernel, grid, threads, shared, parameters):
+        self.kernels.append(kernel)
+        message = ctypes.create_string_buffer(256)
+        order = 0 if self.seed is None else self.seed
+        if self.seed is not None:
+            self.seed += 1
+        # a copy of exactly the parameters' size, for the sanitizer
+        block = ctypes.create_string_buffer(parameters, len(parameters))
+        status = self.library.nvfp4_model_launch(
+            kernel.encode(),
+            (ctypes.c_uint * 3)(*grid),
+            ctypes.c_uint(threads),
+            ctypes.c_size_t(shared),
+            block,
+            ctypes.c_size_t(len(parameters)),
+            ctypes.c_uint64(order),
+            message,
+        )
+        if status:
+            raise RuntimeError(message.value.decode())
+
+
+@pytest.fixture(scope="session")
+def library():
+    return Model()
+
+
+@pytest.fixture(autouse=True)
+def model(library, monkeypatch):
+    library.seed, library.kernels = 1, []
+    monkeypatch.setattr(_cuda, "_model", library)
+    return library

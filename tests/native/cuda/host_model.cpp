@@ -1,0 +1,307 @@
+// Runs the kernels of csrc/*/cuda.cu on the CPU: csrc/arch/host_model.h says what the model promises. The face of it is
+// nvfp4_model_launch, which takes what cuLaunchKernel takes.
+#include "arch/host_model.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves the registers that a call must keep on the present stack, and goes on with those of another (System V ABI, x86-64).
+extern "C" void nvfp4_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl nvfp4_switch_stack
+.type nvfp4_switch_stack, @function
+nvfp4_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size nvfp4_switch_stack, .-nvfp4_switch_stack
+)");
+
+namespace host_model {
+namespace {
+
+constexpr size_t stack_bytes = 256 << 10;
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, bytes_from;
+};
+
+struct Thread {
+    Dim3 index;
+    std::unique_ptr<char[]> stack;
+    void* place = nullptr;  // stack pointer while it rests
+    void* fake = nullptr;   // the sanitizer's
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+    bool done = false;
+};
+
+struct Warp {
+    int arrived = 0;
+    std::uint64_t turn = 0;
+    const char* operation = nullptr;
+    unsigned char slots[2][32][slot];
+};
+
+struct Entry {
+    Kernel::Entry run;
+    size_t parameters;
+    unsigned threads;
+};
+std::map<std::string, Entry>& kernels() {
+    static std::map<std::string, Entry> all;
+    return all;
+}
+
+// One launch; of one block at a time.
+struct Launch {
+    Dim3 grid, block, at;
+    const Entry* entry;
+    const void* parameters;
+    size_t dynamic_bytes;
+    std::uint64_t random;  // 0: threads in order
+
+    std::vector<Warp> warps;
+    std::vector<unsigned> ready, at_barrier;
+    std::unique_ptr<unsigned char[]> dynamic;
+    std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
+    unsigned running = 0, finished = 0;
+    std::string error;
+    void* scheduler = nullptr;
+    void* scheduler_fake = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_bytes = 0;
+};
+Launch* now = nullptr;
+std::vector<Thread> threads;  // stacks live from launch to launch
+
+Thread& me() { return threads[now->running]; }
+
+void leave(bool for_good) {
+    Thread& mine = me();
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &mine.fake, now->scheduler_stack, now->scheduler_stack_bytes);
+#endif
+    (void)for_good;
+    nvfp4_switch_stack(&mine.place, now->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(me().fake, nullptr, nullptr);
+#endif
+}
+
+void resume(unsigned t) {
+    now->running = t;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&now->scheduler_fake, threads[t].stack.get(), stack_bytes);
+#endif
+    nvfp4_switch_stack(&now->scheduler, threads[t].place);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(now->scheduler_fake, nullptr, nullptr);
+#endif
+}
+
+void life() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &now->scheduler_stack, &now->scheduler_stack_bytes);
+#endif
+    now->entry->run(now->parameters);
+    if (!me().open.empty() || !me().groups.empty()) fail("a thread ended with copies that it never waited for");
+    me().done = true;
+    ++now->finished;
+    leave(true);
+    std::abort();
+}
+
+void make_fiber(Thread& thread) {
+    if (!thread.stack) thread.stack.reset(new char[stack_bytes]);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(thread.stack.get(), stack_bytes);
+#endif
+    auto top = reinterpret_cast<std::uintptr_t>(thread.stack.get() + stack_bytes) & ~std::uintptr_t(15);
+    void** at = reinterpret_cast<void**>(top) - 2;  // where the ABI wants the stack when a function begins
+    *at = reinterpret_cast<void*>(&life);
+    thread.place = at - 6;
+    std::fill(at - 6, at, nullptr);
+    thread.fake = nullptr;
+    thread.open.clear();
+    thread.groups.clear();
+    thread.done = false;
+}
+
+unsigned next_ready() {
+    std::vector<unsigned>& ready = now->ready;
+    size_t i = ready.size() - 1;
+    if (now->random) {  // xorshift64
+        std::uint64_t& x = now->random;
+        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+        i = x % ready.size();
+    }
+    const unsigned t = ready[i];
+    ready[i] = ready.back();
+    ready.pop_back();
+    return t;
+}
+
+std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
+    std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
+    std::memset(memory.get(), 0xA5, bytes);
+    return memory;
+}
+
+void run_block() {
+    Launch& l = *now;
+    const unsigned count = l.block.x;
+    l.warps.assign(count / 32, Warp());
+    l.dynamic = spoilt(l.dynamic_bytes);
+    l.statics.clear();
+    l.ready.clear();
+    l.at_barrier.clear();
+    l.finished = 0;
+    for (unsigned t = count; t-- > 0;) {
+        threads[t].index = {t, 0, 0};
+        make_fiber(threads[t]);
+        l.ready.push_back(t);
+    }
+    while (!l.ready.empty() && l.error.empty()) resume(next_ready());
+    if (l.error.empty() && l.finished != count) {
+        l.error = "deadlock: " + std::to_string(l.finished) + " of " + std::to_string(count) + " threads ended, " +
+                  std::to_string(l.at_barrier.size()) + " wait at __syncthreads, the others in their warps";
+    }
+}
+
+void finish(const Copy& c) {
+    std::memset(c.to, 0, static_cast<size_t>(c.bytes));
+    if (c.bytes_from) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes_from));
+}
+
+}  // namespace
+
+const Dim3& thread_index() { return me().index; }
+const Dim3& block_index() { return now->at; }
+const Dim3& block_size() { return now->block; }
+const Dim3& grid_size() { return now->grid; }
+int lane() { return static_cast<int>(now->running % 32); }
+
+void fail(const char* what) {
+    if (now->error.empty()) now->error = what;
+    leave(true);
+    std::abort();
+}
+
+void barrier() {
+    now->at_barrier.push_back(now->running);
+    if (now->at_barrier.size() == now->block.x) {
+        now->ready.insert(now->ready.end(), now->at_barrier.begin(), now->at_barrier.end());
+        now->at_barrier.clear();
+    }
+    leave(false);
+}
+
+const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot] {
+    Warp& warp = now->warps[now->running / 32];
+    if (warp.arrived == 0) warp.operation = operation;
+    if (std::strcmp(warp.operation, operation) != 0) fail("the lanes of a warp have come to different operations");
+    unsigned char(*slots)[slot] = warp.slots[warp.turn % 2];
+    std::memcpy(slots[lane()], mine, bytes);
+    if (++warp.arrived == 32) {
+        warp.arrived = 0;
+        ++warp.turn;
+        for (unsigned t = now->running / 32 * 32; t < now->running / 32 * 32 + 32; ++t) now->ready.push_back(t);
+    }
+    leave(false);
+    return slots;
+}
+
+void* dynamic_shared() { return now->dynamic.get(); }
+
+void* static_shared(const void* key, size_t bytes) {
+    auto& memory = now->statics[key];
+    if (!memory) memory = spoilt(bytes);
+    return memory.get();
+}
+
+void copy_async(void* to, const void* from, int bytes, int bytes_from) {
+    if (reinterpret_cast<std::uintptr_t>(to) % 16 || (bytes_from && reinterpret_cast<std::uintptr_t>(from) % 16)) {
+        fail("cp.async: an address is no multiple of 16");
+    }
+    if (bytes_from < 0 || bytes_from > bytes) fail("cp.async: bytes read beyond the size of the copy");
+    std::memset(to, 0xA5, static_cast<size_t>(bytes));
+    me().open.push_back({to, from, bytes, bytes_from});
+}
+
+void commit_copies() {
+    me().groups.push_back(std::move(me().open));
+    me().open.clear();
+}
+
+void wait_copies(int groups_left) {
+    auto& groups = me().groups;
+    for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) {
+        for (const Copy& c : groups.front()) finish(c);
+    }
+}
+
+Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads) {
+    kernels()[name] = {entry, parameters, most_threads};
+}
+
+}  // namespace host_model
+
+// 0, or 1 and the reason in `message` (of 256 bytes). seed 0 runs threads in order, another in an order drawn from it.
+extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsigned block, size_t dynamic_bytes,
+                                  const void* parameters, size_t parameter_bytes, std::uint64_t seed, char* message) {
+    using namespace host_model;
+    const auto say = [&](const std::string& what) {
+        std::snprintf(message, 256, "%s: %s", name, what.c_str());
+        return 1;
+    };
+    const auto found = kernels().find(name);
+    if (found == kernels().end()) return say("no such kernel");
+    const auto& entry = found->second;
+    if (entry.parameters != parameter_bytes) return say("parameters of another size than the kernel's");
+    if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
+    if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
+    if (threads.size() < block) threads.resize(block);
+    Launch launch;
+    launch.grid = {grid[0], grid[1], grid[2]};
+    launch.block = {block, 1, 1};
+    launch.entry = &entry;
+    launch.parameters = parameters;
+    launch.dynamic_bytes = dynamic_bytes;
+    launch.random = seed;
+    now = &launch;
+    const unsigned blocks = grid[0] * grid[1] * grid[2];
+    for (unsigned n = 0; n < blocks && launch.error.empty(); ++n) {
+        const unsigned i = seed % 2 ? blocks - 1 - n : n;  // odd seeds from the last block to the first
+        launch.at = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
+        run_block();
+    }
+    now = nullptr;
+    return launch.error.empty() ? 0 : say(launch.error);
+}

@@ -1,0 +1,120 @@
+"""quantize in CUDA, on the host model, bit for bit: golden bytes, and the reference on what these lack."""
+
+import numpy as np
+import pytest
+import torch
+
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops._dispatch import implementation
+from nvfp4_kernels.ops.quantize import _cuda
+from tests.ops.test_native_quantize import NOISE, SPECS, same_bytes
+from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+
+NVFP4 = [spec for spec in SPECS if spec.format == "nvfp4"]
+PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
+TURNED, TURNED_SR = QuantSpec(hadamard=DEFAULT_SIGNS), QuantSpec(rounding="stochastic", hadamard=DEFAULT_SIGNS)
+run = implementation("quantize", "native").run
+
+
+def assert_same(x, row, col):
+    mine, theirs = run(x, row, col, NOISE), implementation("quantize", "reference").run(x, row, col, NOISE)
+    for part, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} strides {x.stride()}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_bytes(variant):
+    for name in NAMES:
+        if not name.endswith("64x96"):
+            continue
+        forms = run(golden_input(name), *VARIANTS[variant], None)
+        for i, suffix in enumerate(("", "_t")):
+            key = f"{name}/{variant}"
+            np.testing.assert_array_equal(forms[3 * i].numpy(), GOLDEN[f"{key}/codes{suffix}"])
+            scales = forms[3 * i + 1].view(torch.uint8).numpy()
+            np.testing.assert_array_equal(scales, GOLDEN[f"{key}/scales{suffix}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 16), (17, 48)])
+def test_every_form_and_pair(shape, dtype):
+    x = (torch.randn(shape) * torch.exp(2 * torch.randn(shape))).to(dtype)
+    for i, spec in enumerate(NVFP4):
+        assert_same(x, spec, NVFP4[-1 - i])
+
+
+@pytest.mark.parametrize(
+    "row, col, dtype",
+    [
+        (PLAIN, None, torch.bfloat16),
+        (PLAIN, TURNED, torch.bfloat16),
+        (SR, TURNED_SR, torch.bfloat16),
+        (TILES, TILES, torch.bfloat16),
+        (TILES, TILES, torch.float32),
+    ],
+)
+def test_recipe(model, row, col, dtype):
+    """The kernels that know their forms: tiles beyond the edges, the ring's three stages twice over."""
+    for shape in ((450, 100), (33, 1856), (128, 64)):
+        assert_same((torch.randn(shape) * torch.exp(torch.randn(shape))).to(dtype), row, col)
+    assert model.kernels.count(_cuda.kernel(dtype, row, col)) == 3
+    assert "any" not in _cuda.kernel(dtype, row, col)
+
+
+@pytest.mark.parametrize("row, col", [(PLAIN, TURNED_SR), (TURNED, TILES)])
+def test_strides(row, col):
+    wide = torch.randn(40, 64).bfloat16()
+    odd = torch.randn(40, 61).bfloat16()[:, 1:]  # rows that begin anywhere
+    for x in (wide.t(), wide[::2, ::3], wide[3:20, 8:50], wide.t()[1:40:2], wide[:1].expand(33, 64), wide[:, 7:8], odd):
+        assert_same(x, row, col)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "1e38", "1e-38", "nan", "inf", "-inf", "one outlier"])
+def test_extremes(kind):
+    x = torch.randn(20, 48)
+    match kind:
+        case "zeros":
+            x.zero_()
+            x[3, 5] = -0.0
+        case "1e38" | "1e-38":
+            x = (x * float(kind)).clamp(-3.3e38, 3.3e38)
+        case "nan" | "inf" | "-inf":
+            x[17, 39] = float(kind)
+        case "one outlier":
+            x[2, 3] = 3e4
+    for row, col in ((SR, TURNED), (TURNED, TILES), (QuantSpec(four_over_six="mse"), QuantSpec(four_over_six="mae"))):
+        assert_same(x, row, col)
+    assert_same(x.bfloat16(), PLAIN, TURNED)
+
+
+def test_rotation_beyond_bf16_saturates():
+    x = torch.full((4, 32), 3e38)
+    x[1] = -x[1]
+    x[2, ::3] *= -1e-3
+    assert_same(x, TURNED, TURNED_SR)
+
+
+def test_empty():
+    assert_same(torch.randn(0, 32), PLAIN, TURNED)
+
+
+def test_amax_in_pieces():
+    """More than a piece of 16 KiB, the last of them cut short, and a largest value in each place of a chunk."""
+    for at in (0, 8191, 8192, 20000, 24679):
+        x = torch.randn(5, 4936)
+        x.view(-1)[at] = -50.0
+        assert_same(x.bfloat16(), PLAIN, None)
+
+
+def test_threads_one_after_the_other(model):
+    model.seed = None
+    assert_same(torch.randn(130, 80).bfloat16(), SR, TURNED_SR)
+
+
+def test_what_is_not_written():
+    assert _cuda.refuses(torch.zeros(1, 32), QuantSpec("1x32"), None) == "the CUDA kernels write NVFP4 alone"
+    assert _cuda.refuses(torch.zeros(1, 32), PLAIN, TURNED) is None
+
+
+def test_blocks_fill_one_wave():
+    assert [_cuda.tiles_down(rows, 4096, 132) for rows in (1, 64, 8192, 1 << 20)] == [1, 1, 8, 993]

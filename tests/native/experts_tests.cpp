@@ -1,0 +1,285 @@
+// The experts' kernels without Python: route, permute, relu2, grouped_matmul and expert_mlp on each instruction set against
+// double, in buffers of exactly the promised size; three threads give the bytes that one gives.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "expert_mlp/params.h"
+#include "grouped_matmul/params.h"
+#include "numerics/e4m3.h"
+#include "permute/params.h"
+#include "relu2/params.h"
+#include "route/params.h"
+
+namespace nvfp4 {
+namespace {
+
+using Floats = std::vector<float>;
+using Longs = std::vector<i64>;
+
+int failures = 0;
+std::mt19937 draw(11);
+
+void expect(bool ok, const char* what, i64 a = 0, i64 b = 0) {
+    if (!ok && ++failures <= 20) std::printf("FAILED: %s on %s (%lld, %lld)\n", what, isa_name(), a, b);
+}
+
+size_t count(i64 n) { return static_cast<size_t>(n); }
+
+// Multiples of 1/16 below 2, exact in bf16.
+Floats numbers(i64 n) {
+    Floats made(count(n));
+    for (auto& v : made) v = static_cast<float>(static_cast<int>(draw() % 63) - 31) / 16.0f;
+    return made;
+}
+
+std::vector<u16> halves(const Floats& from) {
+    std::vector<u16> made(from.size());
+    for (size_t i = 0; i < from.size(); ++i) {
+        u32 b;
+        std::memcpy(&b, &from[i], 4);
+        made[i] = static_cast<u16>(b >> 16);
+    }
+    return made;
+}
+
+bool near(const Floats& got, const std::vector<double>& exact, double bound) {
+    double off = 0, size = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+        off += (got[i] - exact[i]) * (got[i] - exact[i]);
+        size += exact[i] * exact[i];
+    }
+    return std::sqrt(off) <= bound * std::sqrt(size) + 1e-30;
+}
+
+struct Routed {
+    Longs indices, offsets, inverse, order;
+    Floats weights;
+};
+
+Routed routed(const Floats& logits, const Floats& bias, i64 tokens, i64 experts, i64 top_k, i64 groups, int threads) {
+    Routed r{Longs(count(tokens * top_k)), Longs(count(experts + 1)), Longs(count(tokens * top_k)), Longs(count(tokens * top_k)),
+             Floats(count(tokens * top_k))};
+    const RouteParams p{logits.data(), bias.data(), tokens, experts, top_k, groups, groups > 1 ? groups - 1 : 1, 2.5f, true,
+                        r.indices.data(), r.weights.data(), r.offsets.data(), r.inverse.data(), r.order.data(), threads};
+    expect(NVFP4_CALL(route, p) == 0, "route status");
+    return r;
+}
+
+void routes(i64 tokens, i64 experts, i64 top_k, i64 groups) {
+    const Floats logits = numbers(tokens * experts), bias = numbers(experts), dweights = numbers(tokens * top_k);
+    const Routed r = routed(logits, bias, tokens, experts, top_k, groups, 1);
+    const Routed again = routed(logits, bias, tokens, experts, top_k, groups, 3);
+    expect(r.order == again.order && r.weights == again.weights && r.offsets == again.offsets, "route depends on the threads");
+    const i64 slots = tokens * top_k;
+    for (i64 row = 0; row < slots; ++row) {
+        const i64 slot = r.order[count(row)], e = r.indices[count(slot)];
+        expect(r.inverse[count(slot)] == row && r.offsets[count(e)] <= row && row < r.offsets[count(e + 1)], "order", row, slot);
+        expect(row == r.offsets[count(e)] || r.order[count(row - 1)] < slot, "stable order", row, slot);
+    }
+    Floats dlogits(count(tokens * experts));
+    RouteParams inputs{};
+    inputs.logits = logits.data(), inputs.bias = bias.data(), inputs.tokens = tokens, inputs.experts = experts;
+    inputs.top_k = top_k, inputs.groups = groups, inputs.top_groups = groups > 1 ? groups - 1 : 1;
+    inputs.scale = 2.5f, inputs.normalize = true, inputs.threads = 2;
+    const RouteBackwardParams p{inputs, dweights.data(), dlogits.data()};
+    expect(NVFP4_CALL(route_backward, p) == 0, "route_backward status");
+    for (i64 t = 0; t < tokens; ++t) {
+        const auto score = [&](i64 e) { return 1 / (1 + std::exp(-static_cast<double>(logits[count(t * experts + e)]))); };
+        double sum = 0, mean = 0;
+        for (i64 c = 0; c < top_k; ++c) sum += score(r.indices[count(t * top_k + c)]);
+        for (i64 c = 0; c < top_k; ++c) {
+            const i64 slot = t * top_k + c;
+            const double w = score(r.indices[count(slot)]) / sum;
+            expect(std::fabs(r.weights[count(slot)] - 2.5 * w) < 1e-5, "weights", t, c);
+            mean += dweights[count(slot)] * w;
+        }
+        std::vector<double> wanted(count(experts));
+        for (i64 c = 0; c < top_k; ++c) {
+            const i64 e = r.indices[count(t * top_k + c)];
+            const double s = score(e);
+            wanted[count(e)] = 2.5 * (dweights[count(t * top_k + c)] - mean) / sum * s * (1 - s);
+        }
+        for (i64 e = 0; e < experts; ++e) {
+            expect(std::fabs(dlogits[count(t * experts + e)] - wanted[count(e)]) < 1e-5, "dlogits", t, e);
+        }
+    }
+}
+
+// One stack of matrices, plain or NVFP4, and its values.
+struct Matrices {
+    i64 groups, rows, cols;
+    bool quantized;
+    Floats values;
+    std::vector<u16> plain;
+    std::vector<u8> codes, scales;
+    Floats global;
+
+    Matrices(i64 groups_, i64 rows_, i64 cols_, bool quantized_) : groups(groups_), rows(rows_), cols(cols_), quantized(quantized_) {
+        values = numbers(groups * rows * cols);
+        if (!quantized) {
+            plain = halves(values);
+            return;
+        }
+        static const float grid[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+        codes.resize(values.size() / 2), scales.resize(values.size() / 16), global = numbers(groups);
+        for (auto& c : codes) c = static_cast<u8>(draw());
+        for (auto& s : scales) s = static_cast<u8>(draw() % 127);
+        for (size_t i = 0; i < values.size(); ++i) {
+            const u32 code = codes[i / 2] >> (i % 2 * 4) & 15;
+            const float scale = e4m3_decode<F32x1>(U32x1(scales[i / 16])).v;
+            values[i] = (code < 8 ? grid[code] : -grid[code - 8]) * scale * global[i / count(rows * cols)];
+        }
+    }
+    Operand operand() const {
+        if (quantized) return {Kind::nvfp4, codes.data(), scales.data(), global.data(), rows, cols, 0, 0};
+        return {Kind::bf16, plain.data(), nullptr, nullptr, rows, cols, cols, 1};
+    }
+};
+
+// y [rows, n] in double of a [rows, k] and the matrix of each row's group.
+std::vector<double> product(const std::vector<double>& a, const Matrices& b, const Longs& offsets) {
+    std::vector<double> y(count(offsets.back() * b.rows));
+    for (i64 e = 0; e < b.groups; ++e) {
+        for (i64 r = offsets[count(e)]; r < offsets[count(e + 1)]; ++r) {
+            for (i64 j = 0; j < b.rows; ++j) {
+                double sum = 0;
+                for (i64 k = 0; k < b.cols; ++k) sum += a[count(r * b.cols + k)] * b.values[count((e * b.rows + j) * b.cols + k)];
+                y[count(r * b.rows + j)] = sum;
+            }
+        }
+    }
+    return y;
+}
+
+int grouped(const GroupedMatmulParams& p) { return NVFP4_CALL_BF16(grouped_matmul, p); }
+
+void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized) {
+    const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
+    const Matrices b(groups, n, k, quantized);
+    const Floats a = numbers(rows * k);
+    const std::vector<u16> narrow = halves(a);
+    const std::vector<double> exact = product({a.begin(), a.end()}, b, offsets);
+    for (bool wide : {false, true}) {
+        const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(a.data()) : narrow.data(), nullptr, nullptr,
+                           rows, k, k, 1};
+        Floats y(count(rows * n)), again(y.size());
+        GroupedMatmulParams p{left, b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 1};
+        expect(grouped(p) == 0, "grouped_matmul status");
+        p.out = again.data(), p.threads = 3;
+        grouped(p);
+        expect(y == again, "grouped_matmul depends on the threads", n, k);
+        expect(near(y, exact, 2e-6), "grouped_matmul", n, k);
+    }
+}
+
+void divided_sums(const Longs& offsets, i64 m, i64 n) {
+    const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
+    const Floats dy = numbers(rows * m), x = numbers(rows * n);
+    const std::vector<u16> a = halves(dy), b = halves(x);
+    std::vector<double> exact(count(groups * m * n));
+    for (i64 e = 0; e < groups; ++e) {
+        for (i64 r = offsets[count(e)]; r < offsets[count(e + 1)]; ++r) {
+            for (i64 i = 0; i < m * n; ++i) exact[count(e * m * n + i)] += dy[count(r * m + i / n)] * x[count(r * n + i % n)];
+        }
+    }
+    for (bool wide : {false, true}) {
+        const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(dy.data()) : a.data(), nullptr, nullptr, m,
+                           rows, 1, m};
+        const Operand right{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(x.data()) : b.data(), nullptr, nullptr, n,
+                            rows, 1, n};
+        Floats y(exact.size());
+        const GroupedMatmulParams p{left, right, offsets.data(), groups, 0, true, y.data(), 0, false, 3};
+        expect(grouped(p) == 0, "divided sums status");
+        expect(near(y, exact, 2e-6), "divided sums", m, n);
+    }
+}
+
+void experts(i64 tokens, i64 num, i64 top_k, i64 size, i64 width) {
+    const Routed r = routed(numbers(tokens * num), numbers(num), tokens, num, top_k, 1, 1);
+    const Matrices up(num, width, size, true), down(num, size, width, false);
+    const Floats x = numbers(tokens * size);
+    const i64 rows = tokens * top_k;
+    std::vector<double> gathered(count(rows * size)), exact(count(tokens * size));
+    for (i64 i = 0; i < rows * size; ++i) gathered[count(i)] = x[count(r.order[count(i / size)] / top_k * size + i % size)];
+    std::vector<double> hidden = product(gathered, up, r.offsets);
+    for (auto& h : hidden) h = h > 0 ? h * h : 0;
+    const std::vector<double> made = product(hidden, down, r.offsets);
+    for (i64 i = 0; i < rows * size; ++i) {
+        const i64 slot = r.order[count(i / size)];
+        exact[count(slot / top_k * size + i % size)] += r.weights[count(slot)] * made[count(i)];
+    }
+    Floats rooms[3] = {Floats(count(rows * size)), Floats(count(rows * width)), Floats(count(rows * size))}, y(exact.size());
+    const Operand tokens_in{Kind::fp32, x.data(), nullptr, nullptr, tokens, size, size, 1};
+    const Operand inner{Kind::fp32, rooms[0].data(), nullptr, nullptr, rows, size, size, 1};
+    const Operand middle{Kind::fp32, rooms[1].data(), nullptr, nullptr, rows, width, width, 1};
+    ExpertMlpParams p{tokens_in,
+                      {inner, up.operand(), r.offsets.data(), num, 0, false, rooms[1].data(), 0, true, 2},
+                      {middle, down.operand(), r.offsets.data(), num, size * width, false, rooms[2].data(), 0, false, 2},
+                      top_k, r.weights.data(), r.inverse.data(), r.order.data(), y.data(), 2};
+    expect(NVFP4_CALL_BF16(expert_mlp, p) == 0, "expert_mlp status");
+    expect(near(y, exact, 2e-6), "expert_mlp", size, width);
+    const Longs beyond(count(rows), rows);
+    p.order = beyond.data();
+    expect(rows == 0 || NVFP4_CALL_BF16(expert_mlp, p) == 2, "expert_mlp takes rows out of range");
+
+    // permute and unpermute of the same slots, x's rows apart
+    Floats apart(count(tokens ? (tokens - 1) * (size + 3) + size : 0)), out(count(tokens * size)), sorted(count(rows * size));
+    for (i64 i = 0; i < tokens * size; ++i) apart[count(i / size * (size + 3) + i % size)] = x[count(i)];
+    PermuteParams q{};
+    q.x = apart.data(), q.row_stride = size + 3, q.tokens = tokens, q.top_k = top_k, q.features = size, q.threads = 3;
+    q.order = r.order.data(), q.inverse = r.inverse.data(), q.rows = sorted.data(), q.out = out.data();
+    expect(NVFP4_CALL(permute, q) == 0 && near(sorted, gathered, 0), "permute", tokens, size);
+    expect(NVFP4_CALL(unpermute, q) == 0, "unpermute status");
+    Floats dy(count(rows * size)), dweights(count(rows)), dout = numbers(tokens * size);
+    q.weights = r.weights.data(), q.dout = dout.data(), q.drows = dy.data(), q.dweights = dweights.data();
+    expect(NVFP4_CALL(unpermute_backward, q) == 0, "unpermute_backward status");
+    for (i64 i = 0; i < tokens * size; ++i) {
+        const i64 slot = i / size * top_k;
+        expect(std::fabs(out[count(i)] - static_cast<float>(top_k) * x[count(i)]) < 1e-5, "unpermute", i);
+        for (i64 c = slot; c < slot + top_k; ++c) {
+            const float got = dy[count(r.inverse[count(c)] * size + i % size)];
+            expect(std::fabs(got - r.weights[count(c)] * dout[count(i)]) < 1e-6, "unpermute_backward", i, c);
+        }
+    }
+}
+
+void squares(i64 rows, i64 features) {
+    const Floats x = numbers(rows * features), dy = numbers(rows * features), weights = numbers(rows);
+    Floats y(x.size()), dx(x.size()), dweights(count(rows));
+    const Relu2Params p{x.data(), weights.data(), rows, features, 0, y.data(), dy.data(), dx.data(), dweights.data(), 3};
+    expect(NVFP4_CALL(relu2, p) == 0 && NVFP4_CALL(relu2_backward, p) == 0, "relu2 status");
+    std::vector<double> sums(count(rows));
+    for (i64 i = 0; i < rows * features; ++i) {
+        const size_t at = count(i), row = count(i / features);
+        const float r = std::max(x[at], 0.0f);
+        expect(y[at] == r * r * weights[row] && dx[at] == dy[at] * r * (2 * weights[row]), "relu2", i);
+        sums[row] += r * r * dy[at];
+    }
+    expect(near(dweights, sums, 1e-6), "dweights", rows, features);
+}
+
+}  // namespace
+
+int expert_failures() {
+    for (const char* name : {"scalar", "avx2", "avx512", "avx512bf16"}) {
+        if (!set_isa(name)) continue;
+        routes(1, 5, 2, 1), routes(40, 33, 6, 1), routes(9, 24, 4, 4), routes(3, 7, 7, 1), routes(0, 4, 1, 1);
+        for (bool quantized : {false, true}) {
+            grouped_products({0, 5, 5, 22, 23}, 33, 80, quantized);
+            grouped_products({0, 0, 70, 70}, 130, 48, quantized);
+            grouped_products({0, 12, 25}, 17, 1856, quantized);
+            grouped_products({0, 0}, 5, 16, quantized);
+        }
+        divided_sums({0, 5, 5, 22, 23}, 48, 33), divided_sums({0, 140, 140}, 5, 70), divided_sums({0, 0}, 3, 3);
+        experts(17, 8, 3, 48, 80), experts(1, 4, 2, 80, 16), experts(0, 4, 2, 16, 16), experts(70, 3, 3, 32, 48);
+        squares(1, 1), squares(17, 48), squares(3, 130), squares(0, 4), squares(4, 0);
+    }
+    return failures;
+}
+
+}  // namespace nvfp4

@@ -1,0 +1,155 @@
+"""The CUDA kernels as nvcc and NVRTC compile them, without a GPU: no warning, no spill, the instructions they are for."""
+
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from nvfp4_kernels.ops import _cuda, _nvrtc, _triton
+
+ARCHS = ("80", "90a", "100a", "103a", "120f")
+# What a change of any kind would show in: an op's compilation takes some 7 seconds an architecture. NVFP4_CUDA=1, as for
+# `make cuda`, asks for all of them; benchmarks/results/resources.json has all.
+CHOSEN = [("quantize", "90a"), ("quantize", "100a"), ("matmul", "80"), ("state_update", "90a")]
+ALL = [(op, arch) for op in ("quantize", "matmul", "state_update") for arch in ARCHS]
+TASKS = ALL if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else CHOSEN
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{(op, arch): {kernel: row}}"""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    if _triton.triton is None:
+        pytest.skip("no Triton, whose package has the tools that read what was compiled")
+    from benchmarks import cuda_resources
+
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda task: {row["kernel"]: row for row in cuda_resources.rows(*task)}, TASKS)
+        return dict(zip(TASKS, made, strict=True))
+
+
+@pytest.mark.parametrize("op, arch", TASKS)
+def test_no_spills(compiled, op, arch):
+    rows = compiled[op, arch].values()
+    assert len(rows) == {"quantize": 14, "matmul": 4, "state_update": 15}[op]
+    assert not [row["kernel"] for row in rows if row["spills"]]
+    most = {"120f": 99}.get(arch, 163) << 10
+    assert all(row["shared"] <= most for row in rows)
+
+
+@pytest.mark.parametrize("op, arch", [task for task in TASKS if task[0] != "state_update"])
+def test_instructions(compiled, op, arch):
+    for name, row in compiled[op, arch].items():
+        found = row["instructions"]
+        if op == "matmul":  # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
+            assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
+        elif (
+            name == "quantize_row_bf16"
+        ):  # two blocks of 16 codes a thread, two codes an instruction, where there is one
+            assert found.get("F2FP", 0) == (16 if arch[:2] in ("10", "12") else 0), name
+            assert found["LDGSTS"] >= 4
+
+
+def test_refusal_without_a_compiler(monkeypatch):
+    """A CUDA device, and neither nvcc's code nor CuPy: the reason says what to do."""
+    monkeypatch.setattr(_cuda, "BUILT", _cuda.BUILT / "nowhere")
+    monkeypatch.setattr(_cuda._device, "cuda_target", lambda device: "90a")
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    _nvrtc.missing.cache_clear()
+    _cuda._refusal.cache_clear()
+    try:
+        reason = _cuda._refusal("quantize", "a device")
+    finally:
+        _nvrtc.missing.cache_clear()
+        _cuda._refusal.cache_clear()
+    assert "NVFP4_CUDA=1" in reason and "[cuda12]" in reason
+
+
+def test_targets(monkeypatch):
+    found = {}
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
+        with _cuda._device.assumed(capability):
+            found[capability] = _cuda._device.cuda_target(SimpleNamespace(type="meta"))
+    assert list(found.values()) == [None, "80", "80", "90a", "100a", "103a", None, "120f", "120f"]
+
+
+class Stub:
+    """In NVRTC's place: compiles to the options and the source's length, and counts."""
+
+    NVRTCError = type("NVRTCError", (RuntimeError,), {})
+
+    def __init__(self, fails=False):
+        self.made, self.fails = [], fails
+
+    def getVersion(self):
+        return 13, 0
+
+    def createProgram(self, source, *rest):
+        return source
+
+    def compileProgram(self, source, options):
+        if self.fails:
+            raise self.NVRTCError
+        self.made.append(options)
+
+    def getCUBIN(self, source):
+        return f"{self.made[-1][0]} {len(source)}".encode()
+
+    def getProgramLog(self, source):
+        return "some note\nx.h(3): error: no such thing\n"
+
+    def destroyProgram(self, source):
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    made = Stub()
+    monkeypatch.setenv("NVFP4_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_nvrtc, "_nvrtc", lambda: made)
+    return made
+
+
+def test_cache_by_source_and_architecture(stub, monkeypatch, tmp_path):
+    first = _nvrtc.compiled("quantize", "90a")
+    assert first.startswith(b"-arch=sm_90a ") and "--fmad=false" in stub.made[0]
+    assert _nvrtc.compiled("quantize", "90a") == first and len(stub.made) == 1
+    _nvrtc.compiled("quantize", "120f")
+    assert len(stub.made) == 2
+    shutil.copytree(_nvrtc.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(_nvrtc, "CSRC", tmp_path / "csrc")
+    _nvrtc.compiled("quantize", "90a")
+    assert len(stub.made) == 2
+    with open(tmp_path / "csrc" / "numerics" / "e2m1.h", "a") as header:
+        header.write("\n")
+    _nvrtc.compiled("quantize", "90a")
+    assert len(stub.made) == 3
+    assert all(path.suffix == ".cubin" for path in (tmp_path / "cache").iterdir())
+
+
+def test_cache_of_many_at_once(stub, tmp_path):
+    """Whoever comes first: everybody reads a whole file."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: _nvrtc.compiled("matmul", "80"), range(32)))
+    assert len(set(made)) == 1
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == made[:1]
+
+
+def test_an_error_is_told_and_not_cached(stub, tmp_path):
+    stub.fails = True
+    with pytest.raises(
+        RuntimeError, match=r"csrc/matmul/cuda.cu: NVRTC failed for sm_80: x.h\(3\): error: no such thing"
+    ):
+        _nvrtc.compiled("matmul", "80")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("op, arch", ALL)
+def test_nvrtc(op, arch):
+    if _nvrtc.missing():
+        pytest.skip(_nvrtc.missing())
+    assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"

@@ -1,0 +1,132 @@
+"""The mixture of experts against transformers' nemotron_h block and against a loop in fp64, in training and at inference."""
+
+import copy
+
+import pytest
+import torch
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.nn.moe import MoE, sequence_balance_loss
+from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
+
+CASES = {  # hidden, experts, top_k, width, shared, latent, n_group, topk_group
+    "plain": (64, 8, 3, 48, 96, None, 1, 1),
+    "latent": (64, 8, 3, 48, 96, 32, 1, 1),
+    "groups": (64, 8, 2, 48, 96, None, 4, 2),
+    "latent groups": (48, 16, 4, 80, 64, 16, 4, 3),
+    "top_k is all": (32, 4, 4, 48, 32, None, 1, 1),
+    "nano's width": (64, 4, 2, 1856, 64, None, 1, 1),
+}
+
+
+def block(case, normalize=True):
+    hidden, experts, top_k, width, shared, latent, n_group, topk_group = CASES[case]
+    moe = MoE(hidden, experts, top_k, width, shared, latent, 2.5, n_group, topk_group, normalize)
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_(std=p.shape[-1] ** -0.5)
+        moe.gate.e_score_correction_bias.normal_(std=0.3)
+    return moe
+
+
+def theirs(moe, case):
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    hidden, experts, top_k, width, shared, latent, n_group, topk_group = CASES[case]
+    config = transformers.NemotronHConfig(
+        hidden_size=hidden, n_routed_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=width,
+        moe_shared_expert_intermediate_size=shared, moe_latent_size=latent, n_group=n_group, topk_group=topk_group,
+        routed_scaling_factor=2.5, norm_topk_prob=True,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    made = modeling.NemotronHMoE(config)
+    made.load_state_dict({name: t for name, t in moe.state_dict().items() if "noise" not in name})
+    return made
+
+
+def close(got, wanted, bound=1e-5):
+    assert (got - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.parametrize("tokens", [(1, 1), (1, 17), (3, 40)])
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_transformers(backend, case, tokens):
+    moe = block(case)
+    other, x = theirs(moe, case), torch.randn(*tokens, moe.gate.weight.shape[1])
+    with torch.no_grad():
+        wanted = other(x)
+        close(moe.eval()(x)[0], wanted)
+        close(moe.train()(x)[0], wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_to_those_of_transformers(backend, case):
+    moe = block(case)
+    other = theirs(moe, case)
+    x = torch.randn(2, 21, moe.gate.weight.shape[1], requires_grad=True)
+    dy = torch.randn_like(x)
+    theirs_of = {name: p for name, p in other.named_parameters()}
+    wanted = torch.autograd.grad(other(x), [x, *theirs_of.values()], dy)
+    for training in (True, False):
+        y, _ = moe.train(training)(x)
+        got = torch.autograd.grad(y, [x, *(dict(moe.named_parameters())[name] for name in theirs_of)], dy)
+        for name, g, w in zip(["x", *theirs_of], got, wanted, strict=True):
+            assert (g - w).norm() <= 2e-5 * w.norm(), name
+
+
+def test_serving_and_training_agree_in_bf16():
+    moe = block("latent").bfloat16()
+    moe.gate.float()
+    x = torch.randn(2, 17, 64).bfloat16()
+    with torch.no_grad():
+        exact, _ = copy.deepcopy(moe).float().eval()(x.float())
+    with torch.no_grad():
+        for training in (True, False):
+            y, _ = moe.train(training)(x)
+            assert (y - exact).norm() <= 3 * 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_nvfp4_experts_are_served_as_their_decoded_weights(tokens):
+    moe = block("latent").eval()
+    up, down = (
+        NVFP4Weight.from_tensors([nk.quantize(w) for w in stacked.detach()])
+        for stacked in (moe.experts.up_proj, moe.experts.down_proj)
+    )
+    x = torch.randn(1, tokens, 64, requires_grad=True)
+    with torch.no_grad():
+        moe.experts.up_proj.copy_(up.dequantize())
+        moe.experts.down_proj.copy_(down.dequantize())
+        wanted, _ = moe(x)
+    moe.experts = QuantizedExperts(up, down)
+    with torch.no_grad():
+        close(moe(x)[0], wanted)
+    y, _ = moe(x)  # with gradients: another path
+    close(y, wanted)
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_balance_is_for_training():
+    moe, x = block("plain"), torch.randn(2, 9, 64)
+    assert moe.eval()(x)[1] is None
+    balance = moe.train()(x)[1]
+    routing, logits = moe.gate(x.flatten(0, 1))
+    assert torch.equal(balance.load, routing.offsets.diff()) and int(balance.load.sum()) == 2 * 9 * 3
+    torch.testing.assert_close(balance.loss, sequence_balance_loss(torch.sigmoid(logits), routing.indices, 2))
+
+
+def test_run_to_run(backend):
+    moe, x = block("latent"), torch.randn(2, 30, 64)
+    results = []
+    for _ in range(2):
+        moe.zero_grad()
+        y, balance = moe(x)
+        (y.square().mean() + balance.loss).backward()
+        results.append([y, *(p.grad for p in moe.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_no_tokens():
+    moe, x = block("plain"), torch.zeros(0, 5, 64)
+    with torch.no_grad():
+        assert moe.eval()(x)[0].shape == x.shape

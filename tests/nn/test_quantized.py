@@ -1,0 +1,128 @@
+"""Layers with kept quantized weights: what they give, what they pass back, and that nothing turns their bits into others."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.nn.moe import Experts
+from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
+from tests.oracles.nvfp4_brute import GRID, e4m3_value
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def nvfp4_layer(rows, cols, **options):
+    return NVFP4Weight.from_tensors(nk.quantize(drawn(rows, cols, seed=1)), **options)
+
+
+def fp8_codes(*shape):
+    return drawn(*shape, seed=1).mul(20).to(torch.float8_e4m3fn)
+
+
+def decoded(layer, expert=None):
+    """The weight in float64, code by code from the definitions of the formats."""
+    bits = [b if expert is None else b[expert] for name, b in layer.named_buffers() if name != "input_scale"]
+    weight, scale = bits[0], bits[1]
+    table = torch.tensor([e4m3_value(byte) for byte in range(256)], dtype=torch.float64)
+    if isinstance(layer, FP8Weight):
+        return table[weight.view(torch.uint8).long()] * scale.double()
+    codes = torch.stack([weight & 15, weight >> 4], -1).flatten(-2).long()
+    values = torch.tensor(GRID + [-g for g in GRID], dtype=torch.float64)[codes]
+    return values * table[scale.view(torch.uint8).long()].repeat_interleave(16, -1) * bits[2].double()
+
+
+LAYERS = {
+    "nvfp4": lambda: nvfp4_layer(24, 48, bias=drawn(24, seed=2)),
+    "fp8": lambda: FP8Weight.from_tensors(fp8_codes(24, 64), torch.tensor(0.37), drawn(24, seed=2)),
+    "fp8 of odd width": lambda: FP8Weight.from_tensors(fp8_codes(24, 41), torch.tensor(0.37)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_products_and_gradients(kind):
+    layer = LAYERS[kind]()
+    weight = decoded(layer)
+    torch.testing.assert_close(layer.dequantize().double(), weight, rtol=1e-7, atol=0)
+    x = drawn(2, 17, layer.in_features, seed=3).requires_grad_()
+    y = layer(x)
+    bias = 0 if layer.bias is None else layer.bias.double()
+    torch.testing.assert_close(y.double(), x.double() @ weight.T + bias, rtol=1e-5, atol=1e-4)
+    dy = drawn(*y.shape, seed=4)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-4)
+    if layer.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, dy.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert all(not b.requires_grad for b in layer.buffers())
+
+
+@pytest.mark.parametrize("change", ["half", "to float64", "double and back", "copy", "state_dict", "meta"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bits_stay_bits(kind, change):
+    layer = LAYERS[kind]()
+    layer.input_scale = torch.tensor(1e-3)
+    before = {name: b.clone() for name, b in layer.named_buffers()}
+    match change:
+        case "half":
+            layer.half()
+        case "to float64":
+            nn.Sequential(layer).to(torch.float64)
+        case "double and back":
+            layer.double().to(torch.bfloat16).float()
+        case "copy":
+            layer = copy.deepcopy(layer)
+        case "state_dict":
+            state = layer.state_dict()
+            layer = type(layer)(layer.in_features, layer.out_features, layer.bias is not None, input_scale=True)
+            layer.load_state_dict(state)
+        case "meta":
+            state = layer.state_dict()
+            layer = type(layer)(layer.in_features, layer.out_features, layer.bias is not None, True, device="meta")
+            layer.to_empty(device="cpu").load_state_dict(state)
+    after = dict(layer.named_buffers())
+    assert after.keys() == before.keys()
+    for name, b in before.items():
+        assert after[name].dtype == b.dtype and after[name].shape == b.shape
+        assert torch.equal(after[name].reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def test_names_are_the_published_ones():
+    names = set(nvfp4_layer(16, 16, input_scale=torch.tensor(1.0)).state_dict())
+    assert names == {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+    assert set(LAYERS["fp8"]().state_dict()) == {"weight", "weight_scale", "bias"}
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 12, 1], [0, 0, 18, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_experts(sizes, weighted):
+    num, size, width = 4, 48, 32
+    up = NVFP4Weight.from_tensors([nk.quantize(drawn(width, size, seed=e)) for e in range(num)])
+    down = FP8Weight.from_tensors(fp8_codes(num, size, width), torch.rand(num) + 0.1)
+    x, weights = drawn(sum(sizes), size, seed=9), torch.rand(sum(sizes)) if weighted else None
+    y = QuantizedExperts(up, down)(x, sizes, weights)
+    assert y.shape == (sum(sizes), size)
+    plain = Experts(num, size, width)
+    with torch.no_grad():
+        plain.up_proj.copy_(up.dequantize())
+        plain.down_proj.copy_(down.dequantize())
+    for e in range(num):
+        torch.testing.assert_close(up.dequantize()[e].double(), decoded(up, e), rtol=1e-7, atol=0)
+    torch.testing.assert_close(y, plain(x, sizes, weights).detach(), rtol=1e-4, atol=1e-2)
+    of_expert = torch.arange(num).repeat_interleave(torch.tensor(sizes))
+    for row, e in enumerate(of_expert.tolist()):
+        hidden = (decoded(up, e) @ x[row].double()).relu() ** 2 * (weights[row].double() if weighted else 1)
+        wanted = decoded(down, e) @ hidden
+        assert (y[row].double() - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="in_features: got 40; allowed: a multiple of 16"):
+        NVFP4Weight(40, 16)
+    with pytest.raises(ValueError, match="weight: got a rotated form"):
+        NVFP4Weight.from_tensors(nk.quantize(drawn(16, 16), hadamard=0x1234))
+    with pytest.raises(ValueError, match="bias: got True for experts"):
+        FP8Weight(16, 16, bias=True, experts=2)

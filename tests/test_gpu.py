@@ -1,0 +1,95 @@
+"""What only a GPU can show: graphs with fresh noise in each replay, no waiting for the host, tensors of 2^31 values."""
+
+import pytest
+import torch
+
+import nvfp4_kernels as nk
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def no_sync():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(run):
+    """run() as a CUDA graph, after the warm-up that torch asks for, and the graph's outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return graph, outputs
+
+
+def test_linear_in_a_graph():
+    layer = nk.Linear(256, 128, recipe=nk.recipes.nvfp4.default, device="cuda")
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+    graph, (y, dx, dw) = captured(lambda: (y := layer(x), *torch.autograd.grad(y, (x, layer.weight), dy)))
+    runs = []
+    for _ in range(2):
+        graph.replay()
+        runs.append([t.clone() for t in (y, dx, dw)])
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][2], runs[1][2])
+    exact = x.double() @ layer.weight.double().t()
+    assert (runs[0][0].double() - exact).norm() < 0.2 * exact.norm()
+    with torch.no_grad():
+        x.mul_(2)
+    graph.replay()
+    assert (y.double() - 2 * exact).norm() < 0.4 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_weight_only_in_a_graph(rows):
+    weight = nk.quantize(torch.randn(512, 256, device="cuda"))
+    a = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+    graph, y = captured(lambda: nk.matmul(a, weight))
+    a.copy_(torch.randn_like(a))
+    graph.replay()
+    exact = a.double() @ weight.dequantize().double().t()
+    assert (y.double() - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_no_op_waits_for_the_device(no_sync):
+    x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
+    noise = torch.zeros(2, dtype=torch.int64, device="cuda")
+    noisy = nk.QuantSpec("1x16", "stochastic")
+    row, col = nk.quantize_pair(x, noisy, noisy, noise)
+    nk.matmul(row, row)
+    nk.matmul(x, row)
+    nk.matmul(col, col)
+    row.dequantize()
+    nk.hadamard(x)
+    layer = nk.Linear(256, 64, device="cuda", recipe=nk.recipes.nvfp4.default)
+    layer(x).sum().backward()
+    state = torch.zeros(4, 2, 64, 128, device="cuda")
+    heads, shared = x.view(4, 32, 1, 256)[..., :128].reshape(4, 32, 2, 64), x.view(4, 32, 1, 256)[..., 128:]
+    A, dt = -torch.ones(2, device="cuda"), heads[..., 0]
+    nk.state_update(state, heads[:, 0], dt[:, 0], A, shared[:, 0], shared[:, 0])
+    nk.selective_scan(heads, dt, A, shared, shared)
+    nk.causal_conv1d(x.view(4, 32, 256), torch.ones(256, 4, device="cuda"))
+    nk.gated_rms_norm(x, x, torch.ones(256, device="cuda"), group_size=64)
+
+
+def test_more_than_2_31_values():
+    """6 billion: the last rows must come out as they do alone."""
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GB of free memory")
+    rows, cols = 1_500_000, 4096
+    x = torch.ones(rows, cols, dtype=torch.bfloat16, device="cuda")
+    x[-16:] = torch.randn(16, cols, device="cuda").clamp(-1, 1)
+    q = nk.quantize(x)
+    tail = nk.quantize(torch.cat([x[-16:], torch.ones_like(x[:1])]))  # the same amax
+    assert torch.equal(q.codes[-16:], tail.codes[:16])
+    assert torch.equal(q.scales[-16:].view(torch.uint8), tail.scales[:16].view(torch.uint8))
+    assert torch.equal(q.dequantize(torch.bfloat16)[-16:], tail.dequantize(torch.bfloat16)[:16])

@@ -1,0 +1,85 @@
+"""No op, and no linear layer, asks a GPU for a value or sends it one: what would break a CUDA graph and stall a stream.
+
+Shown without a GPU: what the Triton backends would launch is recorded on tensors of the meta device, which hold no values, and
+every function that reads one on the host, or makes one there for a device, is forbidden meanwhile.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.ops import _triton
+
+ROOT = Path(__file__).parent.parent
+T = torch.Tensor
+READS = {T.item, T.tolist, T.cpu, T.numpy, T.nonzero, T.__bool__, T.__int__, T.__float__, T.__index__, torch.nonzero}
+SENDS = {torch.tensor, torch.as_tensor, torch.from_numpy}
+
+
+class NoHost(TorchFunctionMode):
+    """Raises where the host reads a tensor, or makes one of Python numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in READS, f"{function.__name__} reads from a device"
+        assert function not in SENDS, f"torch.{function.__name__} sends values to a device"
+        return function(*args, **kwargs or {})
+
+
+def test_it_notices():
+    for bad in (
+        lambda x: x.item(),
+        lambda x: bool(x > 0),
+        lambda x: x + torch.tensor(1.0),
+        lambda x: int(x),
+        lambda x: x.cpu(),
+    ):
+        with pytest.raises(AssertionError, match="device"), NoHost():
+            bad(torch.ones(()))
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+def test_the_triton_backends():
+    """In a process of its own, where the kernels are compiled ones."""
+    code = """
+from benchmarks.resources import cases, launches
+from tests.test_no_host_sync import NoHost
+
+for op, name, run in cases():
+    with NoHost():
+        assert launches(run, 90) and launches(run, 120), (op, name)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+NOISY = nk.QuantSpec("1x16", "stochastic")
+
+
+@pytest.mark.parametrize("recipe", [nk.recipes.nvfp4.default, nk.recipes.bf16.default, nk.LinearRecipe(*[NOISY] * 6)])
+def test_linear(recipe):
+    layer = nk.Linear(64, 48, bias=True, recipe=recipe, device="meta")
+    x = torch.empty(17, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    dy = torch.empty(17, 48, dtype=torch.bfloat16, device="meta")
+    with NoHost():
+        y = layer(x)
+        grads = torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
+    assert [g.shape for g in grads] == [x.shape, layer.weight.shape, layer.bias.shape]
+
+
+def test_weight_only():
+    weight = nk.NVFP4Tensor(
+        torch.empty(48, 32, dtype=torch.uint8, device="meta"),
+        torch.empty(48, 4, dtype=torch.float8_e4m3fn, device="meta"),
+        torch.empty((), device="meta"),
+        (48, 64),
+    )
+    with NoHost():
+        y = nk.matmul(torch.empty(1, 64, dtype=torch.bfloat16, device="meta"), weight)
+    assert y.shape == (1, 48)
