@@ -123,6 +123,14 @@ def test_shapes(head_dim, state, groups):
     compare(inputs(length=40, heads=max(2, groups), head_dim=head_dim, state=state, groups=groups))
 
 
+@pytest.mark.parametrize("state", [16, 100])
+def test_tiles_of_hopper_and_blackwell(state, monkeypatch):
+    """Other tiles and fewer kinds of programs than those of mma.sync, which every other test here has in the interpreter."""
+    monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
+    compare(inputs(length=70, heads=4, groups=2, head_dim=80, state=state, dtype=torch.float16))
+    compare(inputs(length=130, without=("initial_state",)))
+
+
 def test_more_heads_a_group_than_a_program_takes():
     compare(inputs(length=20, heads=18))
 
@@ -309,7 +317,10 @@ def test_tiles():
         16,
         16,
     )
-    assert tile(torch.float32, 64, 256, "wgmma", False).block == 16
+    assert (nano.width, nano.together) == (128, True)
+    ampere = tile(torch.bfloat16, 64, 128, "mma.sync", False)
+    assert (ampere.width, ampere.together, ampere.slices(128), ampere.slices(100)) == (32, False, 4, 4)
+    assert [tile(torch.float32, 64, state, "wgmma", False).block for state in (32, 64, 128, 256)] == [64, 32, 16, 16]
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def backward(call: Call, a: Tensor, dy: Tensor, last: Tensor | None):
             *(x, dy, B, C, call.D, a, states, dstates, dx, dB, dC, sums, sums if dD is None else dD, plan.table),
             *(plan.firsts, *strides(x, dy, B, C), *call.sizes),
             **dict(X_TOKEN=x.stride(1), DY_TOKEN=dy.stride(1), B_TOKEN=B.stride(1), C_TOKEN=C.stride(1)),
-            **dict(DX_TOKEN=dx.stride(1), WIDTH=call.tile.width, WIDE=call.tile.together, SHARES=shares, KINDS=count),
+            **dict(DX_TOKEN=dx.stride(1), WIDTH=call.tile.width, WIDE=call.tile.width > 32, SHARES=shares, KINDS=count),
             **dict(FIRST=first, SUMS=sums.shape[1], SKIP=call.skip),
             **call.constants,
             num_stages=call.tile.backward,

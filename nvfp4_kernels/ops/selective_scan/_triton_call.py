@@ -43,16 +43,23 @@ def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone:
     """instruction: as in _device.matrix_instruction. alone: the forward pass has at most one program a multiprocessor."""
     columns = max(16, next_power_of_2(state))
     # The operands of a block and a state of 64 channels x 128 columns in 16 bits take 16 KB each, and that state in fp32 64
-    # registers of 4 warps' threads. Twice or four times as long columns get blocks and states of a half or a quarter.
-    share = max(1, columns * dtype.itemsize // 256)
+    # registers of 4 warps' threads. Twice or four times as long columns get blocks and states of a half or a quarter; so does
+    # fp32, of which three TF32 products hold each operand twice.
+    wide = 2 * dtype.itemsize if dtype.itemsize == 4 else dtype.itemsize
+    share = min(4, max(1, columns * wide // 256))
     block, channels = 64 // share, min(max(16, next_power_of_2(head_dim)), 64 // share)
     # 64 tokens and 4 warps are one wgmma or tcgen05 product; two such programs fit a multiprocessor with two stages (90 to 100
     # KB each), so that one works while the other waits for its loads; a program alone waits less with three (133 to 142 KB).
     if instruction != "mma.sync" and block == 64:
-        return Tile(block, channels, columns, 4, 3 if alone else 2, width=min(128, columns), together=True)
+        # The backward pass in one launch reads x and dy from memory once; with tcgen05 that spills a few registers.
+        return Tile(
+            *(block, channels, columns, 4, 3 if alone else 2),
+            width=min(128, columns),
+            together=instruction == "wgmma",
+        )
     # mma.sync takes its operands through registers: 8 warps to have them, and one stage less to fit 99 KB. The backward pass
     # has 4 warps, of whole rows each, and a quarter of the columns; in one launch all its kinds of programs would spill.
-    warps, stages = 4 if block == 16 else 8, 2 if dtype.itemsize == 4 else 3
+    warps, stages = 4 if block == 16 and dtype.itemsize == 2 else 8, 2 if dtype.itemsize == 4 else 3
     return Tile(block, channels, columns, warps, 2, stages, 2 if share < 4 else 1, min(32, columns))
 
 

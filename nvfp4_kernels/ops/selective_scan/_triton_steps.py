@@ -92,7 +92,7 @@ def gradients_kernel(
     later = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for a token's own decay and those before it
     given = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for the decays after it
     dstep = tl.zeros([HEADS, BLOCK], tl.float32)
-    for piece in tl.static_range(PIECES):
+    for piece in range(PIECES):  # unrolled, its loads would all be held in registers at once
         # _triton_backward's PLANES, then those of slices: what a token gives to the state, what it reads from it
         sums = sums_ptr + (head.to(tl.int64) * PIECES + piece) * SUMS * tokens + row * length + start + q
         met = tl.load(sums, inside, 0.0)
@@ -100,7 +100,7 @@ def gradients_kernel(
         later += tl.load(sums + 2 * tokens, inside, 0.0) - column
         later += tl.load(sums + 3 * tokens, inside & (q == left - 1), 0.0)
         dstep += met + column
-        for part in tl.static_range(SUMS // 2 - 2):
+        for part in range(SUMS // 2 - 2):
             gives = tl.load(sums + (4 + part) * tokens, inside, 0.0)
             later += tl.load(sums + (SUMS // 2 + 2 + part) * tokens, inside, 0.0)
             given += gives

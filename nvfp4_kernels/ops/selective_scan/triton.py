@@ -11,19 +11,21 @@ tokens in x's dtype; then all blocks are independent (_triton_backward).
     steps and decays                 1                                          1
     states at borders of segments    2 (none over whole sequences)              2 (none over whole sequences)
     main                             1                                          2: states of blocks, gradients of blocks
+                                                                                (3 but on Hopper: the gradients in two)
     gradients of steps               -                                          1
     with cu_seqlens                  + 1: where segments lie, on the device     + 1
 
 Bytes a token, bf16, against the least any kernel moves; and, in us for 8,192 tokens, what an H200's 4.3 TB/s take for them:
-    Nano (64 heads x 64, 8 groups, state 128)    forward 40,600 of 20,600 (77)    backward 123,300 of 33,000 (235)
-    Super (128 heads)                            forward 39,200 of 37,100 (75)    backward 234,200 of 57,900 (446)
+    Nano (64 heads x 64, 8 groups, state 128)    forward 40,600 of 20,600 (77)    backward 123,800 of 33,000 (236)
+    Super (128 heads)                            forward 39,200 of 37,100 (75)    backward 235,200 of 57,900 (448)
 Nano's forward pass goes by segments on 132 multiprocessors, Super's over whole sequences.
 
 Bits. A sequence is cut from its own first token, and the choice between segments and sequences is one of the model and the GPU:
 no bit depends on the batch, on packing, on the length, nor on later tokens. Over whole sequences the state after any multiple
 of a block's tokens, put in as the initial state, continues a sequence with the bits of one long call; by segments, the state
 after any multiple of SEGMENT tokens does. So decoding can repeat prefill bit for bit: keep the state of the last such border
-and replay the tokens since. chunk_size is not used: blocks and segments are what suits the registers.
+and replay the tokens since.
+chunk_size is accepted and ignored: blocks and segments are what suits the registers, and no bit depends on it.
 Rounding: as the operands of products, states, decayed scores and scaled x are in x's dtype, all sums and states in fp32; fp32
 inputs are multiplied as three TF32 products.
 """
