@@ -1,7 +1,6 @@
 """Compiles csrc/*/cuda.cu with nvcc, without a GPU, and says what each kernel takes, as resources.py does for Triton's.
 
-    python benchmarks/cuda_resources.py        all kernels, all architectures; its rows in benchmarks/results/resources.json
-    python benchmarks/cuda_resources.py --op matmul --arch 80 90a        a part of it, only printed
+    python benchmarks/cuda_resources.py [--op matmul] [--arch 80 90a]    writes its rows of benchmarks/results/resources.json
 
 The rows have the case "CUDA". shared: what a kernel has by itself and what a launch adds.
 """
@@ -76,9 +75,12 @@ def main() -> None:
             found += made
             for row in made:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if given.op is None and given.arch is None:
-        others = [row for row in json.loads(RESULTS.read_text()) if row["case"] != "CUDA"]
-        RESULTS.write_text("[\n" + ",\n".join(json.dumps(r) for r in others + found) + "\n]\n")
+    made = {(row["op"], row["arch"]) for row in found}
+    known = json.loads(RESULTS.read_text())
+    cuda = [row for row in known if row["case"] == "CUDA" and (row["op"], row["arch"]) not in made] + found
+    cuda.sort(key=lambda row: (row["op"], row["arch"], row["kernel"]))
+    rows_of_all = [row for row in known if row["case"] != "CUDA"] + cuda
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows_of_all) + "\n]\n")
 
 
 if __name__ == "__main__":

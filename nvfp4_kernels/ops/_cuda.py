@@ -56,11 +56,21 @@ def launch(
         _model(op, kernel, grid, threads, shared, parameters)
         return
     with torch.cuda.device(x.device):
+        _enter(x.device)
         function = _function(op, kernel, x.device, shared)
         block = ctypes.create_string_buffer(parameters, len(parameters))
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(block))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _check(_driver().cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, arguments, None), kernel)
+
+
+def _enter(device: torch.device) -> None:
+    """Make the device's context current: a thread of autograd's may have done nothing yet that makes it so."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "context")
+    if not context:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device.index), "context")
+        _check(_driver().cuCtxSetCurrent(context), "context")
 
 
 @functools.lru_cache

@@ -1,5 +1,6 @@
 """The CUDA kernels as nvcc and NVRTC compile them, without a GPU: no warning, no spill, the instructions they are for."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nvfp4_kernels.ops import _cuda, _nvrtc, _triton
 
@@ -75,6 +77,34 @@ def test_targets(monkeypatch):
         with _cuda._device.assumed(capability):
             found[capability] = _cuda._device.cuda_target(SimpleNamespace(type="meta"))
     assert list(found.values()) == [None, "80", "80", "90a", "100a", "103a", None, "120f", "120f"]
+
+
+def test_what_the_driver_is_asked(monkeypatch):
+    """A context where the thread has none, the attribute that more than 48 KB need, the launch as given; errors by name."""
+    calls, device = [], torch.device("cuda", 1)
+
+    class Driver:
+        def __getattr__(self, name):
+            return lambda *given: calls.append((name, given)) or (98 if name == failing else 0)
+
+    monkeypatch.setattr(_cuda, "_driver", Driver)
+    monkeypatch.setattr(_cuda, "_module", lambda op, device: op)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    for shared, failing in ((100, None), (60000, None), (60001, "cuLaunchKernel")):
+        calls.clear()
+        _cuda._function.cache_clear()
+        try:
+            _cuda.launch("quantize", "kernel", (3, 2), 128, shared, b"parameters", SimpleNamespace(device=device))
+        except RuntimeError as error:
+            assert failing and "kernel: CUDA driver error 98" in str(error)
+        names = [name for name, _ in calls]
+        assert names[:4] == ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuModuleGetFunction"]
+        assert ("cuFuncSetAttribute" in names) == (shared > 49152)
+        _, grid_x, grid_y, grid_z, *block, dynamic, stream, _, extra = dict(calls)["cuLaunchKernel"]
+        assert (grid_x, grid_y, grid_z, block, dynamic, stream.value, extra) == (3, 2, 1, [128, 1, 1], shared, 7, None)
+    _cuda._function.cache_clear()
+    assert names[-1] == "cuGetErrorString"
 
 
 class Stub:
