@@ -152,6 +152,7 @@ def gradients(call: Call, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         **constants,
         PIECES=call.pieces,
         SUMS=sums.shape[1],
+        num_warps=8,  # with 4 its tiles would not fit the registers
     )
     dA, dbias = partial.sum(0)
     return ddt, dA, dbias
