@@ -73,27 +73,36 @@ static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typena
     __builtin_memset(out + inside / P::values, 0, static_cast<size_t>((length - inside) / P::values) * 4);
 }
 
-// Sixteen rows of a plain x whose columns lie side by side in memory, transposed: out[step * width + row]. Rows beyond the
-// stored ones, and values beyond the stored columns, are zero.
+// Rows of a plain x whose columns lie side by side in memory, sixteen at a time, transposed: out[step * width + row]. Rows beyond
+// the stored ones, and values beyond the stored columns, are zero.
 template <class P, class T>
-static inline void turn_side_by_side(const Operand& x, const T* from, i64 row, i64 k, i64 length, typename P::Step* out, i64 width) {
-    const i64 inside = x.rows - row < 16 ? x.rows - row : 16;
+static inline void turn_side_by_side(const Operand& x, const T* from, i64 row, i64 count, i64 k, i64 length, typename P::Step* out,
+                                     i64 width) {
+    constexpr i64 ahead = 16;  // columns: each is a short piece of its line, which no hardware prefetcher foresees
     T zeros[16] = {}, run[P::values][16];
     for (i64 s = 0; s < length / P::values; ++s) {
-        const T* at[P::values];
-        for (i64 v = 0; v < P::values; ++v) {
-            const i64 col = k + s * P::values + v;
-            at[v] = col < x.cols ? from + col * x.col_stride + row : zeros;
-            if (col < x.cols && inside < 16) {
-                for (i64 i = 0; i < 16; ++i) run[v][i] = i < inside ? at[v][i] : T{};
-                at[v] = run[v];
-            }
+        const i64 col = k + s * P::values;
+        for (i64 v = 0; v < P::values && col + v + ahead < x.cols; ++v) {
+            const T* next = from + (col + v + ahead) * x.col_stride + row;
+            for (i64 g = 0; g < count; g += 64 / static_cast<i64>(sizeof(T))) __builtin_prefetch(next + g, 0, 2);
         }
-        for (i64 l = 0; l < 16; l += F::lanes) {
-            if constexpr (P::values == 1) {
-                store(out + s * width + l, load(at[0] + l));
-            } else {
-                store(out + s * width + l, (bits(load(at[0] + l)) >> 16) | bits(load(at[1] + l)));  // two bf16 to a word
+        for (i64 g = 0; g < count; g += 16) {
+            const i64 inside = x.rows - row - g < 16 ? x.rows - row - g : 16;
+            const T* at[P::values];
+            for (i64 v = 0; v < P::values; ++v) {
+                at[v] = col + v < x.cols ? from + (col + v) * x.col_stride + row + g : zeros;
+                if (col + v < x.cols && inside < 16) {
+                    for (i64 i = 0; i < 16; ++i) run[v][i] = i < inside ? at[v][i] : T{};
+                    at[v] = run[v];
+                }
+            }
+            typename P::Step* to = out + s * width + g;
+            for (i64 l = 0; l < 16; l += F::lanes) {
+                if constexpr (P::values == 1) {
+                    store(to + l, load(at[0] + l));
+                } else {
+                    store(to + l, (bits(load(at[0] + l)) >> 16) | bits(load(at[1] + l)));  // two bf16 to a word
+                }
             }
         }
     }
@@ -105,12 +114,13 @@ static inline bool side_by_side(const Operand& x) {
 }
 
 template <class P>
-static inline void turn_rows(const Operand& x, i64 row, i64 k, i64 length, typename P::Step* out, i64 width) {
+static inline void turn_rows(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width) {
+    const auto turn = [&](auto* from) { turn_side_by_side<P>(x, from, row, count, k, length, out, width); };
     if constexpr (P::values == 1) {
-        if (x.kind == Kind::fp32) return turn_side_by_side<P>(x, static_cast<const Single*>(x.data), row, k, length, out, width);
-        if (x.kind == Kind::fp16) return turn_side_by_side<P>(x, static_cast<const Half*>(x.data), row, k, length, out, width);
+        if (x.kind == Kind::fp32) return turn(static_cast<const Single*>(x.data));
+        if (x.kind == Kind::fp16) return turn(static_cast<const Half*>(x.data));
     }
-    turn_side_by_side<P>(x, static_cast<const Brain*>(x.data), row, k, length, out, width);
+    turn(static_cast<const Brain*>(x.data));
 }
 
 // Writes whole sixteens of rows where the columns lie side by side; `out` has room for them, and for whole sixteens of steps.
@@ -124,7 +134,7 @@ static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 le
         for (i64 v = 0; v < length; v += 16 * P::values) {
             alignas(64) float turned[16][16] = {};
             const i64 some = length - v < 16 * P::values ? length - v : 16 * P::values;
-            turn_rows<P>(x, row + r, k + v, some, reinterpret_cast<typename P::Step*>(turned[0]), 16);
+            turn_rows<P>(x, row + r, 16, k + v, some, reinterpret_cast<typename P::Step*>(turned[0]), 16);
             transpose16(turned[0], 16, reinterpret_cast<float*>(out + r * stride + v / P::values), stride);
         }
     }
@@ -147,8 +157,7 @@ template <class P>
 static inline void pack_columns(const Operand& b, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width,
                                 typename P::Step* buffer) {
     if (side_by_side<P>(b)) {
-        for (i64 g = 0; g < count; g += 16) turn_rows<P>(b, row + g, k, length, out + g, width);
-        return;
+        return turn_rows<P>(b, row, count, k, length, out, width);
     }
     const i64 steps = length / P::values, stride = (steps + 15) / 16 * 16 + 16;
     for (i64 g = 0; g < count; g += 16) {

@@ -74,18 +74,21 @@ def draft(model, settings, corpus, seconds: float) -> Iterator[str]:
     what = f"drafts of an MTP block trained for {seconds:.0f} s on the frozen NVFP4 model"
     yield f"speculative decoding of one sequence of {TOKENS} bytes, {what}:"
     for label, temperature in (("greedy", 0.0), ("temperature 0.8", 0.8)):
-        paces = {}
-        for depth in (0, *DEPTHS):
-            engine = Engine(model, slots=1, speculative=depth)
-            request = engine.add(b"def ", Sampling(temperature), TOKENS)
+        engines = {depth: Engine(model, slots=1, speculative=depth) for depth in (0, *DEPTHS)}
+        requests = {depth: engine.add(b"def ", Sampling(temperature), TOKENS) for depth, engine in engines.items()}
+        for engine in engines.values():
             engine.step()  # the prompt
-            begun = time.perf_counter()
-            while not request.finished:
+        spent = dict.fromkeys(engines, 0.0)
+        while any(engine.busy for engine in engines.values()):  # they take turns, so that all see the same machine
+            for depth, engine in engines.items():
+                begun = time.perf_counter()
                 engine.step()
-            paces[depth] = (len(request.tokens) - 1) / (time.perf_counter() - begun), engine.acceptance
-        plain, _ = paces.pop(0)
+                spent[depth] += time.perf_counter() - begun
+        paces = {depth: (len(request.tokens) - 1) / spent[depth] for depth, request in requests.items()}
+        plain = paces[0]
         parts = [
-            f"{depth} drafts {pace:,.0f} ({pace / plain:.2f}x, acceptance length {acceptance.mean_length:.2f})"
-            for depth, (pace, acceptance) in paces.items()
+            f"{depth} drafts {paces[depth]:,.0f} ({paces[depth] / plain:.2f}x, "
+            f"acceptance length {engines[depth].acceptance.mean_length:.2f})"
+            for depth in DEPTHS
         ]
         yield f"{label}: plain {plain:,.0f} tokens/s; {'; '.join(parts)}"

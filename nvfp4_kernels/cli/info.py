@@ -89,6 +89,7 @@ def _call(op: str, refuses, device: str) -> list:
     import torch
 
     from nvfp4_kernels.formats.spec import QuantSpec
+    from nvfp4_kernels.ops.grouped_matmul.op import Stack
     from nvfp4_kernels.ops.quantize.op import quantize
 
     x = torch.ones(32, 32, dtype=torch.bfloat16, device=device)
@@ -117,6 +118,9 @@ def _call(op: str, refuses, device: str) -> list:
         row = [t[:, :1] for t in (tokens, heads, shared)]
         state = x.new_ones(1, 2, 16, 32)
         return [state, row[0], row[1], A, row[2], row[2], *[None] * 6, True, 0.0, math.inf]
+    if op in ("grouped_matmul", "expert_mlp"):
+        stack, index = Stack(x[None]), torch.tensor([0, 32], device=device)
+        return [x, stack, index, x.dtype] if op == "grouped_matmul" else [x, x, index, index, index, stack, stack]
     if op == "mixer_step":
         state = x.new_ones(1, 2, 16, 32).float()
         return [x[None, :1], x, state, *[None] * 10]

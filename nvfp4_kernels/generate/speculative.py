@@ -51,7 +51,9 @@ class Drafter:
             raise ValueError(
                 f"speculative: got an MTP block {model.config.mtp_hybrid_override_pattern!r}; allowed: *, E and - layers"
             )
-        self.pool = Pool(model.mtp.layers, slots, model.config.dtype, torch.float32, model.lm_head.weight.device)
+        self.pool = Pool(
+            model.mtp.layers, slots, model.config.dtype, torch.float32, model.backbone.embeddings.weight.device
+        )
         self.acceptance = Acceptance(by_depth=[0] * depth)
 
     def read(self, slots: list[int], hidden: list[Tensor], following: list[list[int]]) -> None:

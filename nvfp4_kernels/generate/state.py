@@ -130,59 +130,66 @@ class MambaSlots:
         self.pool, self.number = pool, number
         first = mixer.new_state(pool.slots, dtype)
         self.conv, self.ssm = first.conv, first.ssm.to(state_dtype)
-        self.inputs: Tensor | None = None  # of a step that keeps: window and new inputs, [sequences, channels, ...]
-        self.after: Tensor | None = None  # and the state after each token, [sequences, tokens, heads, head_dim, state]
+        self._before: tuple[Tensor, Tensor] | None = None  # the slots' windows and states before a step that keeps them
+        self._tokens: tuple[Tensor, Mamba2] | None = None  # and what came to them
 
     def mix(self, projected: Tensor, mixer: Mamba2) -> Tensor:
         step = self.pool.step
-        if step.packed or step.keep or step.noise:
-            return mixer.mix(projected, self._convolve, self._scan if step.packed else self._update)
-        return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments(), indices=step.indices)
+        if step.packed:
+            return mixer.mix(projected, self._convolve, self._scan)
+        if step.keep:
+            self._before = self.conv[step.indices], self.ssm[step.indices]
+            self._tokens = projected, mixer
+        return self._advance(projected, mixer, step.indices, step.noise)
 
     def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         step = self.pool.step
-        window, cu_seqlens = step.of(self.conv), step.cu_seqlens if step.packed else None
-        y, last = causal_conv1d(xBC, weight, bias, "silu", window, True, cu_seqlens)
-        if step.keep:
-            self.inputs = torch.cat([window, xBC.transpose(1, 2)], 2)
-        else:
-            self.conv[step.indices] = last
+        y, last = causal_conv1d(xBC, weight, bias, "silu", self.conv[step.indices], True, step.cu_seqlens)
+        self.conv[step.indices] = last
         return y
 
     def _scan(self, *tokens: Tensor, **options) -> Tensor:
         step = self.pool.step
-        before = step.of(self.ssm).float()
+        before = self.ssm[step.indices].float()
         y, after = selective_scan(
             *tokens, **options, initial_state=before, return_state=True, cu_seqlens=step.cu_seqlens
         )
         self.ssm[step.indices] = after.to(self.ssm.dtype)
         return y
 
-    def _update(self, x, dt, A, B, C, D, dt_bias, dt_limit, chunk_size: int) -> Tensor:
-        step, options = self.pool.step, dict(dt_bias=dt_bias, dt_limit=dt_limit)
-        if step.keep:
-            self.after = self.ssm.new_empty(*x.shape[:2], *self.ssm.shape[1:])
-        if step.noise is None:
-            return state_update(self.ssm, x, dt, A, B, C, D, indices=step.indices, intermediate=self.after, **options)
-        # A sequence by itself: its noise must not depend on its row in the batch.
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for row, (seed, offset) in enumerate(step.noise):
-            this = slice(row, row + 1)
-            # Each layer has a seed of its own; an odd multiplier keeps layers and seeds apart.
-            seed = (seed + (self.number + 1) * 0x9E3779B97F4A7C15) % (1 << 63)
-            y[this] = state_update(
-                self.ssm, x[this], dt[this], A, B[this], C[this], D, indices=step.indices[this],
-                intermediate=None if self.after is None else self.after[this],
-                noise=torch.tensor([seed, offset], device=x.device), **options,
-            )  # fmt: skip
-        return y
+    def _advance(
+        self, projected: Tensor, mixer: Mamba2, indices: Tensor, noise: list[tuple[int, int]] | None
+    ) -> Tensor:
+        if noise is None:
+            return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments(), indices=indices)
+        # Each sequence by itself: its noise must not depend on its row in the batch.
+        rows = zip(projected.split(1), indices.split(1), noise, strict=True)
+        return torch.cat([self._advance_one(row, mixer, slot, *draws) for row, slot, draws in rows])
 
-    def commit(self, step: Step, rows: Tensor, tokens: Tensor) -> None:
-        """Of each sequence's kept tokens the first tokens[i] >= 1 stay."""
-        self.ssm[step.indices] = self.after[rows, tokens - 1]
-        places = tokens[:, None] + torch.arange(self.conv.shape[2], device=tokens.device)  # the last width - 1 inputs
-        self.conv[step.indices] = self.inputs[rows[:, None], :, places].transpose(1, 2)
-        self.inputs = self.after = None
+    def _advance_one(self, projected: Tensor, mixer: Mamba2, slot: Tensor, seed: int, offset: int) -> Tensor:
+        # Each layer has a seed of its own; an odd multiplier keeps layers and seeds apart.
+        seed = (seed + (self.number + 1) * 0x9E3779B97F4A7C15) % (1 << 63)
+        noise = torch.tensor([seed, offset], device=projected.device)
+
+        def convolve(xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y, self.conv[slot] = causal_conv1d(xBC, weight, bias, "silu", self.conv[slot], True)
+            return y
+
+        def update(*tokens: Tensor, chunk_size: int, **options) -> Tensor:
+            return state_update(self.ssm, *tokens, **options, indices=slot, noise=noise)
+
+        return mixer.mix(projected, convolve, update)
+
+    def commit(self, step: Step, tokens: list[int]) -> None:
+        """Of each sequence's kept tokens the first tokens[i] stay: where others followed, the state before is moved anew."""
+        (conv, ssm), (projected, mixer) = self._before, self._tokens
+        for count in set(tokens) - {projected.shape[1]}:
+            rows = [row for row, n in enumerate(tokens) if n == count]
+            indices = step.indices[rows]
+            self.conv[indices], self.ssm[indices] = conv[rows], ssm[rows]
+            noise = None if step.noise is None else [step.noise[row] for row in rows]
+            self._advance(projected[rows, :count], mixer, indices, noise)
+        self._before = self._tokens = None
 
     def clear(self, slot: int, tokens: int) -> None:
         self.conv[slot], self.ssm[slot] = 0, 0
@@ -228,10 +235,9 @@ class Pool:
         step = self.step
         for slot, start, count in zip(step.slots, step.starts, tokens, strict=True):
             self.lengths[slot] = start + count
-        rows, counts = torch.arange(len(tokens), device=self.device), torch.tensor(tokens, device=self.device)
         for layer in self.layers:
             if isinstance(layer, MambaSlots):
-                layer.commit(step, rows, counts)
+                layer.commit(step, tokens)
 
     def truncate(self, slot: int, tokens: int) -> None:
         """Forget all but a slot's first `tokens` tokens; for pools without Mamba-2 layers, whose states know no way back."""

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import nvfp4_kernels.ops.matmul.op  # noqa: F401  (its registration)
 from nvfp4_kernels.autograd.experts import quantize_experts
 from nvfp4_kernels.autograd.linear import quantize_weight
 from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
+from nvfp4_kernels.ops._dispatch import select
 
 # Up to so many rows the CPU kernels sum in one and the same order (csrc/matmul/few_rows.h, few_rows_plain.h). More rows of a
 # decoded batch are multiplied in parts, up to _PARTS of them: what a row says then does not depend on how many there are.
@@ -21,31 +21,30 @@ _PARTS = 4
 
 
 class ServedLinear(nn.Module):
-    """x W^T + b, W plain, of x's dtype, or NVFP4: nk.matmul without the checks, which a decoded token would feel.
+    """x W^T + b: nk.matmul without its checks and torch's dispatcher, which a decoded token would feel at each layer.
 
-    weight: [out, in], or the codes; then scales and global_scale are those of NVFP4Tensor.
+    weight: [out, in], of x's dtype or an NVFP4Tensor. Neither it nor the bias is a buffer: a served model stays where it is.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None, global_scale: Tensor | None = None
-    ):
+    def __init__(self, weight: Tensor | NVFP4Tensor, bias: Tensor | None):
         super().__init__()
-        for name, tensor in dict(weight=weight, bias=bias, scales=scales, global_scale=global_scale).items():
-            self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
-        self.features = weight.shape[0]
-        self.few = _FEW["plain" if scales is None else "nvfp4"]
+        self.weight, self.bias = weight, None if bias is None else bias.detach()
+        self.plain = isinstance(weight, Tensor)
+        self.few = _FEW["plain" if self.plain else "nvfp4"]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.scales is None and (len(rows) > _PARTS * self.few or not x.is_cpu or x.dtype == torch.float64):
+        if self.plain and (len(rows) > _PARTS * self.few or not x.is_cpu or x.dtype == torch.float64):
             return F.linear(x, self.weight, self.bias)
         if self.few < len(rows) <= _PARTS * self.few:
-            return torch.cat([self._product(part) for part in rows.split(self.few)]).view(*x.shape[:-1], self.features)
-        return self._product(rows).view(*x.shape[:-1], self.features)
+            y = torch.cat([self._product(part) for part in rows.split(self.few)])
+        else:
+            y = self._product(rows)
+        return y.view(*x.shape[:-1], y.shape[1])
 
     def _product(self, rows: Tensor) -> Tensor:
-        weight = self.weight, self.scales, self.global_scale
-        return torch.ops.nvfp4.matmul(rows, None, None, *weight, self.bias, str(rows.dtype)[6:])
+        arguments = (rows, self.weight, self.bias, rows.dtype, None, False)
+        return select("matmul", *arguments).run(*arguments)
 
 
 def serving(model: nn.Module) -> nn.Module:
@@ -67,7 +66,7 @@ def serving(model: nn.Module) -> nn.Module:
         if isinstance(module, Linear):
             setattr(made.get_submodule(parent), child, _linear(module, dtype))
         elif isinstance(module, NVFP4Weight) and module.experts is None:
-            setattr(made.get_submodule(parent), child, _coded(module.tensor(), module.bias))
+            setattr(made.get_submodule(parent), child, ServedLinear(module.tensor(), module.bias))
         elif isinstance(module, Experts):
             setattr(made.get_submodule(parent), child, _experts(module, dtype))
     return made
@@ -77,11 +76,7 @@ def serving(model: nn.Module) -> nn.Module:
 def _linear(module: Linear, dtype: torch.dtype) -> nn.Module:
     bias = None if module.bias is None else module.bias.to(dtype)
     form = quantize_weight(module.weight, module.recipe, module.noise)[0] if module.recipe.quantized else module.weight
-    return _coded(form, bias) if isinstance(form, NVFP4Tensor) else ServedLinear(_plain(form, dtype), bias)
-
-
-def _coded(weight: NVFP4Tensor, bias: Tensor | None) -> ServedLinear:
-    return ServedLinear(weight.codes, bias, weight.scales.view(torch.uint8), weight.global_scale)
+    return ServedLinear(form if isinstance(form, NVFP4Tensor) else _plain(form, dtype), bias)
 
 
 @torch.no_grad()

@@ -13,15 +13,18 @@ from nvfp4_kernels.train.schedule import Schedule
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.setup import split
 
+PATTERN = "-"
 MEASURED = 5  # steps after which the pace tells how many there will be
 
 
 def with_drafting(model: HybridModel, settings: Settings, corpus: Corpus, seconds: float) -> HybridModel:
     """A copy of `model` with an MTP block, trained for about `seconds` on the batches that `settings` name.
 
-    One depth: drafts further on come of the same block, from its own states.
+    One depth: drafts further on come of the same block, from its own states. The block is one MLP layer: beside a model of
+    seven layers attention and experts cost more time for each draft than their better drafts give back.
     """
-    made = HybridModel(model.config.replace(num_nextn_predict_layers=1, mtp_num_depths=1), model.recipe)
+    config = model.config.replace(num_nextn_predict_layers=1, mtp_num_depths=1, mtp_hybrid_override_pattern=PATTERN)
+    made = HybridModel(config, model.recipe)
     made.to(model.lm_head.weight.device).load_state_dict(model.state_dict(), strict=False)
     made.train_only(["mtp.*"])
     data, _ = split(settings, corpus)

@@ -52,6 +52,8 @@ def test_train_resume_generate(capsys, tmp_path, text):
 def test_demo(capsys, tmp_path, text):
     out, _ = run(capsys, "demo", "--steps", 2, "--data", text, "--out", tmp_path / "demo")
     assert "unigram" in out and "gap to bf16" in out and "200 bytes from the NVFP4 model:\ndef " in out
+    drafts = out[out.index("speculative decoding of one sequence") :]
+    assert len(re.findall(r"\d drafts [\d,]+ \([\d.]+x, acceptance length \d\.\d\d\)", drafts)) == 6
     assert (tmp_path / "demo/loss.png").exists() and (tmp_path / "demo/nvfp4/checkpoints").exists()
 
 

@@ -1,13 +1,14 @@
 """Speculative decoding: greedy text is the plain text, sampled text has its distribution, drafts are the block's."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nvfp4_kernels.generate.engine import Engine
-from nvfp4_kernels.generate.sample import Draws, Sampling
+from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.generate.speculative import judge
 
 PATTERNS = {
@@ -79,13 +80,23 @@ def chi_square(counts, expected):
     return float((((counts - expected) ** 2 / expected).sum() - free) / (2 * free) ** 0.5)
 
 
+def look_up(table, position, word):
+    return table[position, word]
+
+
 def test_the_rule_gives_the_models_distribution():
     torch.manual_seed(1)
     p, q = torch.softmax(torch.randn(3, 6), -1), torch.softmax(torch.randn(2, 6), -1)
     q[0, 3], p[0, 4] = 0, 0  # what is never drafted, and what may never come
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     n, position = 3000, 17
-    requests = [SimpleNamespace(draws=Draws(seed), position=position) for seed in range(n)]
+    uniforms = torch.rand(n, 3, 4, dtype=torch.float64).tolist()
+    tables = [
+        {(position + t, word): u for t, row in enumerate(table) for word, u in enumerate(row)} for table in uniforms
+    ]
+    requests = [
+        SimpleNamespace(draws=SimpleNamespace(at=partial(look_up, table)), position=position) for table in tables
+    ]
     drafts = torch.stack([torch.multinomial(row, n, replacement=True) for row in q], 1).tolist()
     made = judge(requests, drafts, q.expand(n, -1, -1), p.expand(n, -1, -1))
     first = torch.tensor([row[0] for row in made]).bincount(minlength=6)

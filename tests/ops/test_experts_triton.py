@@ -5,13 +5,14 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _triton
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route import triton as route_triton
 from nvfp4_kernels.ops.route.op import route
 from tests.ops.test_grouped_matmul import LOADS, error, offsets, stack
-from tests.oracles.experts_brute import decode, grouped, grouped_sums
+from tests.oracles.experts_brute import decode, grouped, grouped_sums, moe
 
 pytestmark = [
     pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
@@ -153,3 +154,15 @@ def test_a_bad_global_scale_is_its_groups_own():
     b = Stack(b.values.to(DEVICE), b.scales.to(DEVICE), torch.tensor([1.0, float("inf")], device=DEVICE))
     y = grouped_matmul(torch.ones(7, 32, device=DEVICE), b, offsets([3, 4]).to(DEVICE))
     assert y[:3].isfinite().all() and y[3:].isnan().all()
+
+
+@pytest.mark.parametrize("tokens, top_k", [(1, 2), (17, 3), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_expert_mlp(tokens, top_k, dtype):
+    routing = by_reference(route, drawn(tokens, 4), None, top_k)
+    x, up, down = drawn(tokens, 32, dtype=dtype), stack(4, 48, 32), drawn(4, 32, 48, dtype=dtype)
+    on_device = Stack(*(part.to(DEVICE) for part in up))
+    y = expert_mlp(x, routing, on_device, down).cpu()
+    weights = routing.weights.cpu().double()
+    wanted = moe(x.cpu().double(), routing.indices.cpu(), weights, decode(*up), down.cpu().double())
+    assert y.dtype == dtype and error(y, wanted) <= max(3 * torch.finfo(dtype).eps, 10 * LIMIT)

@@ -1,0 +1,22 @@
+"""The Triton kernels of the parts, one after another: five launches, and nothing of the routing is read back by the host."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops.grouped_matmul import triton as grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import Stack
+from nvfp4_kernels.ops.permute import triton as permute
+from nvfp4_kernels.ops.relu2 import triton as relu2
+
+
+def refuses(
+    x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
+) -> str | None:
+    return grouped_matmul.refuses(x, up, offsets, x.dtype) or grouped_matmul.refuses(x, down, offsets, x.dtype)
+
+
+def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
+    rows = permute.run(x, order, inverse)
+    hidden = relu2.run(grouped_matmul.run(rows, up, offsets, torch.float32), None).to(x.dtype)
+    y = grouped_matmul.run(hidden, down, offsets, torch.float32)
+    return permute.combine(y, order, inverse, weights).to(x.dtype)
