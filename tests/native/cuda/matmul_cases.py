@@ -28,7 +28,7 @@ def bound(a, w):
     return (a.to(F64).abs() @ w.abs().t()) * a.shape[1] * 2.0**-24
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 17, 33, 64])
 def test_tokens(model, tokens):
     packed, w = weight(144, 512)  # a tile and a slab; 4 steps
     a = torch.randn(tokens, 512).bfloat16()
@@ -54,8 +54,8 @@ def test_splits_add_up_in_order(model, monkeypatch, tokens):
     """Whichever split ends last: the same bits, and counters back at zero."""
     zeros = []
     monkeypatch.setattr(_cuda, "_zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
-    packed, w = weight(256, 2048)
-    assert _cuda.splits(tokens, 256, 2048) == 4
+    packed, w = weight(128, 2048)
+    assert _cuda.splits(tokens, 128, 2048) == 4
     a = torch.randn(tokens, 2048).bfloat16()
     made = []
     for seed in (None, 2, 3):  # odd seeds run the blocks from the last to the first
