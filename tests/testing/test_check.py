@@ -100,7 +100,11 @@ PASSED = LINE.replace("started", "pass")
 
 @pytest.mark.parametrize(
     ("ending", "said"),
-    [("kill -SEGV $$", "signal 11"), ("echo ouch >&2; exit 3", "exit status 3: ouch"), ("exec sleep 60", "nothing within")],
+    [
+        ("kill -SEGV $$", "signal 11"),
+        ("echo ouch >&2; exit 3", "exit status 3: ouch"),
+        ("exec sleep 60", "nothing within"),
+    ],
 )
 def test_a_backend_that_takes_its_process_down_costs_its_own_cell(monkeypatch, tmp_path, ending, said):
     """An interpreter that plays a process in which the backend "bad" dies at its first case."""
