@@ -12,7 +12,6 @@ if not torch.cuda.is_available():  # before any kernel is defined: the Triton ke
     os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch.utils._device import _device_constructors  # noqa: E402
 
-_device_constructors()  # remembers the plain torch.empty, for `with torch.device("meta")`, before it is poisoned
 POISON_BYTE = 0xA5  # for integer outputs: codes are uint8, where NaN has no meaning
 
 
@@ -24,6 +23,9 @@ def seeded():
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """torch.empty and Tensor.new_empty give NaN in floats and a byte pattern elsewhere, never what happens to be zero."""
+    # `with torch.device("meta")` goes by what it remembers: the plain torch.empty, whatever a test before left there
+    _device_constructors.cache_clear()
+    _device_constructors()
     plain_empty, plain_new_empty = torch.empty, torch.Tensor.new_empty
 
     def poison(x):
