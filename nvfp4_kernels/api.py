@@ -4,13 +4,14 @@ from nvfp4_kernels import recipe as recipes
 from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
 from nvfp4_kernels.checkpoint import huggingface as _huggingface  # noqa: F401  (HybridModel.from_pretrained)
+from nvfp4_kernels.checkpoint.source import CheckpointError
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.signs import random_signs
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.generate.engine import Engine
-from nvfp4_kernels.generate.loop import stream  # and HybridModel.generate
+from nvfp4_kernels.generate.engine import Engine, Event, Request
+from nvfp4_kernels.generate.loop import Pace, stream  # and HybridModel.generate
 from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
@@ -68,6 +69,10 @@ __all__ = [
     "preset",
     "HybridModel",
     "stream",
+    "CheckpointError",
     "Engine",
+    "Request",
+    "Event",
+    "Pace",
     "Sampling",
 ]

@@ -70,7 +70,7 @@ def save_pretrained(
         model with quantized matrices and only for such a one, "modelopt" (hf_quant_config.json and quantization_config,
         as vLLM reads them; an FP8 matrix without input_scale gets 1).
     max_shard_bytes: a larger model is split into files of at most so many bytes, with an index.
-    dtype: of everything but quantized matrices, scales and the routers' bias; None: as the model has them. The published
+    dtype: of everything but quantized matrices, scales and the routers; None: as the model has them. The published
         checkpoints have torch.bfloat16.
 
     Tokenizer, generation_config.json and the like come along from `model.source`. Raises ValueError.

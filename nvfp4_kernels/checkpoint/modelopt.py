@@ -5,9 +5,7 @@ refuse what these modules are not; writing gives loaders (vLLM, TensorRT-LLM, tr
 Source: ModelOpt's export/quant_utils.py and convert_hf_config.py, vLLM's quantization/modelopt.py.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from nvfp4_kernels import __version__
 from nvfp4_kernels.checkpoint import compressed_tensors
@@ -22,29 +20,38 @@ _GROUPS = {
 }
 
 
-def read_quantization(path: Path, in_config: dict | None) -> dict | None:
-    """{"method", "kv_cache": "FP8" or None} from config.json's quantization_config, or else from the file at `path`.
+def read_quantization(in_file: dict | None, in_config: dict | None) -> dict | None:
+    """{"method", "kv_cache": "FP8" or None} from config.json's quantization_config, or else from hf_quant_config.json.
 
-    Raises ValueError for a method or an algorithm of which nothing here can read the weights.
+    Raises ValueError for a method, an algorithm or a cache format of which nothing here can read the values.
     """
     if in_config is None:
-        if not path.exists():
+        if in_file is None:
             return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        details = values.get("quantization", {}) if isinstance(values, dict) else {}
+        details = in_file.get("quantization", {})
+        _require_object("quantization", details)
         kv_cache = details.get("kv_cache_quant_algo")
         method = "modelopt"
     else:
+        _require_object("quantization_config", in_config)
         details = in_config.get("quantization", in_config)
+        _require_object("quantization_config", details)
         kv_cache = details.get("kv_cache_quant_algo") or ("FP8" if details.get("kv_cache_scheme") else None)
         method = str(in_config.get("quant_method", "modelopt"))
+    if kv_cache not in (None, "", "FP8"):
+        raise ValueError(f"kv_cache_quant_algo: got {kv_cache!r}; allowed: FP8, or none")
     if method == compressed_tensors.METHOD:
         compressed_tensors.check(details)
     elif method.startswith("modelopt"):
         _check(details)
     else:
         raise ValueError(f"quant_method: got {method!r}; allowed: modelopt, {compressed_tensors.METHOD}")
-    return {"method": method, "kv_cache": kv_cache}
+    return {"method": method, "kv_cache": kv_cache or None}
+
+
+def _require_object(name: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: got {value!r}; allowed: a JSON object")
 
 
 def _check(details: dict) -> None:

@@ -14,12 +14,12 @@ from nvfp4_kernels.checkpoint import names
 from nvfp4_kernels.checkpoint.files import Item, safetensors, sync_folder, write
 from nvfp4_kernels.checkpoint.fit import NOISE
 from nvfp4_kernels.checkpoint.modelopt import write_quantization
-from nvfp4_kernels.checkpoint.snapshot import UNFINISHED
+from nvfp4_kernels.checkpoint.snapshot import MANIFEST, UNFINISHED
 from nvfp4_kernels.checkpoint.source import COMPANIONS, INDEX, SINGLE, CheckpointError
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 
 LAYOUTS = ("published", "transformers", "modelopt")
-REPLACED = ("config.json", "hf_quant_config.json", INDEX, "*.safetensors")
+REPLACED = ("config.json", "hf_quant_config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 
@@ -148,7 +148,8 @@ def replace(final: Path, part: Path) -> None:
 
 def save(model: nn.Module, path: Path, layout: str, limit: float, dtype: torch.dtype | None) -> None:
     """Raises CheckpointError with what was at `path` left as it was."""
-    if path.is_dir() and any(path.iterdir()) and ((path / "run.json").exists() or not (path / "config.json").exists()):
+    trained = any((path / name).exists() for name in ("run.json", MANIFEST))
+    if path.is_dir() and any(path.iterdir()) and (trained or not (path / "config.json").exists()):
         raise CheckpointError(f"checkpoint: {path} holds files that are no checkpoint; do: name another folder")
     part = path.with_name(f"{UNFINISHED}{path.name}")
     try:

@@ -69,7 +69,9 @@ def open_source(path: str | Path) -> Source:
         folder = snapshot.load(folder).path
     shards = find_shards(folder)
     values = read_json(folder / "config.json")
-    quantization = read_quantization(folder / "hf_quant_config.json", values.pop("quantization_config", None))
+    path = folder / "hf_quant_config.json"
+    in_file = read_json(path) if path.exists() else None
+    quantization = read_quantization(in_file, values.pop("quantization_config", None))
     try:
         config = HybridConfig.from_dict(values)
     except (ValueError, TypeError) as error:

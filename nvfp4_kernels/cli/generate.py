@@ -1,7 +1,6 @@
 """nvfp4 generate: text from a trained run or from a Hugging Face folder, as it comes."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,8 +101,10 @@ def load_source(folder: Path) -> Source:
 
 def generation_ends(folder: Path) -> list[int]:
     """The further end-of-text tokens that a generation_config.json names, such as the end of an answer."""
+    from nvfp4_kernels.checkpoint.source import read_json
+
     path = folder / "generation_config.json"
-    ends = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 

@@ -13,7 +13,7 @@ def load_model(path: Path):
 
     if (path / "run.json").is_file():
         model, tokenizer, _ = load_run(path)
-        return model.to(default_device()), tokenizer
+        return model, tokenizer
     model = from_pretrained(path, device=default_device())
     return model, load_tokenizer(str(path / "tokenizer.json"), model.config.vocab_size, model.config.eos_token_id)
 

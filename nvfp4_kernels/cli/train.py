@@ -149,7 +149,9 @@ def preset_settings(**given) -> Settings:
             raise ValueError(
                 f"preset: got {given['preset']}; allowed: none with --from, whose checkpoint has a geometry"
             )
-        defaults = FINE_TUNING | {"tokenizer": tokenizer_of(Path(folder))}
+        ids = str(given.get("data", "")).endswith((".npy", ".bin"))
+        own = {} if "tokenizer" in given or ids else {"tokenizer": tokenizer_of(Path(folder))}
+        defaults = FINE_TUNING | own
     if "minutes" in given:
         defaults.pop("steps", None)
     settings = Settings(**(defaults | given))
@@ -159,7 +161,11 @@ def preset_settings(**given) -> Settings:
 def tokenizer_of(folder: Path) -> str:
     if (folder / "tokenizer.json").exists():
         return str(folder / "tokenizer.json")
-    return Settings.load(folder).tokenizer if (folder / "run.json").exists() else Settings.tokenizer
+    if (folder / "run.json").exists():
+        return Settings.load(folder).tokenizer
+    raise ValueError(
+        f"tokenizer: {folder} holds no tokenizer.json; do: copy it there, or give --tokenizer (bytes, or a path)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from nvfp4_kernels.checkpoint.source import read_json
+
 
 class FolderTokenizer:
     """encode(text) -> ids with the special tokens that the tokenizer adds to a plain text, decode(ids) -> bytes without
@@ -51,7 +53,7 @@ class FolderTokenizer:
 
     def _config(self) -> dict:
         path = self.folder / "tokenizer_config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def _special_tokens(self) -> dict[str, str]:
         tokens = {name: value for name, value in self._config().items() if name.endswith("_token")}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def generate(
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; allowed: int64 [batch, length]")
     batch, length = ids.shape
-    seeds = [seed] * batch if isinstance(seed, int) else list(seed)
+    seeds = [seed] * batch if isinstance(seed, Integral) else list(seed)
     if len(seeds) != batch:
         raise ValueError(f"seed: got {len(seeds)} numbers; allowed: one, or {batch}, one for each row of ids")
     stop_ids = end_ids(model.config) if stop_ids is None else stop_ids
@@ -97,23 +98,25 @@ def stream(
     """
     pace, detokenizer, ending = pace or Pace(), Detokenizer(tokenizer), StopStrings(stop)
     request = engine.add(prompt, sampling, max_new_tokens, stop_ids)
-    pace.prompt_tokens, started, first = len(request.prompt), time.perf_counter(), None
+    pace.prompt_tokens, started, first, given = len(request.prompt), time.perf_counter(), None, 0
     try:
-        while not request.finished:
-            events = [event for event in engine.step() if event.request is request]
+        while not request.finished or given < len(request.tokens):
+            if given == len(request.tokens):
+                engine.step()
+            new = request.tokens[given:]  # of the request, not of the step: another stream may have taken steps too
+            given += len(new)
             now = time.perf_counter()
-            if first is None and events:
+            if first is None and (new or request.finished):
                 first, pace.prompt_seconds = now, now - started
             elif first is not None:
                 pace.new_tokens, pace.new_seconds = len(request.tokens) - 1, now - first
             if engine.acceptance:
                 pace.acceptance_length = engine.acceptance.mean_length
-            for event in events:
-                piece = ending.push(detokenizer.push(event.tokens))
-                if piece:
-                    yield piece
-                if ending.stopped:
-                    return
+            piece = ending.push(detokenizer.push(new))
+            if piece:
+                yield piece
+            if ending.stopped:
+                return
         piece = ending.push(detokenizer.finish()) + ending.finish()
         if piece:
             yield piece

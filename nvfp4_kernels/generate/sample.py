@@ -104,16 +104,15 @@ class Shaper:
         best = logits.argmax(-1, keepdim=True) if self._some_greedy else None
         if self.greedy:
             return torch.zeros_like(logits).scatter_(1, best, 1.0)
-        p = self._shaped(logits / self._temperature)
+        p = self._shaped((logits - logits.amax(-1, keepdim=True)) / self._temperature)
         return p if best is None else torch.where(self._greedy, torch.zeros_like(p).scatter_(1, best, 1.0), p)
 
     def _shaped(self, logits: Tensor) -> Tensor:
         if self.limits_k or self.limits_p:
             k = int(min(self.top_k, logits.shape[1]))
-            if k < logits.shape[1]:
-                values, ids = logits.topk(k)
-            else:
-                values, ids = logits.sort(descending=True, stable=True)
+            values, ids = (
+                t[:, :k] for t in logits.sort(descending=True, stable=True)
+            )  # topk promises no order of equals
             values = values.masked_fill(torch.arange(k, device=logits.device) >= self._k, -math.inf)
             p = values.softmax(-1)
             p = p.masked_fill(p.cumsum(-1) - p >= self._p, 0)  # the probability of all likelier ones already suffices

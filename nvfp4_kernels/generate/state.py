@@ -6,6 +6,7 @@ come to each. The pool's `layers` are handed to the model as its `state`; what t
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from nvfp4_kernels.ops.state_update.op import state_update
 # Keys are allocated and attended to in pages. torch's attention on the CPU sums over blocks of 512 keys: where all of them are
 # whole, bits do not depend on the length of the longest sequence in the batch. (In bf16 64 do as well.)
 PAGE = 512
+MASK = 1 << 22  # which query may see which key: as many pairs at once when a long prompt is read in chunks
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,7 +94,7 @@ class AttentionSlots:
             return torch.cat([self._attend_one(*row) for row in rows])[None]
         slots = step.indices[:, None]
         self.k[slots, :, step.positions], self.v[slots, :, step.positions] = k, v
-        keys, values = (step.of(t)[:, :, : step.reach] for t in (self.k, self.v))
+        keys, values = (step.of(t[:, :, : step.reach]) for t in (self.k, self.v))
         if q.shape[1] * q.shape[2] > k.shape[2]:
             return attend_seen(q, keys, values, step.seen)
         # One query alone with its key would be multiplied by another kernel, that rounds otherwise, than one of several.
@@ -110,8 +112,14 @@ class AttentionSlots:
             return nn.functional.scaled_dot_product_attention(
                 q, keys, values, is_causal=True, enable_gqa=share > 1
             )[0].transpose(0, 1)  # fmt: skip
-        seen = torch.ones(1, len(q), end, dtype=torch.bool, device=q.device).tril(start)
-        return attend_seen(q[None], keys, values, seen)[0]
+        parts = q.split(max(1, MASK // end))
+        starts = accumulate((len(part) for part in parts), initial=start)
+        return torch.cat([self._attend_part(part, keys, values, at) for part, at in zip(parts, starts, strict=False)])
+
+    def _attend_part(self, q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        own = torch.arange(start, start + len(q), device=q.device)[:, None]
+        seen = torch.arange(keys.shape[2], device=q.device) <= own
+        return attend_seen(q[None], keys, values, seen[None])[0]
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.k.shape[2]

@@ -10,7 +10,7 @@ from nvfp4_kernels.autograd.experts import quantize_experts
 from nvfp4_kernels.autograd.linear import quantize_weight
 from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
-from nvfp4_kernels.nn.moe import Experts
+from nvfp4_kernels.nn.moe import Experts, Router
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops._dispatch import select
 
@@ -53,7 +53,7 @@ def serving(model: nn.Module) -> nn.Module:
     Linear layers and experts: where the recipe quantizes nothing, weights of the activations' dtype; where it does, the
     quantized weights that training multiplies with, NVFP4 kept in four bits, MXFP8 decoded to the activations' dtype;
     activations stay in theirs (quantizing them, as training does, takes a scale from the whole batch: what a sequence says
-    would depend on its neighbours). Routers, norms, convolutions, A, D and dt_bias stay as they are. Weights that are
+    would depend on its neighbours). Norms, convolutions, A, D and dt_bias stay as they are. Weights that are
     quantized already (nn.quantized) are shared.
     """
     dtype = model.config.dtype
@@ -67,6 +67,8 @@ def serving(model: nn.Module) -> nn.Module:
             setattr(made.get_submodule(parent), child, _linear(module, dtype))
         elif isinstance(module, NVFP4Weight) and module.experts is None:
             setattr(made.get_submodule(parent), child, ServedLinear(module.tensor(), module.bias))
+        elif isinstance(module, Router):
+            module.served = ServedLinear(module.weight.detach().to(torch.promote_types(dtype, torch.float32)), None)
         elif isinstance(module, Experts):
             setattr(made.get_submodule(parent), child, _experts(module, dtype))
     return made
@@ -88,11 +90,16 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     ):
         recipe = module.recipes[part]
         stacks.append([form[0] for form in quantize_experts(weight, recipe, noise)] if recipe.quantized else weight)
-    if all(isinstance(stack[0], NVFP4Tensor) for stack in stacks):
+    if all(isinstance(stack[0], NVFP4Tensor) and stack[0].hadamard is None for stack in stacks):
         return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
-    ups, downs = (torch.stack([_plain(form, dtype) for form in stack]) for stack in stacks)
-    made = Experts(ups.shape[0], ups.shape[2], ups.shape[1])
+    ups, downs = (
+        _plain(stack, dtype) if isinstance(stack, Tensor) else torch.stack([_plain(form, dtype) for form in stack])
+        for stack in stacks
+    )
+    with torch.device("meta"):
+        made = Experts(ups.shape[0], ups.shape[2], ups.shape[1])
     made.up_proj, made.down_proj = nn.Parameter(ups, False), nn.Parameter(downs, False)
+    made.up_noise, made.down_noise = module.up_noise, module.down_noise
     return made
 
 

@@ -47,11 +47,12 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
+        self.served: nn.Module | None = None  # gives the logits in place of F.linear where a model is served
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
         wide = x if x.dtype == torch.float64 else x.float()
-        logits = F.linear(wide, self.weight.to(wide.dtype))
+        logits = F.linear(wide, self.weight.to(wide.dtype)) if self.served is None else self.served(wide)
         return route(logits, self.e_score_correction_bias, *self.options), logits
 
     @torch.no_grad()

@@ -129,7 +129,11 @@ def calibrate(model: nn.Module, ids: np.ndarray, length: int) -> Amaxes:
     try:
         with observe(model) as amaxes:
             for rows, _ in windows(ids, min(length, len(ids) - 1), model.config.vocab_size):
-                model(rows.to(device))
+                ids = rows.to(device)
+                hidden = model.hidden(ids)
+                model.lm_head(hidden)
+                if model.mtp is not None and ids.shape[1] > 1:
+                    model.mtp(hidden[:, :-1], model.embed(ids[:, 1:]))
     finally:
         model.train(training)
     for name, amax in amaxes.items():

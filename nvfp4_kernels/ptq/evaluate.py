@@ -50,7 +50,7 @@ class Bucket:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats)
+        return math.exp(self.nats) if self.nats < 709 else math.inf
 
 
 @dataclass(frozen=True)

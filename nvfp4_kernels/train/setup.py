@@ -62,11 +62,14 @@ def split(settings: Settings, corpus: Corpus) -> tuple[Packer, list[Batch]]:
 
 
 def load_run(run: Path):
-    """(model, tokenizer, step) of a run's newest whole snapshot. Raises ValueError where there is none."""
+    """(model, tokenizer, step) of a run's newest whole snapshot, on the device that this machine computes on.
+
+    Raises ValueError where there is none.
+    """
     settings = Settings.load(run)
     found, damaged = snapshot.newest(Path(run) / "checkpoints")
     if found is None:
         raise ValueError(damaged[0] if damaged else f"model: {run} holds no checkpoint yet; do: let it train further")
     config = HybridConfig.load(found.path)
-    model = from_pretrained(found.path, recipe=get_recipe(settings.recipe))
+    model = from_pretrained(found.path, device=default_device(), recipe=get_recipe(settings.recipe))
     return model, load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id), found.step

@@ -287,6 +287,14 @@ def test_over_a_checkpoint_and_not_over_anything_else(tmp_path, model):
     (tmp_path / "b/thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds files that are no checkpoint"):
         model.save_pretrained(tmp_path / "b")
+    (tmp_path / "a/adapter.safetensors").write_text("somebody's")
+    model.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a/adapter.safetensors").read_text() == "somebody's"
+    (tmp_path / "a/adapter.safetensors").unlink()
+    (tmp_path / "a/manifest.json").write_text("{}")  # as of a snapshot of a run, beside which an optimizer's state lies
+    with pytest.raises(ValueError, match="holds files that are no checkpoint"):
+        model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/manifest.json").unlink()
     (tmp_path / "a/run.json").write_text("{}")
     with pytest.raises(ValueError, match="holds files that are no checkpoint"):
         model.save_pretrained(tmp_path / "a")

@@ -125,6 +125,8 @@ ARGUMENTS = {
     ("quantize", {"--recipe": None, "--bits": "4"}, "bits: got 4.0; allowed: at least 4.5"),
     ("quantize", {"--recipe": None, "--pattern": "*.in_proj"}, "pattern: got '*.in_proj'; allowed: GLOB=FORMAT"),
     ("quantize", {"--recipe": None, "--pattern": "*.in_proj=fp4"}, "got format 'fp4'"),
+    ("quantize", {"--recipe": None, "--pattern": "*=bf16"}, "pattern: got a choice of bf16 for every layer"),
+    ("quantize", {"--recipe": None, "--bits": "16"}, "bits: got a choice of bf16 for every layer"),
     ("quantize", {"--four-over-six": "mae", "--search": "mse"}, "four_over_six: got 'mae' with search mse"),
     ("quantize", {"--out": "hf"}, "out: hf is there already; do: name another folder"),
     ("quantize", {"--model": "nothing"}, "nothing does not exist"),

@@ -187,3 +187,43 @@ def test_an_mtp_block_with_mamba_layers_cannot_draft(build):
     model = build("M", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*M")
     with pytest.raises(ValueError, match=r"speculative: got an MTP block '\*M'"):
         Engine(model, speculative=1)
+
+
+def test_bf16_decoding_does_not_depend_on_the_neighbours(build):
+    model = build("ME*M-E", hidden_size=256, dtype="bfloat16")
+    prompts = prompts_of(8, 3)
+
+    def texts(slots):
+        engine = Engine(model, slots=slots, prefill_chunk=3)  # each prompt is read by itself
+        requests = [engine.add(prompt, max_new_tokens=24) for prompt in prompts]
+        run(engine)
+        return [request.tokens for request in requests]
+
+    assert texts(8) == texts(1)
+
+
+def test_a_served_bf16_model_shares_its_experts(build):
+    model = build("E", dtype="bfloat16").bfloat16()
+    made = serving(model).backbone.layers[0].mixer.experts
+    experts = model.backbone.layers[0].mixer.experts
+    assert made.up_proj.data_ptr() == experts.up_proj.data_ptr()
+    assert made.down_proj.data_ptr() == experts.down_proj.data_ptr()
+
+
+def test_a_recipe_that_rotates_forward_operands_is_served(build, greedy):
+    model = build("ME")
+    spec = nk.QuantSpec(hadamard=0xD7E8)
+    model.set_recipe(nk.LinearRecipe(fprop_x=spec, fprop_w=spec))
+    engine = Engine(model, slots=1)
+    request = engine.add([1, 2, 3], max_new_tokens=4)
+    run(engine)
+    assert len(request.tokens) == 4
+
+
+def test_a_long_prompt_is_masked_in_parts(build, greedy, monkeypatch):
+    monkeypatch.setattr("nvfp4_kernels.generate.state.MASK", 64)
+    model, prompt = build("*M*"), prompts_of(2, 40)[1] * 8
+    engine = Engine(model, slots=1, prefill_chunk=17)
+    request = engine.add(prompt, max_new_tokens=6)
+    run(engine)
+    assert request.tokens == greedy(model, prompt, 6)

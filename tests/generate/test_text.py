@@ -193,3 +193,25 @@ def test_the_command_reads_a_hugging_face_folder(folder, build, capsys, tmp_path
     first = int(model.generate(torch.tensor([FolderTokenizer(tmp_path).encode("plain")]), 1)[0, -1])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, first]}))
     assert text("--temperature", "0", "--quiet").out == "\n"
+
+
+def test_streams_of_one_engine_take_turns(build):
+    """Whoever takes the step, each stream gives its whole text."""
+    tokenizer, model = Letters(), build(vocab_size=40)
+    prompts = [[1, 2, 3], [7, 5]]
+    alone = ["".join(stream(Engine(model, slots=1), tokenizer, prompt, max_new_tokens=12)) for prompt in prompts]
+    engine = Engine(model, slots=2)
+    streams, texts = [stream(engine, tokenizer, prompt, max_new_tokens=12) for prompt in prompts], ["", ""]
+    while any(stream is not None for stream in streams):
+        for i, each in enumerate(streams):
+            piece = None if each is None else next(each, None)
+            texts[i] += piece or ""
+            streams[i] = None if piece is None else each
+    assert texts == alone
+
+
+class Letters:
+    bytewise = True
+
+    def decode(self, ids):
+        return bytes(65 + i for i in ids)

@@ -95,3 +95,21 @@ def test_nan_activations_are_named(make_model, ids):
 def test_a_text_shorter_than_a_window(make_model):
     assert calibrate(make_model(), np.array([1, 2, 3]), 2048).tokens["lm_head"] == 2
     assert [rows.shape for rows, _ in windows(np.array([1, 2, 3]), 2, 64)] == [(1, 2)]
+
+
+def test_the_mtp_block_is_calibrated_too(make_model, ids):
+    model = make_model("ME", num_nextn_predict_layers=1)
+    amaxes = calibrate(model, ids, 20)
+    inside = {name for name in amaxes if name.startswith("mtp.")}
+    assert {f"mtp.layers.{i}.mixer.{part}" for i, part in ((0, "q_proj"), (1, "experts.up_proj"))} <= inside
+    seen = []
+    hook = model.mtp.layers[0].mixer.q_proj.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].abs().max())
+    )
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 20):
+            row = torch.tensor(ids[start : start + 20])[None]
+            if row.shape[1] > 1:
+                model.mtp(model.hidden(row)[:, :-1], model.embed(row[:, 1:]))
+    hook.remove()
+    assert float(amaxes["mtp.layers.0.mixer.q_proj"]) == pytest.approx(float(max(seen)), rel=1e-4)

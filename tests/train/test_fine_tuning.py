@@ -117,6 +117,13 @@ def test_what_the_command_line_makes_of_it(settings, tmp_path):
     got = settings_of(parse(["train", "--from", settings.from_]))
     assert (got.from_, got.lr, got.steps) == (settings.from_, 1e-4, 1000) and got.out == "runs/start-nvfp4"
     assert got.tokenizer == settings.from_ + "/tokenizer.json" and got.patterns == ["*"]
+    assert settings_of(parse(["train", "--from", settings.from_, "--tokenizer", "bytes"])).tokenizer == "bytes"
+    (tmp_path / "start/tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match="tokenizer: .* holds no tokenizer.json; do: copy it there, or give --tokenizer"
+    ):
+        settings_of(parse(["train", "--from", settings.from_]))
+    settings_of(parse(["train", "--from", settings.from_, "--data", "ids.npy"]))  # ids need none
     assert main(["train", "--from", settings.from_, "--config", "x"]) == 2
     assert main(["train", "--from", settings.from_, "--preset", "tiny"]) == 2
     assert main(["train", "--from", str(tmp_path / "none"), "--tokenizer", "bytes", "--out", str(tmp_path / "o")]) == 2
