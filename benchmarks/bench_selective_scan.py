@@ -45,7 +45,7 @@ def listing(x, dt, A, B, C, D, dt_bias, chunk_size, narrow):
     weighted = (x * step[..., None]).to(narrow).unflatten(1, (-1, chunk_size)).unflatten(3, (groups, -1))
     B, C = (t.to(narrow).unflatten(1, (-1, chunk_size)) for t in (B, C))
     scores = torch.einsum("bcqgn,bcsgn->bcgqs", C, B)[:, :, :, None]
-    seen = torch.ones(chunk_size, chunk_size, dtype=torch.bool).tril()
+    seen = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
     between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~seen, -math.inf).exp()
     within = torch.einsum("bcghqs,bcsghp->bcqghp", (between * scores).to(narrow), weighted)
     onto = (decay[..., -1:] - decay).exp().movedim(-1, 2)[..., None]

@@ -1,4 +1,4 @@
-"""What is measured on a GPU, each beside its yardstick in torch: one size at a time lies in memory.
+"""What is measured on a GPU, each beside its yardstick in torch: each size is drawn when its turn comes.
 
 A case gives the amounts that must move or be computed; benchmarks/gpu/run.py times it with CUDA events and an L2 cache flushed
 before each round. `small` sizes serve a rehearsal on a CPU: there the kernels run in Triton's interpreter.
@@ -15,6 +15,7 @@ import nvfp4_kernels as nk
 from benchmarks.bench_causal_conv1d import plain as plain_conv1d
 from benchmarks.bench_selective_scan import listing
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.nn.moe import MoE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -74,20 +75,18 @@ def decoding(device: str, small: bool) -> Iterator[Case]:
     q = nk.quantize(x)
     about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy")
     yield Case(
-        "dequantize", f"{rows}x{cols}", lambda: q.dequantize(BF16), {"copy of as many bytes": _copy(about)}, about
+        "dequantize",
+        f"{rows}x{cols}",
+        lambda: q.dequantize(BF16),
+        {"copy of as many bytes": _copy(about, device)},
+        about,
     )
     about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy")
     yield Case("hadamard", f"{rows}x{cols}", lambda: nk.hadamard(x), {"copy of as many bytes": x.clone}, about)
 
 
-def _copy(about: dict) -> Callable:
-    def run():
-        half = torch.empty(
-            int(about["bytes"]) // 2, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
-        return half.clone()
-
-    return run
+def _copy(about: dict, device: str) -> Callable:
+    return torch.empty(int(about["bytes"]) // 2, dtype=torch.uint8, device=device).clone
 
 
 def matmul(device: str, small: bool) -> Iterator[Case]:
@@ -101,16 +100,22 @@ def matmul(device: str, small: bool) -> Iterator[Case]:
     n, k = (48, 64) if small else (4096, 14336)
     b = draw(n, k, device=device)
     qb = nk.quantize(b)
+    packed = nk.PackedNVFP4Tensor.pack(qb)
     for m in (1, 17) if small else (1, 4, 16, 64, 256, 512, 2048, 8192):
         a = draw(m, k, device=device)
         amount = dict(bytes=qb.nbytes, limit="copy") if m <= 64 else dict(flops=2 * m * n * k, limit="matmul")
         run = lambda a=a: nk.matmul(a, qb, BF16)  # noqa: E731
         about = dict(dtype="bf16") | amount
         yield Case("matmul", f"bf16 x NVFP4 weight {m}x{n}x{k}", run, {"torch bf16": lambda a=a: a @ b.t()}, about)
+        if m <= 64:  # for which CUDA's kernel takes packed weights
+            run = lambda a=a: nk.matmul(a, packed, BF16)  # noqa: E731
+            name = f"bf16 x packed NVFP4 weight {m}x{n}x{k}"
+            yield Case("matmul", name, run, {"torch bf16": lambda a=a: a @ b.t()}, about, False)
 
 
 def linear(device: str, small: bool) -> Iterator[Case]:
-    """Forward and backward, the weight quantized in each step as in training without gradient accumulation."""
+    """Forward and backward, the weight quantized in each step as in training without gradient accumulation; each backend
+    alone, and what the dispatch takes."""
     for m, n, k in ((32, 48, 64),) if small else ((8192, 4096, 4096), (8192, 10304, 2688)):
         x, w, dy = draw(m, k, device=device), draw(n, k, dtype=FP32, device=device), draw(m, n, device=device)
         x.requires_grad_()
@@ -124,7 +129,8 @@ def linear(device: str, small: bool) -> Iterator[Case]:
             return torch.autograd.grad(F.linear(x, w), (x, w), dy)
 
         about = dict(dtype="nvfp4", flops=6 * m * n * k, limit="matmul")
-        yield Case("linear", f"forward and backward {m}x{n}x{k}", ours, {"torch bf16": theirs}, about)
+        for forced in (True, False):
+            yield Case("linear", f"forward and backward {m}x{n}x{k}", ours, {"torch bf16": theirs}, about, forced)
 
 
 def selective_scan(device: str, small: bool) -> Iterator[Case]:
@@ -249,7 +255,8 @@ def neighbours(device: str, small: bool) -> Iterator[Case]:
 
 
 def moe(device: str, small: bool) -> Iterator[Case]:
-    """Routed experts with shared expert and latent projections, forward and backward, in training mode."""
+    """Routed experts with shared expert and latent projections, forward and backward, in training mode; bf16 weights on both
+    sides. Ours computes the balance loss too."""
     sizes = {"tiny": (17, 32, 4, 2, 48, 32, None)} if small else {
         "Nano": (8192, 2688, 128, 6, 1856, 3712, None),
         "Super": (8192, 4096, 512, 22, 2688, 5376, 1024),
@@ -258,6 +265,8 @@ def moe(device: str, small: bool) -> Iterator[Case]:
         layer = MoE(hidden, experts, top_k, width, shared, latent).to(device)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+        layer.to(BF16)
+        layer.gate.float()
         x, dy = draw(1, tokens, hidden, device=device).requires_grad_(), draw(1, tokens, hidden, device=device)
         rows, size = tokens * top_k, latent or hidden
         flops = 3 * 2 * (rows * 2 * size * width + tokens * 2 * hidden * (shared + (latent or 0)))
@@ -308,13 +317,15 @@ GROUPS = (quantize, decoding, matmul, linear, selective_scan, state_update, neig
 
 
 def all_cases(device: str, small: bool = False) -> Iterator[Case]:
-    """Every case, one group after the other; each group's tensors go when the next begins."""
+    """Every case, one group after the other."""
     for group in GROUPS:
         yield from group(device, small)
 
 
 def finite(result: object) -> bool:
     """Whether every floating-point number of a result is finite: a time of garbage is no time."""
+    if isinstance(result, QuantizedTensor):
+        return finite(result.dequantize(FP32))
     if isinstance(result, torch.Tensor):
         return (
             not result.is_floating_point() or result.element_size() == 1 or math.isfinite(float(result.float().sum()))

@@ -25,14 +25,19 @@ def check_out(out: Path) -> None:
 
 
 def save_quantized(model, tokenizer, out: Path, write_more) -> None:
-    """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there."""
+    """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there.
+
+    In the published layout where the plan left every layer in high precision.
+    """
     from nvfp4_kernels.checkpoint.huggingface import save_pretrained
+    from nvfp4_kernels.nn.quantized import QuantizedWeight
     from nvfp4_kernels.train.byte_level import tokenizer_json
 
     part = out.with_name(f".writing-{out.name}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        save_pretrained(model, part, layout="modelopt")
+        some = any(isinstance(module, QuantizedWeight) for module in model.modules())
+        save_pretrained(model, part, layout="modelopt" if some else "published")
         if not (part / "tokenizer.json").exists():  # of a run, which names its tokenizer and does not hold it
             bytewise = tokenizer.name == "bytes"
             text = tokenizer_json(tokenizer) if bytewise else Path(tokenizer.name).read_text(encoding="utf-8")

@@ -21,9 +21,11 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def _state(*tensors: Tensor | None) -> tuple:
-    """What changes when one of them does."""
-    marks = ((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors if t is not None)
-    return (_steps, *marks)
+    """What changes when one of them does; a new one each time where nothing tells, as of tensors made in inference mode."""
+    present = [t for t in tensors if t is not None]
+    if any(t.is_inference() for t in present):
+        return (object(),)
+    return (_steps, *((t.data_ptr(), t.dtype, t._version) for t in present))
 
 
 class FormsCache:
@@ -60,13 +62,18 @@ class Derived:
     """What `make(*tensors)` gave, made anew as FormsCache does; of tensors that nobody differentiates in."""
 
     def __init__(self, make: Callable):
-        self._make, self._key, self._made = make, None, None
+        self._make = make
+        self.clear()
+
+    def clear(self) -> None:
+        self._key, self._made, self._held = None, None, ()
 
     def get(self, *tensors: Tensor | None):
         key = _state(*tensors)
-        if key != self._key:
+        if key != self._key or any(a is not b for a, b in zip(tensors, self._held, strict=True)):
             with torch.no_grad():
-                self._key, self._made = key, self._make(*tensors)
+                # held, so that no other tensor gets the address of one of them
+                self._key, self._made, self._held = key, self._make(*tensors), tensors
         return self._made
 
     def __deepcopy__(self, memo) -> "Derived":

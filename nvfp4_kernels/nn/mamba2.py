@@ -111,6 +111,10 @@ class Mamba2(nn.Module):
         options = dict(dt_bias=self.dt_bias, dt_limit=self.dt_limit, chunk_size=self.chunk_size)
         return self.norm(scan(x, dt, -torch.exp(self.A_log), B, C, self.D, **options).flatten(-2), z)
 
+    def refresh(self) -> None:
+        """Forget what was made of the parameters; needed only after writing through `.data` by hand."""
+        self._decoding.clear()
+
     def step_arguments(self) -> tuple:
         """What mixer_step takes behind the states, `indices` aside."""
         weights = self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.norm.weight

@@ -4,6 +4,7 @@ CuPy's low-level calls need neither a driver nor a GPU. Its RawModule will not d
 the FP4 instructions want, and -ftz=true, which changes results.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -11,6 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
+FLAGS = ("-std=c++17", "--fmad=false")  # as in CMakeLists.txt
 PACKAGE = Path(__file__).parent.parent
 # In an installed package csrc lies inside; in a checkout beside it.
 CSRC = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
@@ -40,7 +42,7 @@ def folder() -> Path:
 
 def key(op: str, arch: str) -> str:
     """Of everything that the code depends on: the headers all ops share and the op's own, the compiler, the target."""
-    read = hashlib.sha256(f"{_nvrtc().getVersion()} {arch}".encode())
+    read = hashlib.sha256(f"{_nvrtc().getVersion()} {arch} {FLAGS}".encode())
     for path in sorted(p for name in ("numerics", "arch", op) for p in (CSRC / name).iterdir()):
         read.update(path.name.encode() + b"\0" + path.read_bytes())
     return f"{op}-{arch}-{read.hexdigest()[:32]}"
@@ -52,11 +54,12 @@ def compiled(op: str, arch: str) -> bytes:
     if path.exists():
         return path.read_bytes()
     code = compile_source(op, arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # a file of this process's own, then one rename: others see nothing or all of it
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(code)
-    os.replace(file.name, path)
+    with contextlib.suppress(OSError):  # without a place for a cache each process compiles anew
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a file of this process's own, then one rename: others see nothing or all of it
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            file.write(code)
+        os.replace(file.name, path)
     return code
 
 
@@ -64,8 +67,7 @@ def compile_source(op: str, arch: str) -> bytes:
     """Compile now. Raises RuntimeError with NVRTC's first error."""
     nvrtc = _nvrtc()
     source = (CSRC / op / "cuda.cu").read_text()
-    # flags as in CMakeLists.txt; the working directory's headers are found through -I
-    options = (f"-arch=sm_{arch}", "-std=c++17", "--fmad=false", f"-I{CSRC}", f"-I{CSRC / op}")
+    options = (f"-arch=sm_{arch}", *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
     program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

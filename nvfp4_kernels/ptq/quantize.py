@@ -120,8 +120,6 @@ def quantize_model(
     model.set_recipe("bf16")
     found = formats.targets(model)
     chosen = None if plan.rules is None else formats.assign(found, plan.rules)
-    if chosen is not None:
-        _require_some(chosen, "pattern")
     if calibration is None:
         _require_no_calibration(plan, chosen)
     before = _evaluate(model, text, length, "perplexity before", progress)
@@ -133,7 +131,6 @@ def quantize_model(
             model, budget.groups(found), calibration.ids, length, amaxes, plan.search, plan.four_over_six, watch
         )
         chosen = budget.complete(found, budget.choose(costs, plan.bits))
-        _require_some(chosen, "bits")
     size, losses = tensor_bytes(model), []
     for loss in apply(model, found, chosen, amaxes, plan.search, plan.four_over_six):
         losses.append(loss)
@@ -148,11 +145,6 @@ def quantize_model(
         plan, tuple(losses), size, tensor_bytes(model), before, after, served, tuple(costs),
         None if amaxes is None else amaxes.unseen(), 0 if calibration is None else len(calibration.ids),
     )  # fmt: skip
-
-
-def _require_some(chosen: dict, argument: str) -> None:
-    kept = all(form == "bf16" for form in chosen.values())
-    require(not kept, argument, "a choice of bf16 for every layer", "one that quantizes some layer")
 
 
 def tensor_bytes(model: nn.Module) -> int:

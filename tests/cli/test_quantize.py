@@ -91,6 +91,15 @@ def test_a_checkpoint_by_patterns(folder, capsys):
     run(capsys, "eval", "--model", "deep/q", "--text", "text.txt")
 
 
+def test_a_plan_that_quantizes_nothing_writes_the_plain_checkpoint(folder, capsys):
+    run(capsys, "quantize", "--model", "hf", "--out", "q", "--pattern", "*=bf16")
+    assert not (folder / "q/hf_quant_config.json").exists()
+    source, model = from_pretrained(folder / "hf"), from_pretrained(folder / "q")
+    for name, tensor in source.state_dict().items():
+        if not name.endswith("noise"):
+            assert torch.equal(tensor.bfloat16(), model.state_dict()[name].bfloat16()), name
+
+
 def test_under_a_budget(folder, capsys):
     out = run(
         capsys, "quantize", "--model", "hf", "--out", "q", "--bits", 6, "--calibrate", "text.txt", "--length", 128
@@ -125,8 +134,6 @@ ARGUMENTS = {
     ("quantize", {"--recipe": None, "--bits": "4"}, "bits: got 4.0; allowed: at least 4.5"),
     ("quantize", {"--recipe": None, "--pattern": "*.in_proj"}, "pattern: got '*.in_proj'; allowed: GLOB=FORMAT"),
     ("quantize", {"--recipe": None, "--pattern": "*.in_proj=fp4"}, "got format 'fp4'"),
-    ("quantize", {"--recipe": None, "--pattern": "*=bf16"}, "pattern: got a choice of bf16 for every layer"),
-    ("quantize", {"--recipe": None, "--bits": "16"}, "bits: got a choice of bf16 for every layer"),
     ("quantize", {"--four-over-six": "mae", "--search": "mse"}, "four_over_six: got 'mae' with search mse"),
     ("quantize", {"--out": "hf"}, "out: hf is there already; do: name another folder"),
     ("quantize", {"--model": "nothing"}, "nothing does not exist"),

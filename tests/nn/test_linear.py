@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.ops.quantize import op as quantize_op
 from nvfp4_kernels.recipe import HIGH, NVFP4
@@ -156,3 +157,35 @@ def test_a_decoded_token_is_multiplied_by_our_kernel(monkeypatch):
     assert [y is not None for y in found] == [True] + [False] * 5
     for y in (few, many[:2], plain, mapped):
         assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_the_short_way_is_taken_only_where_it_is_the_same():
+    """Not for weights elsewhere than on the CPU, nor where torch records or casts."""
+    layer, x = nk.Linear(64, 48, dtype=torch.bfloat16), torch.randn(2, 64).bfloat16()
+    with torch.no_grad():
+        assert few_rows(x, layer.weight) is not None
+        assert few_rows(x, layer.weight.to("meta")) is None
+        assert few_rows(x, layer.weight, torch.zeros(48, device="meta")) is None
+        with torch.autocast("cpu", torch.float16):
+            assert few_rows(x, layer.weight) is None and layer(x).dtype == torch.float16
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        other = torch.randn(2, 64).bfloat16()
+        torch.testing.assert_close(traced(other), layer(other), rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_derived_is_made_anew():
+    made = []
+    derived = Derived(lambda t: made.append(1) or t.clone())
+    x = torch.ones(2)
+    assert torch.equal(derived.get(x), x) and derived.get(x) is derived.get(x) and len(made) == 1
+    x += 1
+    assert torch.equal(derived.get(x), x) and len(made) == 2
+    x.data.mul_(2)  # nothing tells
+    derived.clear()
+    assert torch.equal(derived.get(x), x) and len(made) == 3
+    assert torch.equal(derived.get(x.clone()), x) and len(made) == 4
+    with torch.inference_mode():
+        y = torch.ones(2)
+        derived.get(y)
+        y.mul_(3)
+        assert torch.equal(derived.get(y), y)

@@ -198,3 +198,12 @@ def test_errors_name_the_argument(change, error_type, message):
     good = dict(a=torch.zeros(3, 16), b=torch.zeros(2, 5, 16), offsets=torch.tensor([0, 2, 3]))
     with pytest.raises(error_type, match=message), nk.backend("native"):
         grouped_matmul(**good | change)
+
+
+def test_float64_beside_float32_is_refused():
+    a, b, o = drawn(5, 16), drawn(2, 8, 16), offsets([3, 2])
+    for operands in ((a, b, o, torch.float64), (a, b.double(), o), (a.double(), b, o)):
+        with pytest.raises(
+            TypeError, match="a, b and out_dtype: got torch.float32, torch.float64; allowed: float64 for all"
+        ):
+            grouped_matmul(*operands)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nvfp4_kernels.ops import _dispatch
 from nvfp4_kernels.ops.relu2.op import relu2
 
 
@@ -68,3 +69,10 @@ def test_errors_name_the_argument():
         relu2(torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"weights: got shape \[3\]; allowed: \[2\]"):
         relu2(torch.zeros(2, 4), torch.zeros(3))
+
+
+def test_triton_refuses_what_no_grid_holds():
+    implementation = _dispatch.implementation("relu2", "triton")
+    x = torch.empty(1, device="meta").expand(65535 * 1024 + 1)
+    assert "67107840 values" in implementation.refuses(x, None)
+    assert implementation.refuses(torch.ones(()), None) == "a tensor without axes"

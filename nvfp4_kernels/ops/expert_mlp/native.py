@@ -12,7 +12,7 @@ from nvfp4_kernels.ops.grouped_matmul.op import Stack
 def refuses(
     x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
 ) -> str | None:
-    return refuses_float(x)
+    return refuses_float(x) or ("float64" if torch.float64 in (up.values.dtype, down.values.dtype) else None)
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:

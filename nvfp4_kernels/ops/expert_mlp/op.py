@@ -24,6 +24,7 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
+        require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32 or NVFP4", TypeError)
         check_stack(name, stack, x.device)
         shape = (*stack.values.shape[:-1], stack.values.shape[-1] * (1 if stack.scales is None else 2))
         size, width = x.shape[1], stacks[0][0].shape[1] if stacks else shape[-2]

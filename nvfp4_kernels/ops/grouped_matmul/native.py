@@ -11,7 +11,7 @@ NVFP4 = 3  # the kind of operand beyond the dtypes
 
 
 def refuses(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
-    return refuses_float(a)
+    return refuses_float(a) or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
 
 
 def run(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -37,6 +37,9 @@ def grouped_matmul(a: Tensor, b: Tensor | Stack, offsets: Tensor, out_dtype: tor
     check_stack("b", stack, a.device)
     out_dtype = out_dtype or a.dtype
     require(out_dtype in (*FLOATS, torch.float64), "out_dtype", out_dtype, "a floating-point type", TypeError)
+    types = {a.dtype, out_dtype} | ({stack.values.dtype} if stack.scales is None else set())
+    mixed = torch.float64 in types and len(types) > 1
+    require(not mixed, "a, b and out_dtype", ", ".join(sorted(map(str, types))), "float64 for all or none", TypeError)
     groups = offsets.numel() - 1
     if stack.values.dim() == 3:
         require(stack.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(stack.values) + 1}")

@@ -68,9 +68,12 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph may replay beside anything else
+    if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():  # a graph may replay beside anything else
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        key = device, torch.cuda.current_stream().cuda_stream
     if key not in _counters or _counters[key].numel() < count:
         _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return _counters[key]

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, next_power_of_2, refuses_device, tl
 
+MOST = 65535 * 1024  # values a row: the second axis of a launch grid has so many blocks
+
 
 def refuses(x: Tensor, weights: Tensor | None) -> str | None:
+    if x.dim() == 0 or x.shape[-1] > MOST:
+        return f"a last axis of more than {MOST} values" if x.dim() else "a tensor without axes"
     return "float64" if x.dtype == torch.float64 else refuses_device(x)
 
 
