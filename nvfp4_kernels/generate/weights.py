@@ -13,6 +13,7 @@ from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts, Router
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops.hadamard.op import hadamard
 
 # Up to so many rows the CPU kernels sum in one and the same order (csrc/matmul/few_rows.h, few_rows_plain.h). More rows of a
 # decoded batch are multiplied in parts, up to _PARTS of them: what a row says then does not depend on how many there are.
@@ -78,7 +79,7 @@ def serving(model: nn.Module) -> nn.Module:
 def _linear(module: Linear, dtype: torch.dtype) -> nn.Module:
     bias = None if module.bias is None else module.bias.to(dtype)
     form = quantize_weight(module.weight, module.recipe, module.noise)[0] if module.recipe.quantized else module.weight
-    return ServedLinear(form if isinstance(form, NVFP4Tensor) else _plain(form, dtype), bias)
+    return ServedLinear(form if _kept(form) else _plain(form, dtype)[:, : module.in_features], bias)
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     ):
         recipe = module.recipes[part]
         stacks.append([form[0] for form in quantize_experts(weight, recipe, noise)] if recipe.quantized else weight)
-    if all(isinstance(stack[0], NVFP4Tensor) and stack[0].hadamard is None for stack in stacks):
+    if all(_kept(stack[0]) for stack in stacks):
         return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
     ups, downs = (
         _plain(stack, dtype) if isinstance(stack, Tensor) else torch.stack([_plain(form, dtype) for form in stack])
@@ -103,5 +104,15 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     return made
 
 
+def _kept(form) -> bool:
+    """Whether a form stays in four bits. A rotated one does not: activations in their own precision are not rotated."""
+    return isinstance(form, NVFP4Tensor) and form.hadamard is None
+
+
 def _plain(form, dtype: torch.dtype) -> Tensor:
-    return (form if isinstance(form, Tensor) else form.dequantize(dtype)).detach().to(dtype)
+    signs = getattr(form, "hadamard", None)
+    if signs is None:
+        return (form if isinstance(form, Tensor) else form.dequantize(dtype)).detach().to(dtype)
+    turned = form.dequantize(torch.float32).unflatten(-1, (-1, 16))
+    rotation = hadamard(torch.eye(16, device=turned.device), signs).float()  # orthogonal, of quarters: exact
+    return (turned @ rotation.t()).flatten(-2).to(dtype)
