@@ -94,8 +94,10 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     if all(_kept(stack[0]) for stack in stacks):
         return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
     ups, downs = (
-        _plain(stack, dtype) if isinstance(stack, Tensor) else torch.stack([_plain(form, dtype) for form in stack])
-        for stack in stacks
+        _plain(stack, dtype)
+        if isinstance(stack, Tensor)
+        else torch.stack([_plain(form, dtype)[:, : weight.shape[2]] for form in stack])
+        for stack, weight in zip(stacks, (module.up_proj, module.down_proj), strict=True)
     )
     with torch.device("meta"):
         made = Experts(ups.shape[0], ups.shape[2], ups.shape[1])
