@@ -73,22 +73,19 @@ class Source:
 
 def load_source(folder: Path) -> Source:
     """Of a run of nvfp4 train, or of a Hugging Face folder."""
-    from nvfp4_kernels.checkpoint.huggingface import from_pretrained
+    from nvfp4_kernels.cli.models import load_model
     from nvfp4_kernels.generate.chat import FolderTokenizer
     from nvfp4_kernels.generate.loop import end_ids
-    from nvfp4_kernels.ops._device import default_device
-    from nvfp4_kernels.train.setup import load_run
 
-    if (folder / "config.json").exists() and not (folder / "run.json").exists():
+    model, tokenizer, step = load_model(folder)
+    if tokenizer is None:
         tokenizer = FolderTokenizer(folder)
-        model = from_pretrained(folder, device=default_device())
 
         def chat(message: str) -> list[int]:
             return tokenizer.chat([{"role": "user", "content": message}])
 
         stop_ids = [*end_ids(model.config), *generation_ends(folder)]
         return Source(model, tokenizer, tokenizer.encode, chat, stop_ids, str(folder))
-    model, tokenizer, step = load_run(folder)
 
     def refuse(message: str) -> list[int]:
         raise ValueError(f"chat: {folder} is a run of nvfp4 train, which knows no chats; do: leave out --chat")

@@ -5,17 +5,29 @@ from pathlib import Path
 
 
 def load_model(path: Path):
-    """(model, tokenizer) of a run of nvfp4 train or of a Hugging Face folder, on the device that this machine computes on."""
+    """(model, tokenizer, step) of a run of nvfp4 train, (model, None, None) of the folder of a checkpoint; the model on the
+    device that this machine computes on."""
     from nvfp4_kernels.checkpoint.huggingface import from_pretrained
     from nvfp4_kernels.ops._device import default_device
     from nvfp4_kernels.train.setup import load_run
-    from nvfp4_kernels.train.tokenizer import load_tokenizer
 
     if (path / "run.json").is_file():
-        model, tokenizer, _ = load_run(path)
-        return model, tokenizer
-    model = from_pretrained(path, device=default_device())
-    return model, load_tokenizer(str(path / "tokenizer.json"), model.config.vocab_size, model.config.eos_token_id)
+        return load_run(path)
+    if not (path / "config.json").is_file():
+        what = "holds" if path.exists() else "does not exist: it holds"
+        raise ValueError(
+            f"model: {path} {what} no run (run.json) and no checkpoint (config.json); do: name a folder of either"
+        )
+    return from_pretrained(path, device=default_device()), None, None
+
+
+def load_with_tokenizer(path: Path):
+    """(model, tokenizer), the tokenizer as a training has it: of bytes, without special tokens."""
+    from nvfp4_kernels.train.tokenizer import load_tokenizer
+
+    model, tokenizer, _ = load_model(path)
+    config, file = model.config, str(path / "tokenizer.json")
+    return model, tokenizer or load_tokenizer(file, config.vocab_size, config.eos_token_id)
 
 
 def check_out(out: Path) -> None:

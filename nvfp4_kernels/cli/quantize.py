@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     share_the_cores()
-    from nvfp4_kernels.cli.models import check_out, load_model, read_text, save_quantized
+    from nvfp4_kernels.cli.models import check_out, load_with_tokenizer, read_text, save_quantized
     from nvfp4_kernels.ops._check import require
     from nvfp4_kernels.ptq.plots import plot_errors
     from nvfp4_kernels.ptq.quantize import REPORT, quantize_model
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         get_recipe(arguments.recipe)  # a wrong name is told before a model is read
     require(arguments.length >= 1, "length", arguments.length, "at least 1")
-    model, tokenizer = load_model(Path(arguments.model))
+    model, tokenizer = load_with_tokenizer(Path(arguments.model))
     calibration = read_text("calibrate", arguments.calibrate, tokenizer)
     text = read_text("text", arguments.text, tokenizer)
     report = quantize_model(
