@@ -53,3 +53,12 @@ def backend(request):
         pytest.skip("no native module")
     with nk.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Threads only cost at small sizes, and a great deal where other processes want the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -94,6 +94,24 @@ int threads_for(const RouteParams& p) {
     return static_cast<int>(p.threads < most ? p.threads : most);
 }
 
+// f(thread, threads, memory for a token) on `threads` threads; false where one of them got no memory.
+template <class Function>
+bool each_thread(const RouteParams& p, int threads, Function f) {
+    std::atomic<bool> failed{false};
+    auto body = [&](int thread, int n) {
+        static thread_local Scratch scratch;
+        void* memory = scratch.get(Token::bytes(p));
+        if (!memory) {
+            failed = true;
+            return;
+        }
+        Token token(memory, p);
+        f(thread, n, token);
+    };
+    parallel(threads, body);
+    return !failed;
+}
+
 }  // namespace
 
 int route(const RouteParams& p) {
@@ -102,15 +120,7 @@ int route(const RouteParams& p) {
     static thread_local Scratch shared;
     i64* counts = static_cast<i64*>(shared.get(parts * p.experts * 8));  // [parts, experts]
     if (!counts) return 1;
-    std::atomic<bool> failed{false};
-    auto pick = [&](int thread, int n) {
-        static thread_local Scratch scratch;
-        void* memory = scratch.get(Token::bytes(p));
-        if (!memory) {
-            failed = true;
-            return;
-        }
-        Token t(memory, p);
+    const bool picked = each_thread(p, parts, [&](int thread, int n, Token& t) {
         for (int number = thread; number < parts; number += n) {
             i64* count = counts + number * p.experts;
             for (i64 e = 0; e < p.experts; ++e) count[e] = 0;
@@ -125,9 +135,8 @@ int route(const RouteParams& p) {
                 }
             }
         }
-    };
-    parallel(parts, pick);
-    if (failed) return 1;
+    });
+    if (!picked) return 1;
     i64 row = 0;
     for (i64 e = 0; e < p.experts; ++e) {  // counts become the first row of each part's slots of each expert
         p.offsets[e] = row;
@@ -156,15 +165,7 @@ int route(const RouteParams& p) {
 int route_backward(const RouteBackwardParams& b) {
     const DefaultFloats floats;
     const RouteParams& p = b.forward;
-    std::atomic<bool> failed{false};
-    auto body = [&](int thread, int n) {
-        static thread_local Scratch scratch;
-        void* memory = scratch.get(Token::bytes(p));
-        if (!memory) {
-            failed = true;
-            return;
-        }
-        Token t(memory, p);
+    const bool done = each_thread(p, threads_for(p), [&](int thread, int n, Token& t) {
         const Range tokens = part(p.tokens, 1, thread, n);
         for (i64 token = tokens.begin; token < tokens.end; ++token) {
             const float divisor = choose(p, token, t);
@@ -179,9 +180,8 @@ int route_backward(const RouteBackwardParams& b) {
                 dlogits[e] = p.scale * (dweights[c] - mean) / divisor * s * (1.0f - s);
             }
         }
-    };
-    parallel(threads_for(p), body);
-    return failed;
+    });
+    return done ? 0 : 1;
 }
 
 }  // namespace NVFP4_ISA

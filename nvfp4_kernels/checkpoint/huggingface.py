@@ -27,8 +27,9 @@ def from_pretrained(
     """The model in the folder `path`, in eval mode. What the folder holds is seen from its files:
 
     the published layout (backbone.*, one tensor an expert, mtp.*) and transformers' (model.*, experts stacked), in one
-    file or in shards with an index; ModelOpt's FP8, NVFP4 and mixed exports; NVFP4 of compressed-tensors; what
-    HybridModel.save and `nvfp4 train` write (of a run its newest whole snapshot). Safetensors only: nothing is unpickled.
+    file or in shards with an index; ModelOpt's FP8, NVFP4 and mixed exports; NVFP4 of compressed-tensors; a state_dict
+    beside its config.json, and what `nvfp4 train` writes (of a run its newest whole snapshot). Safetensors only: nothing
+    is unpickled.
 
     dtype: of the matrices; None: as stored, dequantized ones fp32. Vectors, convolutions and routers are fp32 always.
         Activations have config.torch_dtype.

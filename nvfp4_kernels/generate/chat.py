@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from nvfp4_kernels.checkpoint.source import read_json
+from nvfp4_kernels.checkpoint.tokenizer_json import open_tokenizer
 
 
 class FolderTokenizer:
@@ -20,14 +21,7 @@ class FolderTokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"model: {folder} holds no tokenizer.json; do: copy the tokenizer's files into it")
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ImportError("model: its tokenizer.json needs a package; do: pip install tokenizers") from error
-        try:
-            self.inner = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises a bare Exception for any malformed file
-            raise ValueError(f"model: {path} is no tokenizer.json ({str(error).splitlines()[0]})") from error
+        self.inner = open_tokenizer(path, "model")
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text).ids

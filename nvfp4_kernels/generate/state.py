@@ -257,13 +257,3 @@ class Pool:
             if layer is not None:
                 layer.clear(slot, (self.lengths[slot] // PAGE + 2) * PAGE)  # drafts were written beyond the length
         self.lengths[slot] = 0
-
-    def nbytes(self) -> int:
-        tensors = [
-            vars(layer)[name]
-            for layer in self.layers
-            if layer
-            for name in ("k", "v", "conv", "ssm")
-            if name in vars(layer)
-        ]
-        return sum(t.nbytes for t in tensors)

@@ -1,6 +1,5 @@
 """HybridModel: embeddings, a pattern of Mamba-2, attention, expert and MLP layers, a head, and multi-token prediction."""
 
-import os
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -170,22 +169,6 @@ class HybridModel(nn.Module):
         violations = [float(load.max() / load.mean()) - 1 for load in loads]
         idle = sum(int((load == 0).sum()) for load in loads) / sum(load.numel() for load in loads)
         return {"max_violation": max(violations), "mean_violation": sum(violations) / len(violations), "idle": idle}
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes config.json and model.safetensors into `folder`, which must exist."""
-        from safetensors.torch import save_model
-
-        self.config.save(folder)
-        save_model(self, str(Path(folder) / "model.safetensors"))
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike, recipe: "Recipe | LinearRecipe | str" = "bf16") -> "HybridModel":
-        """The model that `save` wrote."""
-        from safetensors.torch import load_model
-
-        model = cls(HybridConfig.load(folder), recipe)
-        load_model(model, str(Path(folder) / "model.safetensors"))
-        return model
 
     def _hidden(
         self, ids: Tensor, cu_seqlens: Tensor | None, state: State | None = None

@@ -72,7 +72,7 @@ class Report:
     def bits(self) -> float:
         """A weight, on average over the targets that the plan is about: all, or with a budget those of the backbone."""
         counted = [loss for loss in self.losses if self.plan.bits is None or _in_backbone(loss.target)]
-        return sum(x.target.weights * x.bits for x in counted) / sum(x.target.weights for x in counted)
+        return formats.average_bits([x.target for x in counted], {x.target.name: x.format for x in counted})
 
     def to_dict(self) -> dict:
         plan = self.plan

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nvfp4_kernels.checkpoint.tokenizer_json import open_tokenizer
+
 # Names under which published tokenizers keep their end-of-document token; the first one present is used.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
 
@@ -39,14 +41,7 @@ class JsonTokenizer:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"tokenizer: got {path}, which is no file; allowed: bytes, or a tokenizer.json")
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ValueError("tokenizer: a tokenizer.json needs a package; do: pip install tokenizers") from error
-        try:
-            self.inner = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises a bare Exception for any malformed file
-            raise ValueError(f"tokenizer: {path} is no tokenizer.json ({str(error).splitlines()[0]})") from error
+        self.inner = open_tokenizer(path, "tokenizer")
         self.name = str(path.resolve())
         self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
         found = (self.inner.token_to_id(token) for token in END_TOKENS)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nvfp4_kernels.checkpoint.huggingface import from_pretrained, save_pretrained
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
@@ -246,8 +247,8 @@ def test_quantized_training_learns(recipe):
 
 def test_save_and_load(tmp_path):
     model = small(num_nextn_predict_layers=1).eval()
-    model.save(tmp_path)
-    loaded = HybridModel.load(tmp_path).eval()
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
     assert loaded.config == model.config
     ids, _ = ids_and_labels()
     assert torch.equal(loaded(ids), model(ids))

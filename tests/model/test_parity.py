@@ -7,21 +7,12 @@ import torch
 
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
+from tests.oracles.checkpoints import BASE, CASES
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.models.nemotron_h")
 
-BASE = dict(
-    hybrid_override_pattern="MEM*-E", vocab_size=96, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, intermediate_size=80, mamba_num_heads=6, mamba_head_dim=8, ssm_state_size=16, n_groups=2, chunk_size=8,
-    n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, moe_shared_expert_intermediate_size=48,
-    torch_dtype="float32", routed_scaling_factor=2.5, initializer_range=0.1,
-)  # fmt: skip
-CASES = {
-    "plain": {},
-    "latent": dict(moe_latent_size=16),
-    "groups": dict(n_group=4, topk_group=2),
-    "biases": dict(mlp_bias=True, mamba_proj_bias=True, moe_latent_size=16),
+CASES = {name: CASES[name] for name in ("plain", "latent", "groups", "biases")} | {
     "no-conv-bias": dict(use_conv_bias=False, conv_kernel=3, norm_topk_prob=False),
     "head-dim-80": dict(mamba_head_dim=80, n_groups=1, ssm_state_size=48, num_key_value_heads=4),
     "attention-first": dict(hybrid_override_pattern="*ME-", n_routed_experts=4, num_experts_per_tok=1),

@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,45 +13,20 @@ from nvfp4_kernels.ops.hadamard import native as hadamard_native
 from nvfp4_kernels.ops.hadamard import reference as hadamard_reference
 from nvfp4_kernels.ops.quantize import native as quantize_native
 from nvfp4_kernels.ops.quantize import reference as quantize_reference
-from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+from tests.ops.quantize_checks import NOISE, SPECS, assert_golden, assert_reference, same_bytes
+from tests.ops.test_quantize import NAMES, VARIANTS
 
-SR = "stochastic"
-SPECS = (
-    QuantSpec(),
-    QuantSpec("16x16"),
-    QuantSpec("1x32"),
-    QuantSpec(hadamard=DEFAULT_SIGNS),
-    QuantSpec("1x16", SR),
-    QuantSpec("16x16", SR),
-    QuantSpec("1x16", SR, 0x1234),
-    QuantSpec(four_over_six="mae"),
-    QuantSpec("16x16", four_over_six="mse"),
-    QuantSpec("1x16", SR, DEFAULT_SIGNS, "mse"),
-)
-NOISE = torch.tensor([-0x1234_5678_9ABC, (7 << 33) - 1])
 SHAPES = ((1, 64), (17, 33), (33, 16), (20, 1856))
 
 
-def same_bytes(a, b):
-    flat = [x.contiguous().flatten().view(torch.uint8) for x in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)
-
-
 def assert_same(x, row, col):
-    mine, theirs = quantize_native.run(x, row, col, NOISE), quantize_reference.run(x, row, col, NOISE)
-    for part, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} strides {x.stride()}"
+    assert_reference(quantize_native.run(x, row, col, NOISE), x, row, col)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_bytes(isa, variant):
     for name in NAMES:
-        forms = quantize_native.run(golden_input(name), *VARIANTS[variant], None)
-        for i, suffix in enumerate(("", "_t")):
-            np.testing.assert_array_equal(forms[3 * i].numpy(), GOLDEN[f"{name}/{variant}/codes{suffix}"])
-            np.testing.assert_array_equal(
-                forms[3 * i + 1].view(torch.uint8).numpy(), GOLDEN[f"{name}/{variant}/scales{suffix}"]
-            )
+        assert_golden(quantize_native.run, name, variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -3,6 +3,8 @@
 On a machine with a GPU the kernels run there, elsewhere in Triton's interpreter.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,22 @@ from nvfp4_kernels.formats import e2m1
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops._dispatch import implementation
-from tests.ops.test_native_quantize import NOISE, SPECS, same_bytes
-from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+from tests.ops.quantize_checks import (
+    EXTREMES,
+    NOISE,
+    SPECS,
+    SR,
+    assert_golden,
+    assert_reference,
+    extreme,
+    same_bytes,
+    saturating,
+)
+from tests.ops.test_quantize import NAMES, VARIANTS
 from tests.oracles import nvfp4_brute as brute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [name for name in NAMES if name.endswith("64x96")]
-SR = "stochastic"
 
 pytestmark = [
     pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
@@ -36,21 +47,13 @@ def run(op, x, *arguments):
 
 
 def assert_same(x, row, col):
-    mine = run("quantize", x, row, col, NOISE)
-    theirs = implementation("quantize", "reference").run(x, row, col, NOISE)
-    for part, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} strides {x.stride()}"
+    assert_reference(run("quantize", x, row, col, NOISE), x, row, col)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_bytes(variant):
     for name in SMALL if "4over6" not in variant else SMALL[:2]:
-        forms = run("quantize", golden_input(name), *VARIANTS[variant], None)
-        for i, suffix in enumerate(("", "_t")):
-            key = f"{name}/{variant}"
-            np.testing.assert_array_equal(forms[3 * i].numpy(), GOLDEN[f"{key}/codes{suffix}"])
-            scales = forms[3 * i + 1].view(torch.uint8).numpy()
-            np.testing.assert_array_equal(scales, GOLDEN[f"{key}/scales{suffix}"])
+        assert_golden(partial(run, "quantize"), name, variant)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", SR])
@@ -99,31 +102,17 @@ def test_strides(row, col):
         assert_same(x, row, col)
 
 
-@pytest.mark.parametrize("kind", ["zeros", "1e38", "1e-38", "nan", "inf", "-inf", "one outlier"])
+@pytest.mark.parametrize("kind", EXTREMES)
 def test_extremes(kind):
-    x = torch.randn(20, 48)
-    match kind:
-        case "zeros":
-            x.zero_()
-        case "1e38" | "1e-38":
-            x = (x * float(kind)).clamp(-3.3e38, 3.3e38)
-            x[3] = x[3].sign() * 3.3e38 if kind == "1e38" else x[3]
-        case "nan" | "inf" | "-inf":
-            x[17, 39] = float(kind)
-        case "one outlier":
-            x[2, 3] = 3e4
+    x = extreme(kind)
     for spec in (SPECS[2], SPECS[6], SPECS[8]):
         assert_same(x, spec, spec)
     assert_same(x.bfloat16(), SPECS[3], SPECS[4])
 
 
 def test_rotation_beyond_bf16_saturates():
-    """Values whose transform exceeds bf16's range: infinities in the kernel, BF16_MAX in the contract."""
-    x = torch.full((4, 32), 3e38)
-    x[1] = -x[1]
-    x[2, ::3] *= -1e-3
     for spec in (SPECS[3], SPECS[6], SPECS[9]):
-        assert_same(x, spec, spec)
+        assert_same(saturating(), spec, spec)
 
 
 def test_empty():

@@ -30,7 +30,8 @@ def ptx(monkeypatch):
 @pytest.mark.parametrize("converts", [False, True], ids=["integers", "cvt e2m1x2"])
 @pytest.mark.parametrize("scale", [1.0, 1e38, 1e-38])
 def test_quantize(monkeypatch, converts, scale):
-    from tests.ops.test_quantize_triton import SPECS, assert_same
+    from tests.ops.quantize_checks import SPECS
+    from tests.ops.test_quantize_triton import assert_same
 
     monkeypatch.setattr(_device, "converts_to_fp4", lambda device: converts)
     x = (torch.randn(17, 48) * torch.exp(torch.randn(17, 48)) * scale).clamp(-3.3e38, 3.3e38)

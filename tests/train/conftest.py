@@ -48,12 +48,8 @@ class StandIn(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only cost at these sizes, and a great deal where other processes want the same cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def always_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture
@@ -69,3 +65,13 @@ def make_trainer():
         return Trainer(model, packer, build_optimizer(model, 1e-2), Schedule(1e-2, steps, 5, 10), accumulate, **options)
 
     return make
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder of twenty documents, each longer than the one before."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (5 + i))
+    return folder

@@ -40,13 +40,9 @@ def quantize_backbone(model: nk.HybridModel) -> nk.HybridModel:
 
 
 @pytest.fixture
-def settings(tmp_path) -> Settings:
+def settings(tmp_path, text) -> Settings:
     torch.manual_seed(1)
     quantize_backbone(nk.HybridModel(CONFIG)).save_pretrained(tmp_path / "start", "modelopt")
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(20):
-        (text / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (5 + i))
     return Settings(
         from_=str(tmp_path / "start"), data=str(text), batch=2, length=48, steps=24, lr=5e-3, warmup=4, save_every=12,
         validation=0.1, validation_tokens=96, health_every=7, out=str(tmp_path / "run"), threads=1,

@@ -29,12 +29,8 @@ CONFIG = HybridConfig(
 
 
 @pytest.fixture
-def settings(tmp_path) -> Settings:
+def settings(tmp_path, text) -> Settings:
     CONFIG.save(tmp_path)
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(20):
-        (text / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (5 + i))
     return Settings(
         config=str(tmp_path / "config.json"), data=str(text), batch=2, length=48, steps=24, lr=5e-3, warmup=4, decay=0.3,
         save_every=5, health_every=7, validation=0.1, validation_tokens=96, validation_every=10, out=str(tmp_path / "run"),

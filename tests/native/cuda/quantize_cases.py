@@ -1,14 +1,13 @@
 """quantize in CUDA, on the host model, bit for bit: golden bytes, and the reference on what these lack."""
 
-import numpy as np
 import pytest
 import torch
 
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops.quantize import _cuda
-from tests.ops.test_native_quantize import NOISE, SPECS, same_bytes
-from tests.ops.test_quantize import GOLDEN, NAMES, VARIANTS, golden_input
+from tests.ops.quantize_checks import EXTREMES, NOISE, SPECS, assert_golden, assert_reference, extreme, saturating
+from tests.ops.test_quantize import NAMES, VARIANTS
 
 NVFP4 = [spec for spec in SPECS if spec.format == "nvfp4"]
 PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
@@ -17,22 +16,14 @@ run = implementation("quantize", "native").run
 
 
 def assert_same(x, row, col):
-    mine, theirs = run(x, row, col, NOISE), implementation("quantize", "reference").run(x, row, col, NOISE)
-    for part, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} strides {x.stride()}"
+    assert_reference(run(x, row, col, NOISE), x, row, col)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_bytes(variant):
     for name in NAMES:
-        if not name.endswith("64x96"):
-            continue
-        forms = run(golden_input(name), *VARIANTS[variant], None)
-        for i, suffix in enumerate(("", "_t")):
-            key = f"{name}/{variant}"
-            np.testing.assert_array_equal(forms[3 * i].numpy(), GOLDEN[f"{key}/codes{suffix}"])
-            scales = forms[3 * i + 1].view(torch.uint8).numpy()
-            np.testing.assert_array_equal(scales, GOLDEN[f"{key}/scales{suffix}"])
+        if name.endswith("64x96"):
+            assert_golden(run, name, variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -69,29 +60,16 @@ def test_strides(row, col):
         assert_same(x, row, col)
 
 
-@pytest.mark.parametrize("kind", ["zeros", "1e38", "1e-38", "nan", "inf", "-inf", "one outlier"])
+@pytest.mark.parametrize("kind", EXTREMES)
 def test_extremes(kind):
-    x = torch.randn(20, 48)
-    match kind:
-        case "zeros":
-            x.zero_()
-            x[3, 5] = -0.0
-        case "1e38" | "1e-38":
-            x = (x * float(kind)).clamp(-3.3e38, 3.3e38)
-        case "nan" | "inf" | "-inf":
-            x[17, 39] = float(kind)
-        case "one outlier":
-            x[2, 3] = 3e4
+    x = extreme(kind)
     for row, col in ((SR, TURNED), (TURNED, TILES), (QuantSpec(four_over_six="mse"), QuantSpec(four_over_six="mae"))):
         assert_same(x, row, col)
     assert_same(x.bfloat16(), PLAIN, TURNED)
 
 
 def test_rotation_beyond_bf16_saturates():
-    x = torch.full((4, 32), 3e38)
-    x[1] = -x[1]
-    x[2, ::3] *= -1e-3
-    assert_same(x, TURNED, TURNED_SR)
+    assert_same(saturating(), TURNED, TURNED_SR)
 
 
 def test_empty():

@@ -1,0 +1,15 @@
+"""tokenizer.json through the `tokenizers` package."""
+
+from pathlib import Path
+
+
+def open_tokenizer(path: Path, argument: str):
+    """A tokenizers.Tokenizer. Raises ValueError naming `argument` for a malformed file, ImportError without the package."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(f"{argument}: a tokenizer.json needs a package; do: pip install tokenizers") from error
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises a bare Exception for any malformed file
+        raise ValueError(f"{argument}: {path} is no tokenizer.json ({str(error).splitlines()[0]})") from error
