@@ -40,15 +40,16 @@ class FormsCache:
         self.clear()
 
     def clear(self) -> None:
-        self._key, self._forms = None, None
+        self._key, self._forms, self._held = None, None, None
 
     def get(self, weight: Tensor, recipe: LinearRecipe, noise: Tensor | None):
         """The forms; None where the recipe quantizes nothing, and while compiling, where the graph makes them."""
         if not recipe.quantized or torch.compiler.is_compiling():
             return None
         key = (_state(weight), recipe)
-        if key != self._key:
-            self._key, self._forms = key, self._make(weight, recipe, noise)
+        if key != self._key or weight is not self._held:
+            # held, so that no other weight gets its address
+            self._key, self._forms, self._held = key, self._make(weight, recipe, noise), weight
         return self._forms
 
     def __deepcopy__(self, memo) -> "FormsCache":
@@ -72,7 +73,6 @@ class Derived:
         key = _state(*tensors)
         if key != self._key or any(a is not b for a, b in zip(tensors, self._held, strict=True)):
             with torch.no_grad():
-                # held, so that no other tensor gets the address of one of them
                 self._key, self._made, self._held = key, self._make(*tensors), tensors
         return self._made
 

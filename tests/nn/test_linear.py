@@ -189,3 +189,22 @@ def test_what_is_derived_is_made_anew():
         derived.get(y)
         y.mul_(3)
         assert torch.equal(derived.get(y), y)
+
+
+def test_another_weight_at_the_same_address_is_another_weight():
+    layer, x = nk.Linear(32, 32, recipe=NVFP4), torch.randn(4, 32)
+    with torch.no_grad():
+        for value in range(1, 30):
+            layer(x)
+            layer.weight = None
+            layer.weight = nn.Parameter(torch.full((32, 32), float(value)))
+            torch.testing.assert_close(layer(x), nk.linear(x, layer.weight, recipe=NVFP4), rtol=1e-5, atol=1e-5)
+
+
+def test_refresh_after_writing_by_hand():
+    layer, x = nk.Linear(32, 32, recipe=NVFP4), torch.randn(4, 32)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight.data.mul_(2)
+        layer.refresh()
+        torch.testing.assert_close(layer(x), 2 * before, rtol=1e-5, atol=1e-5)
