@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.autograd.linear import Forms, advance, draws, later, quantize_weight
+from nvfp4_kernels.autograd.linear import FORWARD, Forms, advance, draws, later, operands, quantize_weight
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
@@ -56,7 +56,7 @@ def expert_linear(
     """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, weight [experts, out, in], y [rows, out]."""
     if not recipe.quantized:
         return _Plain.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
-    if noise is None and draws(*_operands(recipe)):
+    if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
     return _Quantized.apply(x, weight, sizes, recipe, noise, forms)
 
@@ -103,7 +103,7 @@ class _Quantized(torch.autograd.Function):
         dx = dy.new_empty(dy.shape[0], ctx.shape[2])
         dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device) if ctx.needs_input_grad[1] else None
         for (e, rows), x_col, w_col in zip(_spans(ctx.sizes), kept[::2], kept[1::2], strict=True):
-            noise = later(_noise_of(ctx.noise, recipe, e), draws(*_operands(recipe)[:4]))
+            noise = later(_noise_of(ctx.noise, recipe, e), draws(*operands(recipe)[:FORWARD]))
             dy_row, dy_col = quantize_pair(dy[rows], recipe.dgrad_dy, recipe.wgrad_dy, noise)
             matmul(dy_row, w_col, out=dx[rows])
             if dw is not None:
@@ -113,13 +113,9 @@ class _Quantized(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-def _operands(recipe: LinearRecipe):
-    return recipe.fprop_x, recipe.wgrad_x, recipe.fprop_w, recipe.dgrad_w, recipe.dgrad_dy, recipe.wgrad_dy
-
-
 def _noise_of(noise: Tensor | None, recipe: LinearRecipe, expert: int) -> Tensor | None:
     """Each expert draws from a stretch of offsets of its own, as long as one forward and backward needs."""
-    return later(noise, expert * draws(*_operands(recipe)))
+    return later(noise, expert * draws(*operands(recipe)))
 
 
 def _spans(sizes: list[int]):

@@ -14,6 +14,7 @@ from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.quantize.op import quantize_pair
 from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe, nvfp4
 
+FORWARD = 4
 Forms = tuple[Operand, Operand]
 
 
@@ -32,7 +33,8 @@ class _Linear(torch.autograd.Function):
         _refuse_second_derivative()
         x_col, w_col = saved(ctx)
         recipe, (w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
-        dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy, later(ctx.noise, draws(*_forward(recipe))))
+        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy, noise)
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
         dx = matmul(dy_row, w_col, dy.dtype) if wants_dx else None  # dy [tokens, out] @ w_col [in, out].T
         dw = matmul(dy_col, x_col, w_dtype) if wants_dw else None  # dy_col [out, tokens] @ x_col [in, tokens].T
@@ -69,7 +71,7 @@ def linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not recipe.quantized or x.numel() == 0:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if noise is None and draws(*_forward(recipe), recipe.dgrad_dy, recipe.wgrad_dy):
+    if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, noise, recipe, weight_forms)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -97,13 +99,14 @@ def later(noise: Tensor | None, offsets: int) -> Tensor | None:
 
 def advance(noise: Tensor | None, recipe: LinearRecipe) -> None:
     """Move the offset past everything that one forward and backward drew."""
-    total = draws(*_forward(recipe), recipe.dgrad_dy, recipe.wgrad_dy)
+    total = draws(*operands(recipe))
     if noise is not None and total:
         noise[1] += total
 
 
-def _forward(recipe: LinearRecipe) -> tuple[QuantSpec | None, ...]:
-    return recipe.fprop_x, recipe.wgrad_x, recipe.fprop_w, recipe.dgrad_w
+def operands(recipe: LinearRecipe) -> tuple[QuantSpec | None, ...]:
+    """In the order in which they draw: the first FORWARD of them in forward."""
+    return recipe.fprop_x, recipe.wgrad_x, recipe.fprop_w, recipe.dgrad_w, recipe.dgrad_dy, recipe.wgrad_dy
 
 
 def _refuse_second_derivative() -> None:

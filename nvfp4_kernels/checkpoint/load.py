@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from nvfp4_kernels.checkpoint import names
 from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems
 from nvfp4_kernels.checkpoint.source import Entry
-from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.nn.linear import new_noise
-from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts, QuantizedWeight
+from nvfp4_kernels.nn.quantized import QuantizedExperts, QuantizedWeight
 
 ALWAYS_FP32 = ("e_score_correction_bias", "A_log", "D", "dt_bias")
 _BITS = (torch.uint8, torch.float8_e4m3fn, torch.int64)
@@ -144,16 +143,11 @@ def _sound(scale: Tensor) -> bool:
 
 def _dequantize(layer: QuantizedWeight, values: dict[str, Tensor], device: torch.device) -> Tensor:
     """The matrix, or those of all experts, in fp32."""
-    values = {part: value.to(device) for part, value in values.items()}
-    if isinstance(layer, NVFP4Weight):
-        codes, scales, global_scale = values["weight"], values["weight_scale"], values["weight_scale_2"]
-        shape = (layer.out_features, layer.in_features)
-        if codes.dim() == 3:
-            whole = (NVFP4Tensor(*parts, shape) for parts in zip(codes, scales, global_scale, strict=True))
-            return torch.stack([tensor.dequantize() for tensor in whole])
-        return NVFP4Tensor(codes, scales, global_scale.reshape(()), shape).dequantize()
-    scale = values["weight_scale"].reshape(-1, 1, 1) if values["weight"].dim() == 3 else values["weight_scale"]
-    return values["weight"].float() * scale
+    experts = len(values["weight"]) if values["weight"].dim() == 3 else None
+    made = type(layer)(layer.in_features, layer.out_features, experts=experts, device="meta")
+    for part, buffer in list(made.named_buffers()):
+        setattr(made, part, values[part].to(device).reshape(buffer.shape))
+    return made.dequantize()
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -66,6 +66,7 @@ def save_quantized(model, tokenizer, out: Path, write_more) -> None:
 def read_text(flag: str, path: str | None, tokenizer):
     """The tokens of a text file; None for no path. Raises ValueError naming `flag`."""
     from nvfp4_kernels.ptq.evaluate import Text
+    from nvfp4_kernels.train.corpus import looks_binary
 
     if path is None:
         return None
@@ -74,6 +75,6 @@ def read_text(flag: str, path: str | None, tokenizer):
     except OSError as error:
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise ValueError(f"{flag}: {path} {why}; do: give a text file") from None
-    if b"\0" in text[: 1 << 16]:
+    if looks_binary(text[: 1 << 16]):
         raise ValueError(f"{flag}: {path} is binary, not text; do: give a text file")
     return Text.encode(text, tokenizer, path)

@@ -54,6 +54,7 @@ def collect(arguments: argparse.Namespace) -> dict:
     from nvfp4_kernels.model.presets import preset
     from nvfp4_kernels.nn.linear import Linear
     from nvfp4_kernels.nn.moe import Experts, Router
+    from nvfp4_kernels.ops._device import default_device
     from nvfp4_kernels.recipe import get_recipe
 
     config = HybridConfig.load(arguments.config) if arguments.config else preset(arguments.preset)
@@ -79,7 +80,8 @@ def collect(arguments: argparse.Namespace) -> dict:
             else:
                 formats = {name: _format(getattr(linear_recipe, name)) for name in OPERANDS}
                 why = recipe.explain(label, depth)[1]
-                backend = _backend(linear_recipe, rows, *weight.shape[-2:])
+                with torch.device(default_device()):
+                    backend = _backend(linear_recipe, rows, *weight.shape[-2:])
             quantized[f"{owner}.{part}"] = formats["fprop_w"].split(":")[0]
             layers.append({
                 "layer": label, "weight": list(weight.shape), "rows": rows, "operands": formats, "backend": backend,
@@ -105,7 +107,7 @@ def _format(spec) -> str:
 
 
 def _backend(recipe, rows: int, out: int, inner: int) -> str:
-    """Who quantizes and who multiplies, asked with operands of the layer's own sizes (virtual memory, never touched)."""
+    """Who quantizes and who multiplies, asked with operands of the layer's own sizes."""
     import torch
 
     from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor

@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder: tokenizer.json through the `tokenizers` package, and its chat template."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 from nvfp4_kernels.checkpoint.source import read_json
@@ -71,9 +72,15 @@ def render(template: str, messages: list[dict], **variables) -> str:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _tojson
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["raise_exception"] = refuse
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **variables)
+        variables |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        return environment.from_string(template).render(**variables)
     except TemplateError as error:
         raise ValueError(f"chat: the chat template refuses ({' '.join(str(error).split())})") from error
+
+
+def _tojson(value, ensure_ascii: bool = False, indent: int | None = None, **options) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from nvfp4_kernels.nn.attention import Attention, attend_seen
+from nvfp4_kernels.nn.attention import Attention, attend, attend_seen
 from nvfp4_kernels.nn.mamba2 import Mamba2
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
@@ -108,10 +108,7 @@ class AttentionSlots:
             cache[slot, :, start:end] = new.transpose(0, 1)
         keys, values = (t[slot : slot + 1, :, :end] for t in (self.k, self.v))
         if start == 0:
-            q, share = q.transpose(0, 1)[None], q.shape[1] // k.shape[1]
-            return nn.functional.scaled_dot_product_attention(
-                q, keys, values, is_causal=True, enable_gqa=share > 1
-            )[0].transpose(0, 1)  # fmt: skip
+            return attend(q[None], keys.transpose(1, 2), values.transpose(1, 2))[0]
         parts = q.split(max(1, MASK // end))
         starts = accumulate((len(part) for part in parts), initial=start)
         return torch.cat([self._attend_part(part, keys, values, at) for part, at in zip(parts, starts, strict=False)])

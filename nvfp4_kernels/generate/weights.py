@@ -12,7 +12,7 @@ from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts, Router
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
-from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._dispatch import implementation, select
 from nvfp4_kernels.ops.hadamard.op import hadamard
 
 # Up to so many rows the CPU kernels sum in one and the same order (csrc/matmul/few_rows.h, few_rows_plain.h). More rows of a
@@ -35,17 +35,17 @@ class ServedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.plain and (len(rows) > _PARTS * self.few or not x.is_cpu or x.dtype == torch.float64):
+        if self.plain and (len(rows) > _PARTS * self.few or x.dtype == torch.float64):
             return F.linear(x, self.weight, self.bias)
-        if self.few < len(rows) <= _PARTS * self.few:
-            y = torch.cat([self._product(part) for part in rows.split(self.few)])
-        else:
-            y = self._product(rows)
+        rest = self.weight, self.bias, x.dtype, None, False
+        kernel = select("matmul", rows, *rest)
+        if kernel is not implementation("matmul", "native"):  # the order of sums is the CPU kernels' own
+            return (
+                F.linear(x, self.weight, self.bias) if self.plain else kernel.run(rows, *rest).view(*x.shape[:-1], -1)
+            )
+        parts = rows.split(self.few) if len(rows) <= _PARTS * self.few else (rows,)
+        y = torch.cat([kernel.run(part, *rest) for part in parts]) if len(parts) > 1 else kernel.run(rows, *rest)
         return y.view(*x.shape[:-1], y.shape[1])
-
-    def _product(self, rows: Tensor) -> Tensor:
-        arguments = (rows, self.weight, self.bias, rows.dtype, None, False)
-        return select("matmul", *arguments).run(*arguments)
 
 
 def serving(model: nn.Module) -> nn.Module:

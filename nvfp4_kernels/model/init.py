@@ -12,7 +12,6 @@ from torch import nn
 
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.nn.mamba2 import Mamba2
-from nvfp4_kernels.nn.moe import Experts
 
 RESIDUAL = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts.down_proj", "fc2_latent_proj.weight")
 
@@ -29,8 +28,6 @@ def initialize(model: nn.Module, config: HybridConfig) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
-        if isinstance(module, Experts):
-            module.refresh()
         if isinstance(module, Mamba2):
             _initialize_mamba(module, config)
 

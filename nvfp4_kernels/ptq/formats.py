@@ -6,7 +6,7 @@ Sources: hf_quant_config.json of the published Nemotron 3 checkpoints; the recip
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -44,15 +44,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Recipe:
-    """search, four_over_six: as in ptq.scales. rules: of a model's config."""
+    """rules: a model's config -> its Rules. search, four_over_six: as in ptq.scales."""
 
     name: str
-    what: str
+    rules: Callable[[HybridConfig], Rules]
     search: str = "max"
     four_over_six: str | None = None
-
-    def rules(self, config: HybridConfig) -> Rules:
-        return _RULES[self.name](config)
 
 
 def targets(model: nn.Module) -> list[Target]:
@@ -195,19 +192,13 @@ def _lightning(config: HybridConfig) -> Rules:
     return (*_mamba(config, "fp8", "fp8"), *_mlps(config, "w4a16", "w4a16"), *head)
 
 
-_RULES = {
-    "super-nvfp4": _super,
-    "nano-nvfp4": lambda config: _nano(config, "nvfp4"),
-    "lightning-w4a16": _lightning,
-    "nano-fp8": lambda config: _nano(config, "fp8"),
-}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("super-nvfp4", "routed experts NVFP4; Mamba and shared experts FP8", "mse"),
-        Recipe("nano-nvfp4", "all NVFP4 but attention, the Mamba layers before it, and the head"),
-        Recipe("lightning-w4a16", "experts and head NVFP4 weights alone, Mamba FP8", "max", "mse"),
-        Recipe("nano-fp8", "all FP8 but attention, the Mamba layers before it, and the head"),
+        Recipe("super-nvfp4", _super, "mse"),
+        Recipe("nano-nvfp4", lambda config: _nano(config, "nvfp4")),
+        Recipe("lightning-w4a16", _lightning, "max", "mse"),
+        Recipe("nano-fp8", lambda config: _nano(config, "fp8")),
     )
 }
 

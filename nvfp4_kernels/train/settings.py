@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_kernels.train.schedule import SHAPES
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -56,6 +58,7 @@ class Settings:
             demand(getattr(self, name) >= 0, name, "0 or more")
         demand(self.from_ is None or self.config is None, "config", "config or from, not both")
         demand(self.quantized in ("keep", "dequantize"), "quantized", "keep, dequantize")
+        demand(self.decay_shape in SHAPES, "decay_shape", ", ".join(SHAPES))
         demand(self.lr > 0, "lr", "more than 0")
         demand(self.clip > 0, "clip", "more than 0 (inf for none)")
         demand(0 <= self.validation < 0.5, "validation", "a share of the documents from 0 to 0.5")

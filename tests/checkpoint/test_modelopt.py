@@ -1,4 +1,6 @@
-"""Beside nvidia-modelopt, where it is installed: what it exports is read to the bit, what we write it decodes alike."""
+"""Beside nvidia-modelopt, where it is installed (pip install '.[interop]'): what it exports is read to the bit, and what we
+write it decodes alike.
+"""
 
 import pytest
 import torch

@@ -82,8 +82,8 @@ def test_kept_steps_are_settled_to_any_length(build):
 
 
 @torch.no_grad()
-def test_a_kept_step_is_the_bits_of_single_ones(build):
-    """As far as the ops go: the states after several tokens at once, and after one at a time."""
+def test_a_kept_step_is_close_to_single_ones(build):
+    """The states after several tokens at once, and after one at a time."""
     model = build("M")
     ids = torch.randint(0, 40, (2, 4))
     for state_dtype, noise in ((torch.float32, None), (torch.float16, [(7, 0), (9, 100)]), (torch.bfloat16, None)):

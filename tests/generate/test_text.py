@@ -19,7 +19,8 @@ TEMPLATE = """{%- for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('no ' + m.role) }}{% endif %}
 {%- endfor %}
 {% if add_generation_prompt %}
-<|im_start|>assistant {{ bos_token }}{{ messages | tojson }}
+<|im_start|>assistant {{ bos_token }}{{ messages | tojson }}{{ messages | tojson(ensure_ascii=True, separators=(",", ":")) }}
+{%- if tools is not none %}tools{% endif %}{{ strftime_now("%%") }}
 {% endif %}"""
 
 

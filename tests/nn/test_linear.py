@@ -8,6 +8,8 @@ from torch import nn
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn.forms import Derived
+from nvfp4_kernels.nn.mamba2 import Mamba2
+from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.ops.quantize import op as quantize_op
 from nvfp4_kernels.recipe import HIGH, NVFP4
@@ -208,3 +210,19 @@ def test_refresh_after_writing_by_hand():
         layer.weight.data.mul_(2)
         layer.refresh()
         torch.testing.assert_close(layer(x), 2 * before, rtol=1e-5, atol=1e-5)
+
+
+def test_refresh_of_experts_and_mixers():
+    experts, mixer = Experts(1, 32, 32), Mamba2(32, 2, 16, 16, 1)
+    experts.recipes = {"up_proj": NVFP4, "down_proj": NVFP4}
+    x, token = torch.randn(4, 32), torch.randn(1, 1, 32)
+    with torch.no_grad():
+        experts.up_proj.normal_(), experts.down_proj.normal_()
+        before, state = experts(x, [4]), mixer.new_state(1, torch.float32)
+        mixer(token, state=state)
+        experts.down_proj.data.mul_(2)
+        mixer.D.data.zero_()
+        experts.refresh(), mixer.refresh()
+        torch.testing.assert_close(experts(x, [4]), 2 * before)
+        fresh = copy.deepcopy(mixer)
+        torch.testing.assert_close(mixer(token, state=copy.deepcopy(state)), fresh(token, state=copy.deepcopy(state)))

@@ -8,6 +8,7 @@ from torch import nn
 
 from nvfp4_kernels.train.optimizer import build_optimizer, load_state_tensors, state_tensors
 from nvfp4_kernels.train.schedule import Budget, Schedule, as_steps
+from nvfp4_kernels.train.settings import Settings
 
 
 def test_warmup_stable_decay():
@@ -81,3 +82,8 @@ def test_state_survives_by_name():
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     with pytest.raises(ValueError, match="knows a parameter other"):
         load_state_tensors(second, two, {"exp_avg.other": torch.zeros(1)})
+
+
+def test_an_unknown_shape_of_decay_is_refused():
+    with pytest.raises(ValueError, match="decay_shape: got 'cosine'; allowed: minus-sqrt, linear"):
+        Settings(decay_shape="cosine")
