@@ -2,8 +2,8 @@
 
 import torch
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops.grouped_matmul import triton
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 
 
 def empty(*shape, dtype=torch.bfloat16):

@@ -5,8 +5,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.matmul.op import matmul
 
 

@@ -88,8 +88,8 @@ def _call(op: str, refuses, device: str) -> list:
     """Arguments of an ordinary call: bf16, sizes that are multiples of 16, the nvfp4 recipe."""
     import torch
 
+    from nvfp4_kernels.formats.groups import Stack
     from nvfp4_kernels.formats.spec import QuantSpec
-    from nvfp4_kernels.ops.grouped_matmul.op import Stack
     from nvfp4_kernels.ops.quantize.op import quantize
 
     x = torch.ones(32, 32, dtype=torch.bfloat16, device=device)

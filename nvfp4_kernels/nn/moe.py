@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.relu2.op import relu2
 
 

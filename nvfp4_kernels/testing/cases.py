@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._dispatch import backend
@@ -14,7 +15,7 @@ from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
-from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.mixer_step.op import mixer_step

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.ops.grouped_matmul.op import Stack, grouped_matmul
+from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from tests.oracles.experts_brute import decode, grouped, grouped_sums
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,7 +60,7 @@ def test_nvfp4_weights(on, load, dtype):
     sizes = LOADS[load]
     a, b = drawn(sum(sizes), 80, dtype=dtype), stack(len(sizes), 33, 80)
     y = grouped_matmul(a, b, offsets(sizes), torch.float32)
-    assert error(y, grouped(a.double(), decode(*b), sizes)) < 1e-6
+    assert error(y, grouped(a.double(), decode(*b[:3]), sizes)) < 1e-6
 
 
 @pytest.mark.parametrize("n, k", SHAPES)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 
 
 def refuses(

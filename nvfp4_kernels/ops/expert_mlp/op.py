@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.grouped_matmul.op import Stack, check_stack, plain_parts
+from nvfp4_kernels.ops.grouped_matmul.op import check_stack, plain_parts
 from nvfp4_kernels.ops.route.op import Routing
 
 

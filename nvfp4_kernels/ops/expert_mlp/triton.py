@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops.grouped_matmul import triton as grouped_matmul
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.permute import triton as permute
 from nvfp4_kernels.ops.relu2 import triton as relu2
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 
 NVFP4 = 3  # the kind of operand beyond the dtypes
 
@@ -35,14 +35,14 @@ def run(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 def readable(b: Stack) -> Stack:
     """The same with codes and scales in order, as the kernels read them; plain values may have any strides."""
-    return b if b.scales is None else Stack(*(part.contiguous() for part in b))
+    return b if b.scales is None else Stack(*(part.contiguous() for part in b[:3]))
 
 
 def operand(b: Stack) -> tuple[tuple, int]:
     """The first matrix as csrc/bindings.cpp calls an operand, and the elements from it to the next plain one."""
-    values, scales, global_scales = b
+    values, scales, global_scales = b[:3]
     if scales is None:
         stride = values.stride(0) if values.dim() == 3 else 0
         return (DTYPES[values.dtype], values.data_ptr(), 0, 0, *values.shape[-2:], *values.stride()[-2:]), stride
-    places = (part.data_ptr() for part in b)
+    places = (part.data_ptr() for part in (values, scales, global_scales))
     return (NVFP4, *places, values.shape[1], 2 * values.shape[2], 0, 0), 0

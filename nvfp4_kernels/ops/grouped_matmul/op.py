@@ -1,21 +1,12 @@
 """grouped_matmul: one matmul for each group of rows that lie together, as the tokens of each expert do, in one call."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-
-
-class Stack(NamedTuple):
-    """One matrix [rows, cols] for each group: plain values, or NVFP4 with a global scale for each matrix."""
-
-    values: Tensor  # float [groups, rows, cols], or uint8 codes [groups, rows, cols / 2]
-    scales: Tensor | None = None  # E4M3 [groups, rows, cols / 16]
-    global_scales: Tensor | None = None  # fp32 [groups]
 
 
 def grouped_matmul(a: Tensor, b: Tensor | Stack, offsets: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -53,7 +44,7 @@ def grouped_matmul(a: Tensor, b: Tensor | Stack, offsets: Tensor, out_dtype: tor
 
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
-    values, scales, global_scales = stack
+    values, scales, global_scales, _ = stack
     if scales is None:
         _check_values(name, values)
         require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
@@ -70,7 +61,7 @@ def check_stack(name: str, stack: Stack, device: torch.device) -> None:
             global_scales.shape == codes[:1] and global_scales.dtype == torch.float32,
             name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
         )  # fmt: skip
-    for part in stack:
+    for part in stack[:3]:
         if part is not None:
             same_device(name, part, device)
 

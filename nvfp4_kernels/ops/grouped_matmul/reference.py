@@ -6,8 +6,8 @@ Operands of the result's type go to torch as they are, whose products sum in fp3
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops.dequantize import reference as dequantize
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 
 
 def refuses(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> str | None:

@@ -8,10 +8,10 @@ the offsets. Sums that are divided among groups run from one offset to the next,
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_numerics import portable
-from nvfp4_kernels.ops.grouped_matmul.op import Stack
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import write
 

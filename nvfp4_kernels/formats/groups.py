@@ -1,0 +1,40 @@
+"""Operands of grouped GEMMs: one matrix for each group, or the columns of rows that lie together by group."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Stack(NamedTuple):
+    """One matrix [rows, cols] for each group: plain values, NVFP4 with a global scale for each matrix, or MXFP8."""
+
+    values: Tensor  # float [groups, rows, cols]; codes uint8 [groups, rows, ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
+    scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
+    global_scales: Tensor | None = None  # NVFP4: fp32 [groups]
+    hadamard: int | None = None  # NVFP4: the sign mask of the transform that each row went through
+
+
+class Columns(NamedTuple):
+    """x.T of x [rows, cols], sorted by group, quantized along the rows of each group by itself.
+
+    A group's values are padded with zeros to whole blocks (16 values, MXFP8 32) and lie at starts[e] to starts[e + 1] of each
+    line. A line is as long as any sizes of the groups could need (most_runs), zeros beyond starts[-1].
+    """
+
+    values: Tensor  # uint8 codes [cols, runs * 8], or for MXFP8 E4M3 [cols, runs * 32]
+    scales: Tensor  # E4M3 [cols, runs], or for MXFP8 uint8
+    global_scales: Tensor | None  # NVFP4: fp32 [groups]
+    starts: Tensor  # int64 [groups + 1], multiples of the block, on the device
+    hadamard: int | None = None
+
+
+def most_runs(rows: int, groups: int, run: int) -> int:
+    """Blocks of `run` values that the rows of `groups` groups need at most: what sum(ceil(size / run)) cannot exceed."""
+    return (rows + (run - 1) * min(rows, groups)) // run
+
+
+def group_starts(offsets: Tensor, run: int) -> Tensor:
+    """Where groups begin when each is padded to a multiple of `run`: int64 [groups + 1] from offsets [groups + 1]."""
+    blocks = torch.div(offsets.diff() + (run - 1), run, rounding_mode="floor")
+    return torch.cat([offsets.new_zeros(1), blocks.cumsum(0) * run])
