@@ -48,7 +48,7 @@ def test_nvfp4(backend, case, size, width):
         x = drawn(tokens, size, dtype=dtype) / 64
         y = expert_mlp(x, routing, up, down)
         bound = max(2 * torch.finfo(dtype).eps, 2e-6)
-        assert error(y, truth(x, routing, decode(*up), decode(*down))) <= bound
+        assert error(y, truth(x, routing, decode(*up[:3]), decode(*down[:3]))) <= bound
 
 
 @pytest.mark.parametrize("bias", [[0, 9, 0, 9, 0, 0], [9, 0, 0, 0, 0, 9]])
@@ -66,7 +66,9 @@ def test_every_instruction_set(isa):
             x = drawn(2 * tokens, 128, dtype=dtype)[::2, :64] / 8  # rows apart
             with nk.backend("native"):
                 y = expert_mlp(x, routing, up, down)
-            assert error(y, truth(x, routing, decode(*up), decode(*down))) <= max(2 * torch.finfo(dtype).eps, 1e-6)
+            assert error(y, truth(x, routing, decode(*up[:3]), decode(*down[:3]))) <= max(
+                2 * torch.finfo(dtype).eps, 1e-6
+            )
 
 
 def test_run_to_run_and_threads(backend):

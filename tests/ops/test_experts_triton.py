@@ -131,7 +131,10 @@ def test_grouped_matmul(load, dtype):
     on_device = Stack(*(part.to(DEVICE) for part in quantized[:3]))
     wide = a.cpu().double()
     assert error(grouped_matmul(a, plain, o, torch.float32).cpu(), grouped(wide, plain.cpu().double(), sizes)) < LIMIT
-    assert error(grouped_matmul(a, on_device, o, torch.float32).cpu(), grouped(wide, decode(*quantized), sizes)) < LIMIT
+    assert (
+        error(grouped_matmul(a, on_device, o, torch.float32).cpu(), grouped(wide, decode(*quantized[:3]), sizes))
+        < LIMIT
+    )
     dy = drawn(sum(sizes), 33, dtype=dtype)
     dx = grouped_matmul(dy, plain.transpose(1, 2), o, torch.float32).cpu()
     assert error(dx, grouped(dy.cpu().double(), plain.cpu().double().transpose(1, 2), sizes)) < LIMIT
@@ -147,7 +150,7 @@ def test_grouped_matmul_of_odd_sizes(n, k):
     sizes = [20, 0, 3]
     o, a, quantized = offsets(sizes).to(DEVICE), drawn(23, k, dtype=torch.bfloat16), stack(3, n, k)
     y = grouped_matmul(a, Stack(*(part.to(DEVICE) for part in quantized[:3])), o, torch.float32)
-    assert error(y.cpu(), grouped(a.cpu().double(), decode(*quantized), sizes)) < LIMIT
+    assert error(y.cpu(), grouped(a.cpu().double(), decode(*quantized[:3]), sizes)) < LIMIT
 
 
 def test_a_bad_global_scale_is_its_groups_own():
@@ -165,5 +168,5 @@ def test_expert_mlp(tokens, top_k, dtype):
     on_device = Stack(*(part.to(DEVICE) for part in up[:3]))
     y = expert_mlp(x, routing, on_device, down).cpu()
     weights = routing.weights.cpu().double()
-    wanted = moe(x.cpu().double(), routing.indices.cpu(), weights, decode(*up), down.cpu().double())
+    wanted = moe(x.cpu().double(), routing.indices.cpu(), weights, decode(*up[:3]), down.cpu().double())
     assert y.dtype == dtype and error(y, wanted) <= max(3 * torch.finfo(dtype).eps, 10 * LIMIT)

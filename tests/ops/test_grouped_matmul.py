@@ -73,7 +73,7 @@ def test_shapes(on, n, k):
             < 1e-6
         )
         y = grouped_matmul(a, quantized, offsets(sizes), torch.float32)
-        assert error(y, grouped(a.double(), decode(*quantized), sizes)) < 1e-6
+        assert error(y, grouped(a.double(), decode(*quantized[:3]), sizes)) < 1e-6
 
 
 @pytest.mark.parametrize("k", [1, 7, 31, 33, 100])
@@ -165,7 +165,7 @@ def test_reference(dtype):
         unit = torch.finfo(dtype).eps
         assert error(y, grouped(a.double(), b.double(), sizes)) <= 2 * unit
         assert error(sums, grouped_sums(a.t().double(), a.t().double(), sizes)) <= 2 * unit
-        assert error(decoded, grouped(a.double(), decode(*quantized), sizes)) <= max(2 * unit, 1e-6)
+        assert error(decoded, grouped(a.double(), decode(*quantized[:3]), sizes)) <= max(2 * unit, 1e-6)
 
 
 def test_registered_op_is_sound():
