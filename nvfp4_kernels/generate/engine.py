@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.generate.decode import Decoder
 from nvfp4_kernels.generate.sample import TOKEN, Draws, Sampling, Shaper, draw
 from nvfp4_kernels.generate.speculative import Acceptance, Drafter, judge, mark, seen_tokens
 from nvfp4_kernels.generate.state import STATE_DTYPES, Pool
@@ -99,6 +100,7 @@ class Engine:
         self.device = self.model.backbone.embeddings.weight.device
         blocks, dtype = self.model.backbone.layers, model.config.dtype
         self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device)
+        self.decoder = Decoder(self.model, self.pool, stochastic)
         self.drafter = Drafter(self.model, slots, speculative) if speculative else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -211,9 +213,7 @@ class Engine:
 
     def _grow(self, requests: list[Request]) -> list[Event]:
         """A token for each."""
-        ids = torch.tensor([[request.tokens[-1]] for request in requests], device=self.device)
-        state = self.pool.begin([r.slot for r in requests], [1] * len(requests), noise=self._noise(requests))
-        return self._draw(requests, self.model.lm_head(self.model.hidden(ids, state=state)[:, 0]))
+        return _events(requests, self.decoder(requests))
 
     def _draw(self, requests: list[Request], logits: Tensor) -> list[Event]:
         shaper = self._shaper_of(requests)
@@ -223,7 +223,7 @@ class Engine:
         else:
             uniforms = [request.draws.at(request.position, TOKEN) for request in requests]
             tokens = draw(shaper.probabilities(logits, seen), uniforms)
-        return [Event(r, r.take([token]), r.finished) for r, token in zip(requests, tokens, strict=True)]
+        return _events(requests, tokens)
 
     def _speculate(self, requests: list[Request]) -> list[Event]:
         """Several tokens for each: drafts, one pass over all of them, and the states put where the accepted ones end."""
@@ -260,3 +260,7 @@ class Engine:
         if self._shaper is None or self._shaper[0] != samplings:
             self._shaper = samplings, Shaper.of(samplings, self.device)
         return self._shaper[1]
+
+
+def _events(requests: list[Request], tokens: list[int]) -> list[Event]:
+    return [Event(r, r.take([token]), r.finished) for r, token in zip(requests, tokens, strict=True)]

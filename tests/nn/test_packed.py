@@ -36,7 +36,9 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-@pytest.mark.parametrize("options", [{}, dict(bias=torch.randn(48), input_scale=torch.tensor(0.5))], ids=["bare", "full"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(bias=torch.randn(48), input_scale=torch.tensor(0.5))], ids=["bare", "full"]
+)
 def test_packing_changes_where_the_bits_lie_and_nothing_else(kernels, options):
     layer = layer_of(**options)
     before, plain = {name: t.clone() for name, t in layer.state_dict().items()}, copy.deepcopy(layer)
