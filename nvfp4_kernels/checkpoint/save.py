@@ -20,6 +20,7 @@ from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 
 Read = Callable[[str], torch.Tensor]
 LAYOUTS = ("published", "transformers", "modelopt")
+SHARD_BYTES = 5e9  # of a shard at most, where nobody says
 REPLACED = ("config.json", "hf_quant_config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
