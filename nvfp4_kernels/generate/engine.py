@@ -15,7 +15,7 @@ from torch import Tensor
 from nvfp4_kernels.generate.decode import Decoder
 from nvfp4_kernels.generate.sample import TOKEN, Draws, Sampling, Shaper, draw
 from nvfp4_kernels.generate.speculative import Acceptance, Drafter, judge, mark, seen_tokens
-from nvfp4_kernels.generate.state import STATE_DTYPES, Pool
+from nvfp4_kernels.generate.state import STATE_DTYPES, Pool, cache_scales
 from nvfp4_kernels.generate.weights import serving
 
 
@@ -70,7 +70,9 @@ class Engine:
     prefill_chunk: tokens of prompts read in one step, at most; longer ones take several steps, and those that already
     grow go on in between. state_dtype: of the SSM states, "fp32", "bf16" or "fp16"; with stochastic their rounding is
     stochastic, from each request's seed (fp16 so is what Nemotron 3 is served with). speculative: tokens drafted by the MTP
-    block at each step; 0: none.
+    block at each step; 0: none. kv_dtype: of keys and values; None: the activations'. "fp8": E4M3 with the scales that the
+    checkpoint has for each layer (k_scale, v_scale), 1 where it has none; half the memory of bf16. "checkpoint": fp8 where the
+    checkpoint says so. Those of the MTP block, whose drafts are verified, stay in the activations' dtype.
     The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
     model does not reach it. Raises ValueError or TypeError naming the argument.
     """
@@ -83,6 +85,7 @@ class Engine:
         state_dtype: str = "fp32",
         stochastic: bool = False,
         speculative: int = 0,
+        kv_dtype: str | None = None,
     ):
         for name, value, least in (
             ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
@@ -95,11 +98,15 @@ class Engine:
             raise ValueError(
                 "stochastic: got True for fp32 states; allowed: state_dtype 'fp16' or 'bf16', which are rounded"
             )
+        if kv_dtype not in (None, "fp8", "checkpoint"):
+            raise ValueError(f"kv_dtype: got {kv_dtype!r}; allowed: None, 'fp8', 'checkpoint'")
+        fp8 = kv_dtype == "fp8" or kv_dtype == "checkpoint" and model.kv_cache_algorithm == "FP8"
         self.model = serving(model)
         self.vocab, self.prefill_chunk, self.stochastic = model.config.vocab_size, prefill_chunk, stochastic
         self.device = self.model.backbone.embeddings.weight.device
+        scales = cache_scales(model.backbone.layers, self.device) if fp8 else None
         blocks, dtype = self.model.backbone.layers, model.config.dtype
-        self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device)
+        self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device, scales)
         self.decoder = Decoder(self.model, self.pool, stochastic)
         self.drafter = Drafter(self.model, slots, speculative) if speculative else None
         self.waiting: deque[Request] = deque()

@@ -30,7 +30,7 @@ class Plan:
     """rules: patterns and formats; or bits: a budget, a weight on average, that measured costs are to meet.
 
     label: what to call it in the report. search, four_over_six: as of ptq.scales. kv_cache: whether the checkpoint is to say
-    that keys and values are cached in FP8, with measured scales; the model itself goes on to cache them as they are.
+    that keys and values are cached in FP8, with measured scales, which Engine's kv_dtype takes; evaluation caches nothing.
     """
 
     label: str

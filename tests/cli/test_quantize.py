@@ -71,7 +71,8 @@ def test_a_run_by_recipe_then_eval(folder, capsys):
     assert got["nats_a_token"] == report["after"]["nats_a_token"]  # what is stored is what was measured
     assert got["bytes"] == len(TEXT.encode()) - 1 == got["tokens"] and got["length"] == 64
     assert f"{got['bits_a_byte']:.4f} bits a byte" in out and "0 - 63" in out and "tokens/s" in out
-    assert run(capsys, "generate", "--model", "q", "--prompt", "The ", "--tokens", 3).startswith("The ")
+    for options in ((), ("--kv-cache", "fp8"), ("--kv-cache", "checkpoint")):
+        assert run(capsys, "generate", "--model", "q", "--prompt", "The ", "--tokens", 3, *options).startswith("The ")
     before = run(capsys, "eval", "--model", "run", *common)
     assert f"{report['before']['nats_a_byte']:.4f} nats a byte" not in before  # a run is evaluated by its own recipe
 

@@ -76,6 +76,7 @@ MIXED = [
 SCENES = {
     "greedy": ({}, [Sampling()]),
     "sampled": ({}, MIXED),
+    "keys in fp8": (dict(kv_dtype="fp8"), MIXED[:2]),
     "noisy states": (dict(state_dtype="fp16", stochastic=True), [Sampling(0.9, seed=1 << 62), Sampling(1.1, seed=3)]),
 }  # fmt: skip
 
