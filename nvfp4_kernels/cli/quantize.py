@@ -76,9 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     require(arguments.length >= 1, "length", arguments.length, "at least 1")
     source = Path(arguments.model)
     weights_alone = arguments.calibrate is None and arguments.text is None and not (source / "run.json").is_file()
-    report = (_by_layer if weights_alone and arguments.bits is None else _in_memory)(arguments, source, out, rules)
+    by_layer = weights_alone and arguments.bits is None
+    report = (_by_layer if by_layer else _in_memory)(arguments, source, out, rules)
     print(render(report))
-    print(f"in {out}: the checkpoint, {REPORT}, errors.png")
+    held = "one layer at a time" if by_layer else "the whole model"
+    print(f"in {out}: the checkpoint, {REPORT}, errors.png; {held} was held in memory")
     return 0
 
 

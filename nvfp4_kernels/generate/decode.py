@@ -122,7 +122,7 @@ class Decoder:
     def _prepare(self, shape: Shape) -> Step:
         step = Step(self.model, self.pool, shape, self.record is not None, self.stochastic)
         if self.record is not None:
-            step.graph = self.record(step.run, self.pool.device)  # of rows without sequences: it leaves no trace
+            step.graph = self.record(step.run)  # of rows without sequences: it leaves no trace
             if step.graph is None:
                 self.record = None
         while len(self._steps) >= MOST_STEPS:

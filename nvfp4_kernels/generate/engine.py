@@ -1,8 +1,8 @@
 """Batched generation: sequences enter, are read, grow a token (or several) a step, and leave; each in a slot of the pool.
 
 The slots are independent of each other: what a sequence says depends on its prompt, its Sampling and the model. In fp32 that is
-so for the text (tested). In bf16 it is so for decoding up to 48 rows a step, or 128 with NVFP4 weights; prompts that are read
-together are multiplied together, by products whose last bits may depend on how many rows they have.
+so for the text (tested). In bf16, on a CPU, it is so for decoding up to 48 rows a step, or 128 with NVFP4 weights; prompts that
+are read together are multiplied together, by products whose last bits may depend on how many rows they have.
 """
 
 from collections import deque
@@ -73,6 +73,8 @@ class Engine:
     block at each step; 0: none. kv_dtype: of keys and values; None: the activations'. "fp8": E4M3 with the scales that the
     checkpoint has for each layer (k_scale, v_scale), 1 where it has none; half the memory of bf16. "checkpoint": fp8 where the
     checkpoint says so. Those of the MTP block, whose drafts are verified, stay in the activations' dtype.
+    On CUDA devices a step that grows sequences by a token each is one CUDA graph, made when its shape is first met (decode.py);
+    reading prompts and speculative decoding are not.
     The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
     model does not reach it. Raises ValueError or TypeError naming the argument.
     """

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,15 +13,12 @@ class CudaGraph:
     """run() as a graph. `replay` runs it anew on what its inputs hold then; its result is good until the next replay.
 
     run: of no arguments, gives a tensor; it is called three times, and must leave no trace with the inputs as they are.
+    memory: a graph_pool_handle; graphs that are replayed one at a time may share it.
     Raises RuntimeError where the host waits for the device in it, which no graph can hold.
     """
 
-    _memory: dict[torch.device, tuple] = {}  # by device: graphs that are replayed one at a time may share it
-
-    def __init__(self, run: Callable[[], Tensor], device: torch.device):
+    def __init__(self, run: Callable[[], Tensor], device: torch.device, memory: tuple):
         with torch.cuda.device(device):
-            if device not in self._memory:
-                self._memory[device] = torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -29,7 +27,7 @@ class CudaGraph:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._memory[device]):
+            with torch.cuda.graph(self._graph, pool=memory):
                 self._result = run()
 
     def replay(self) -> Tensor:
@@ -39,13 +37,13 @@ class CudaGraph:
 
 def recorder(device: torch.device) -> Callable | None:
     """What makes a graph of a function on this device: gives an object with `replay`, or None, with a warning that says why.
-    None where there are no graphs."""
-    return _recorded if device.type == "cuda" else None
+    None where there are no graphs. Those that it makes are to be replayed one at a time."""
+    return partial(_recorded, device, torch.cuda.graph_pool_handle()) if device.type == "cuda" else None
 
 
-def _recorded(run: Callable[[], Tensor], device: torch.device) -> CudaGraph | None:
+def _recorded(device: torch.device, memory: tuple, run: Callable[[], Tensor]) -> CudaGraph | None:
     try:
-        return CudaGraph(run, device)
+        return CudaGraph(run, device, memory)
     except RuntimeError as error:
         warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
         return None

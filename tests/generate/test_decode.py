@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.generate import decode, state
+from nvfp4_kernels.generate import decode, graph, state
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.sample import Form, Sampling
 from nvfp4_kernels.generate.state import Pool
@@ -34,7 +34,7 @@ class Graph:
 
     made = []
 
-    def __init__(self, run, device):
+    def __init__(self, run):
         with Recording() as recording:
             self.result = run()
         self.calls, self.replays = recording.calls, 0
@@ -61,10 +61,10 @@ def graphs(monkeypatch):
 
 def test_the_graph_freezes_what_the_host_does():
     x, host = torch.zeros(2), [1.0]
-    graph = Graph(lambda: (x * 2 + host[0]).view(1, 2), None)
+    recorded = Graph(lambda: (x * 2 + host[0]).view(1, 2))
     x.fill_(5)
     host[0] = 7.0
-    assert graph.replay().tolist() == [[11.0, 11.0]]
+    assert recorded.replay().tolist() == [[11.0, 11.0]]
 
 
 MIXED = [
@@ -104,7 +104,7 @@ def test_decoding_by_graphs_says_the_same(build, graphs, monkeypatch, scene):
     options, samplings = SCENES[scene]
     model = build("ME*M-E")
     said = talk(model, options, samplings)
-    assert len(graphs) > 3 and sum(graph.replays for graph in graphs) > 2 * len(graphs)
+    assert len(graphs) > 3 and sum(made.replays for made in graphs) > 2 * len(graphs)
     monkeypatch.setattr(decode, "recorder", lambda device: None)
     made = len(graphs)
     assert talk(model, options, samplings) == said and len(graphs) == made
@@ -140,12 +140,24 @@ def test_old_graphs_go_and_a_device_that_cannot_record_decodes_without(build, gr
     for _ in engine.run():
         assert len(engine.decoder._steps) <= 2
     assert len(graphs) == 3  # rows of 4, 2 and 1
-    monkeypatch.setattr(decode, "recorder", lambda device: lambda run, device: None)
+    monkeypatch.setattr(decode, "recorder", lambda device: lambda run: None)
     other = Engine(model, slots=1)
     request = other.add([3], None, 5)
     for _ in other.run():
         pass
     assert other.decoder.record is None and len(request.tokens) == 5
+
+
+def test_why_there_is_no_graph_is_said(monkeypatch):
+    def refuse(run, device, memory):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(graph, "CudaGraph", refuse)
+    record = graph.recorder(torch.device("cuda"))
+    with pytest.warns(UserWarning, match="decoding without a CUDA graph: called a synchronizing"):
+        assert record(lambda: torch.ones(1)) is None
+    assert graph.recorder(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("rows, served", [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (17, 24), (64, 64)])
