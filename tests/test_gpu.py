@@ -93,3 +93,42 @@ def test_more_than_2_31_values():
     assert torch.equal(q.codes[-16:], tail.codes[:16])
     assert torch.equal(q.scales[-16:].view(torch.uint8), tail.scales[:16].view(torch.uint8))
     assert torch.equal(q.dequantize(torch.bfloat16)[-16:], tail.dequantize(torch.bfloat16)[:16])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(state_dtype="fp16", stochastic=True)], ids=["fp32 states", "noisy states"]
+)
+def test_a_decode_step_is_one_graph(options):
+    """Sequences that enter and leave say the same with graphs and without; every step but prefill is a replay."""
+    torch.manual_seed(0)
+    config = nk.preset("tiny", hybrid_override_pattern="ME*-E", torch_dtype="float32", initializer_range=0.2)
+    model = nk.HybridModel(config).cuda().eval()
+    said = []
+    for graphs in (True, False):
+        engine = nk.Engine(model, slots=5, **options)
+        if not graphs:
+            engine.decoder.record = None
+        samplings = nk.Sampling(), nk.Sampling(0.9, 20, seed=5), nk.Sampling(0.0, repetition_penalty=1.3)
+        requests = []
+        for i in range(9):
+            requests.append(engine.add(list(range(1, 3 + 7 * i)), samplings[i % 3], 4 + 5 * i))
+            engine.step()
+        for _ in engine.run():
+            pass
+        assert all((step.graph is not None) == graphs for step in engine.decoder._steps.values())
+        said.append([request.tokens for request in requests])
+    assert said[0] == said[1]
+
+
+def test_packed_weights_in_a_graph():
+    """NVFP4 matrices stay packed on the device, once, and the graph multiplies by them."""
+    model = (
+        nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="M-*-", torch_dtype="bfloat16"), "nvfp4").cuda().eval()
+    )
+    engine = nk.Engine(model, slots=2)
+    weight = engine.model.backbone.layers[1].mixer.up_proj.weight
+    request = engine.add([1, 2, 3], None, 12)
+    for _ in engine.run():
+        pass
+    assert isinstance(weight, nk.PackedNVFP4Tensor) and len(request.tokens) == 12
+    assert all(step.graph is not None for step in engine.decoder._steps.values())
