@@ -27,9 +27,7 @@ def decode(w: PackedNVFP4Tensor, first: int, out: Tensor) -> None:
     """Rows from `first` on, as many as `out` [rows, length] has, under their block scales."""
     slabs, tiles = out.shape[0] // SLAB, w.codes.shape[1]
     codes, scales = w.codes[first // SLAB :], w.scales[first // SLAB :]
-    parameters = _cuda_launch.DECODE.pack(
-        codes.data_ptr(), scales.data_ptr(), out.data_ptr(), slabs, out.shape[1]
-    )
+    parameters = _cuda_launch.DECODE.pack(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), slabs, out.shape[1])
     _cuda.launch("matmul", "decode_packed", (-(-slabs * tiles * 32 // THREADS),), THREADS, 0, parameters, out)
 
 

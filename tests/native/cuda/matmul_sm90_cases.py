@@ -87,11 +87,14 @@ def test_results(model, monkeypatch, request, many, dtype):
     packed, w = weight(rows, cols)
     a, bias = torch.randn(70, cols).bfloat16(), torch.randn(rows).to(dtype)
     plain = nk.matmul(a, packed, torch.float32)
-    assert model.kernels == {
-        "tiles": ["weight_only_tiles_128"],
-        "parts": ["weight_only_tiles_128", "weight_only_parts_128"],
-        "slabs": ["decode_packed"] * 2,
-    }[many]
+    assert (
+        model.kernels
+        == {
+            "tiles": ["weight_only_tiles_128"],
+            "parts": ["weight_only_tiles_128", "weight_only_parts_128"],
+            "slabs": ["decode_packed"] * 2,
+        }[many]
+    )
     check(plain, a, w)
     assert torch.equal(nk.matmul(a, packed, dtype, bias=bias), (plain + bias.float()).to(dtype))
     assert torch.equal(nk.matmul(a.view(7, 10, cols), packed, dtype), plain.to(dtype).view(7, 10, rows))
