@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "cpu/pages.h"
 #include "matmul/rectangle.h"
 
 namespace nvfp4 {
@@ -86,6 +87,7 @@ int grouped_matmul(const GroupedMatmulParams& p) {
     for (i64 e = 0; e < p.groups; ++e) ascend = ascend && p.offsets[e] <= p.offsets[e + 1];
     if (!ascend) return 2;
     if (p.a.rows == 0 || p.b.rows == 0 || p.groups == 0) return 0;
+    use_large_pages(p.out, (p.sums ? p.groups : 1) * p.a.rows * p.b.rows * (p.out_dtype == fp32 ? 4 : 2));
 #if defined(NVFP4_ISA_AVX512BF16)
     if (exact_in_bf16(p.a) && exact_in_bf16(p.b)) return run<Pair16>(p);
 #endif

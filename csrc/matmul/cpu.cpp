@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "cpu/pages.h"
 #include "rectangle.h"
 
 namespace nvfp4 {
@@ -63,6 +64,7 @@ int matmul(const MatmulParams& p) {
     const i64 k = p.a.cols > p.b.cols ? p.a.cols : p.b.cols;
     const float g = combined_scale(p);
     if (p.a.rows == 0 || p.b.rows == 0) return 0;
+    use_large_pages(p.out, p.a.rows * p.b.rows * (p.out_dtype == fp32 ? 4 : 2));
     if (k == 0) {
         no_products(p, g, {0, p.b.rows});
         return 0;

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from nvfp4_kernels.cli.machine import share_the_cores
+from nvfp4_kernels.cli.machine import keep_freed_memory, share_the_cores
 
 HELP = "Train the tiny hybrid model in BF16 and in NVFP4 side by side on this machine, and compare them."
 EXAMPLE = "nvfp4 demo --minutes 2.4"
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     share_the_cores()
+    keep_freed_memory()
     from nvfp4_kernels.cli.generate import sample_text
     from nvfp4_kernels.cli.train import preset_settings
     from nvfp4_kernels.recipe import bf16, nvfp4

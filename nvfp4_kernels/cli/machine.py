@@ -1,5 +1,6 @@
 """What to know of the machine before torch is loaded."""
 
+import ctypes
 import os
 import time
 
@@ -29,3 +30,17 @@ def share_the_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ and share_of_idle_cpu() < 0.75:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next allocation, where it would hand large blocks back to the system.
+
+    A step of training allocates the sizes of the step before; handed back, each page is cleared and mapped again when it
+    is next touched: 4% to 11% of a step of a 1024-wide Mamba-2 layer, 2% to 5% of the tiny model's. Other C libraries,
+    and limits that the user has set, stay as they are. Values: malloc.h; mallopt(3).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+        trim_threshold, mmap_max, most = -1, -4, (1 << 31) - 1
+        libc.mallopt(mmap_max, 0)  # no block is a mapping of its own, which free() would end
+        libc.mallopt(trim_threshold, most)

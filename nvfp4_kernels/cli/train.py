@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nvfp4_kernels.cli.machine import share_the_cores
+from nvfp4_kernels.cli.machine import keep_freed_memory, share_the_cores
 from nvfp4_kernels.train.settings import Settings
 
 HELP = "Train a model in NVFP4 or BF16; with no data named, on the Python standard library's sources of this machine."
@@ -170,6 +170,7 @@ def tokenizer_of(folder: Path) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     share_the_cores()
+    keep_freed_memory()
     settings = settings_of(arguments)
     if arguments.print_config:
         from nvfp4_kernels.train.setup import build_config

@@ -1,5 +1,6 @@
 """The command line: no torch before a command runs, one-line errors with a way out, nothing left behind by a refusal."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -165,3 +166,21 @@ def test_threads_sleep_only_where_others_want_the_cores(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     machine.share_the_cores()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
+def test_freed_memory_is_used_again_unless_the_user_limits_it(limited):
+    code = (
+        "import ctypes, resource; from nvfp4_kernels.cli import machine; machine.keep_freed_memory()\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; size = 128 << 20\n"
+        "for turn in range(3):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    block = libc.malloc(ctypes.c_size_t(size)); ctypes.memset(block, 1, size); libc.free(ctypes.c_void_p(block))\n"
+        "    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(faults)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {"MALLOC_ARENA_MAX": "4"} if limited else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert (int(done.stdout) < 32) == (not limited)  # with huge pages 64 faults, else 32,768
