@@ -41,18 +41,17 @@ def test_no_spills(compiled, op, arch):
     assert len(rows) == {"quantize": 14, "matmul": 9 if arch == "90a" else 5, "state_update": 15}[op]
     assert not [row["kernel"] for row in rows if row["spills"]]
     most = {"120f": 99}.get(arch, 163) << 10
-    hopper = [row for row in rows if row["kernel"].startswith("weight_only_tiles")]
-    assert all(row["shared"] <= 227 << 10 for row in hopper)
-    assert all(row["shared"] <= most for row in rows if row not in hopper)
+    chips_own = [row for row in rows if row["kernel"].startswith("weight_only_tiles")]
+    assert all(row["shared"] <= 227 << 10 for row in chips_own)
+    assert all(row["shared"] <= most for row in rows if row not in chips_own)
 
 
 @pytest.mark.parametrize("op, arch", [task for task in TASKS if task[0] != "state_update"])
 def test_instructions(compiled, op, arch):
     for name, row in compiled[op, arch].items():
         found = row["instructions"]
-        if op == "matmul" and not name.startswith(
-            ("weight_only_tiles", "weight_only_parts", "decode_packed")
-        ):  # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
+        if re.fullmatch(r"weight_only_\d+", name):
+            # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
             assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
         elif (
             name == "quantize_row_bf16"
