@@ -60,6 +60,33 @@ def test_weight_only_in_a_graph(rows):
     assert (y.double() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 257, 1024, 1025, 3000])
+@pytest.mark.parametrize("out, cols", [(1856, 2688), (4096, 4096), (272, 250)])
+def test_packed_weights_times_any_number_of_rows(rows, out, cols):
+    """fp32 sums of exact products, the same bits twice, and no waiting for the host."""
+    plain = nk.quantize(torch.randn(out, cols, device="cuda"))
+    packed = nk.PackedNVFP4Tensor.pack(plain)
+    a, bias = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16), torch.randn(out, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, again = (nk.matmul(a, packed, torch.float32) for _ in range(2))
+        added = nk.matmul(a, packed, torch.bfloat16, bias=bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    w = plain.dequantize().double()
+    assert ((y - a.double() @ w.t()).abs() <= (a.double().abs() @ w.abs().t()) * cols * 2.0**-23).all()
+    assert torch.equal(y, again) and torch.equal(added, (y + bias).bfloat16())
+
+
+def test_packed_weights_in_a_graph():
+    packed = nk.PackedNVFP4Tensor.pack(nk.quantize(torch.randn(4096, 2048, device="cuda")))
+    a = torch.randn(200, 2048, device="cuda", dtype=torch.bfloat16)
+    graph, y = captured(lambda: nk.matmul(a, packed))
+    a.copy_(torch.randn_like(a))
+    graph.replay()
+    assert torch.equal(y, nk.matmul(a, packed))
+
+
 def test_no_op_waits_for_the_device(no_sync):
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     noise = torch.zeros(2, dtype=torch.int64, device="cuda")
