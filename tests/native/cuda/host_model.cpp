@@ -247,8 +247,9 @@ void* static_shared(const void* key, size_t bytes) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int bytes_from) {
-    if (reinterpret_cast<std::uintptr_t>(to) % 16 || (bytes_from && reinterpret_cast<std::uintptr_t>(from) % 16)) {
-        fail("cp.async: an address is no multiple of 16");
+    const auto unit = static_cast<std::uintptr_t>(bytes);
+    if (reinterpret_cast<std::uintptr_t>(to) % unit || (bytes_from && reinterpret_cast<std::uintptr_t>(from) % unit)) {
+        fail("cp.async: an address is no multiple of the copy's size");
     }
     if (bytes_from < 0 || bytes_from > bytes) fail("cp.async: bytes read beyond the size of the copy");
     std::memset(to, 0xA5, static_cast<size_t>(bytes));
