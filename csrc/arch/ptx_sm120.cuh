@@ -4,8 +4,8 @@
 #include "numerics/e4m3.h"
 
 // The block-scaled mma.sync exists in the targets of its architectures and their family alone (PTX ISA, mma, "Target ISA
-// Notes"). A kernel must stand in nvcc's pass for the host too, and the model runs it anywhere.
-#if !defined(__CUDA_ARCH__)
+// Notes"); the model runs it anywhere.
+#if !defined(__CUDACC__)
 #define NVFP4_MULTIPLIES_E2M1
 #elif defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
 #if __CUDA_ARCH__ >= 1200 && __CUDA_ARCH__ < 1300
@@ -48,17 +48,32 @@ static __device__ __forceinline__ void multiply_e2m1(float* d, const u32* a, u32
 
 static inline void copy_async4(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 4, bytes); }
 
+// Two rows of a matrix in the same banks fail too: no kernel here means to pay for that.
 static inline void load_matrices(u32* r, const void* row) {
-    if (reinterpret_cast<size_t>(row) % 16) host_model::fail("ldmatrix: an address is no multiple of 16");
     const auto* all = host_model::exchange("ldmatrix", &row, sizeof row);
     for (int m = 0; m < 4; ++m) {
-        const unsigned char* from;
-        std::memcpy(&from, all[8 * m + host_model::lane() / 4], sizeof from);
-        std::memcpy(r + m, from + 4 * (host_model::lane() % 4), 4);
+        size_t places = 0;
+        for (int i = 0; i < 8; ++i) {
+            const unsigned char* from;
+            std::memcpy(&from, all[8 * m + i], sizeof from);
+            if (reinterpret_cast<size_t>(from) % 16) host_model::fail("ldmatrix: an address is no multiple of 16");
+            places |= size_t(1) << reinterpret_cast<size_t>(from) / 16 % 8;
+            if (i == host_model::lane() / 4) std::memcpy(r + m, from + 4 * (host_model::lane() % 4), 4);
+        }
+        if (places != 0xFF) host_model::fail("ldmatrix: a bank conflict");
     }
 }
 
+// Four times the product of two codes, the second in the upper half of a byte: an integer.
+struct E2M1Products {
+    int of[256];
+    E2M1Products() {
+        for (u32 i = 0; i < 256; ++i) of[i] = int(4 * e2m1_decode<F32x1>(i & 15u).v * e2m1_decode<F32x1>(i >> 4).v);
+    }
+};
+
 static inline void multiply_e2m1(float* d, const u32* a, u32 b0, u32 b1, u32 a_scales, u32 b_scales) {
+    static const E2M1Products products;
     const u32 mine[8] = {a[0], a[1], a[2], a[3], b0, b1, a_scales, b_scales};
     const auto* all = host_model::exchange("mma.sync.m16n8k64.block_scale", mine, sizeof mine);
     const auto of = [all](int lane, int word) {
@@ -66,20 +81,21 @@ static inline void multiply_e2m1(float* d, const u32* a, u32 b0, u32 b1, u32 a_s
         std::memcpy(&x, all[lane] + 4 * word, 4);
         return x;
     };
-    // ue4m3 has seven bits: what the eighth does, the ISA does not say
-    const auto scale = [](u32 word, int block) { return double(e4m3_decode<F32x1>(word >> 8 * block & 0x7Fu).v); };
-    const auto value = [](u32 word, int k) { return double(e2m1_decode<F32x1>(word >> 4 * (k % 8) & 15u).v); };
     const int g = host_model::lane() / 4, q = host_model::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = g + 8 * (i / 2), col = 2 * q + i % 2;
+        const u32 of_row = of(row % 8 * 4 + row / 8, 6), of_col = of(col * 4, 7);
         double sum = d[i];
         for (int block = 0; block < 4; ++block) {
-            double part = 0;
-            for (int k = 16 * block; k < 16 * block + 16; ++k) {
-                const int lane = k % 32 / 8;
-                part += value(of(row % 8 * 4 + lane, row / 8 + k / 32 * 2), k) * value(of(col * 4 + lane, 4 + k / 32), k);
+            int part = 0;
+            for (int word = 2 * block; word < 2 * block + 2; ++word) {  // of eight k each
+                u32 x = of(row % 8 * 4 + word % 4, row / 8 + word / 4 * 2), y = of(col * 4 + word % 4, 4 + word / 4);
+                for (int k = 0; k < 8; ++k, x >>= 4, y >>= 4) part += products.of[(x & 15u) | (y & 15u) << 4];
             }
-            sum += part * scale(of(row % 8 * 4 + row / 8, 6), block) * scale(of(col * 4, 7), block);
+            // ue4m3 has seven bits: what the eighth does, the ISA does not say
+            const float left = e4m3_decode<F32x1>(of_row >> 8 * block & 0x7Fu).v;
+            const float right = e4m3_decode<F32x1>(of_col >> 8 * block & 0x7Fu).v;
+            sum += part * 0.25 * left * right;
         }
         d[i] = static_cast<float>(sum);
     }

@@ -23,7 +23,7 @@
 // what it touches; a negative one, which quantize never writes and ue4m3 cannot say, makes NaN of the warp's 64 x 64.
 #pragma once
 #include "arch/ptx_sm120.cuh"
-#include "arch/values.cuh"
+#include "epilogue.cuh"
 
 #if defined(NVFP4_MULTIPLIES_E2M1)
 namespace nvfp4 {
@@ -59,7 +59,14 @@ struct alignas(8) Pair {
 };
 
 static __device__ __forceinline__ int code_place(int row, int chunk) { return row * row_bytes + ((chunk ^ (row >> 1 & 3)) << 4); }
-static __device__ __forceinline__ int scale_place(int row) { return (row ^ (row >> 1 & 4)) * scale_bytes; }
+static constexpr __device__ __forceinline__ int scale_place(int row) { return (row ^ (row >> 1 & 4)) * scale_bytes; }
+// Sixteen lanes load 8 bytes at once, of rows g and g + 8, in 32 banks of 4.
+constexpr bool meet_each_bank_once(int first_lane) {
+    unsigned banks = 0;
+    for (int lane = first_lane; lane < first_lane + 16; ++lane) banks |= 3u << scale_place(lane / 4 + 8 * (lane & 1)) / 4 % 32;
+    return banks == 0x33333333u;
+}
+static_assert(meet_each_bank_once(0) && meet_each_bank_once(16), "");
 // Where column 8 x + 4 y + 2 z + w of each 16 lies: two columns from each four in either half.
 static __device__ __forceinline__ int column_place(int col) {
     return (col & ~15) | (col & 2) << 2 | (col & 12) >> 1 | (col & 1);
@@ -209,7 +216,7 @@ static __device__ __forceinline__ void write(const BlockScaledLaunch& p, i64 at,
     u16* out = static_cast<u16*>(p.out) + at;
     u32 v[4];
     NVFP4_UNROLL
-    for (int i = 0; i < 4; ++i) v[i] = p.out_dtype == 1 ? Half::narrow(y[i]) : Brain::narrow(y[i]);
+    for (int i = 0; i < 4; ++i) v[i] = narrow_to(p.out_dtype, F32x1(y[i]));
     if (p.aligned) {
         *reinterpret_cast<Pair*>(out) = {v[0] | v[1] << 16, v[2] | v[3] << 16};
     } else {
