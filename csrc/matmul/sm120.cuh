@@ -2,16 +2,17 @@
 //
 // A block of four warps makes 128 x 128 of y, a warp 64 x 64 of it: 32 mmas of 16x8x64 for each 64 k, two such steps of k in a
 // stage. Two stages of codes (16 KB each) and two of scales (4 KB, 256 k of each row, so that a copy takes 16 bytes of a row)
-// make 40 KB; with 255 registers at most, two blocks share a processor. Why that is enough, in clocks of an RTX 5090, where
-// an mma keeps a quarter of the processor busy for 16 (1.68 PFLOP/s, 170 processors, 2.4 GHz):
-//   A stage: 256 mmas, 1,024 clocks. Meanwhile the next one's 18.4 KB are on their way: the latency to hide is 600 to 1,000,
-//   and the neighbour's block works on in that time; its main loop also covers this block's beginning and end, which is what
-//   a persistent grid or specialized warps would be for.
-//   Shared memory, 128 bytes a clock: 128 clocks of ldmatrix for each two warps, 48 of scales, 144 to fill: 496 of 1,024.
-//   Eight warps of 64 x 32 would take 656.
-//   L2: 18.4 KB a stage, 18 bytes a clock and processor (of 64); blocks run in groups of sixteen tile rows, so that those that
-//   run together, about 20 x 16 tiles, read each row and column of tiles from memory once.
-// SASS for an mma in the loop: 2.2 instructions, of 16 that could issue (benchmarks/results/resources.json has the registers).
+// make 40 KB; with at most 255 registers, two blocks share a processor. Why that should do, in clocks of an RTX 5090, where an
+// mma keeps a quarter of a processor busy for 16 (1.68 PFLOP/s, 170 processors, 2.4 GHz); derived, not measured:
+//   A stage is 256 mmas, 1,024 clocks. The next one's 18.4 KB are on their way meanwhile, 600 to 1,000 clocks, and the other
+//   block of the processor works on. That one's main loop also covers this block's beginning and end, which is what a
+//   persistent grid or warps of their own for loads would be for.
+//   Shared memory, 128 bytes a clock: a stage takes 256 clocks of ldmatrix, 96 of scales, 144 to fill, 496 of the 1,024. Eight
+//   warps of 64 x 32 would take 656.
+//   L2: 18.4 KB a stage are 18 bytes a clock and processor, of 64. Blocks run in groups of sixteen rows of tiles, so that those
+//   that run together, about 16 x 21 tiles, read each of their rows and columns from memory once.
+//   Instructions: 4.0 for each mma in the loop, 0.8 of them the NOPs that ptxas puts between mmas; 16 could issue.
+//   Few tiles: k is split so that all processors work; whichever block of a tile ends last adds the sums up in the order of k.
 //
 // Bank conflicts: none. 64 bytes of a row of codes are four chunks, chunk c of row r in place c ^ (r / 2 mod 4): the eight rows
 // that ldmatrix reads at once meet each bank once, and so do the eight copies that fill two rows. Scales of a row are 16 bytes;
