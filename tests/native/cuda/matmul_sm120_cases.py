@@ -74,7 +74,7 @@ def test_every_code_under_every_scale_is_exact():
 
 @pytest.mark.parametrize("seed", [None, 2, 3])
 def test_splits_add_up_in_order(model, monkeypatch, seed):
-    """Whichever split ends last: the same bits, and counters back at zero."""
+    """Whichever split ends last: the same bits, once, and counters back at zero."""
     made = []
     monkeypatch.setattr(
         _cuda_sm120, "zeros", lambda n, device: made.append(torch.zeros(n, dtype=torch.int32)) or made[-1]
@@ -88,6 +88,7 @@ def test_splits_add_up_in_order(model, monkeypatch, seed):
     assert len(made) == 1 and not made[0].any()
     model.seed = 8
     assert torch.equal(nk.matmul(a, b, torch.float32), y)
+    assert torch.equal(nk.matmul(a, b, out=torch.ones_like(y), accumulate=True), y + 1)
 
 
 @pytest.mark.parametrize("cols", [32, 34])  # stored four at a time, and one by one
