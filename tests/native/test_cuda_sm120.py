@@ -37,10 +37,38 @@ def test_as_compiled():
     assert row["instructions"] == {"OMMA": 64, "LDGSTS": 36}
 
 
+def computed(ptx: str, register: str, lane: int) -> int:
+    """What a register holds in a thread of the first warp, as far as the thread decides: all else counts as 0."""
+    if not register.startswith("%r"):
+        return int(register)
+    op, operands = re.search(rf"^\s*([\w.]+)\s+{re.escape(register)}, (.*);$", ptx, re.M).groups()
+    operands = operands.split(", ")
+    if operands == ["%tid.x"]:
+        return lane
+    names = {
+        "and.b32": "__and__",
+        "or.b32": "__or__",
+        "xor.b32": "__xor__",
+        "shl.b32": "__lshift__",
+        "add.s32": "__add__",
+    }
+    if op not in names:
+        return 0
+    x, y = (computed(ptx, operand, lane) for operand in operands)
+    return getattr(x, names[op])(y)
+
+
+def named(ptx: str, address: str, lane: int, rows: int) -> tuple[int, int]:
+    """Row and chunk that a lane names; rows of 64 bytes, whose chunks have changed places as in sm120.cuh."""
+    place = computed(ptx, address, lane)
+    return place >> 6 & rows - 1, (place >> 4 ^ place >> 7) & 3
+
+
 @needs_triton
 def test_layout_is_that_of_triton():
-    """Which lane has which codes and scales, for a dot_scaled of two warps' tiles or more: Triton writes layouts as linear
-    maps, by the images of the bits of register, lane and warp, as rows and bytes (two codes, or a scale)."""
+    """Which lane has which codes and scales, for the same tile: codes by the rows that each lane names to ldmatrix in Triton's
+    PTX, scales by the layouts in its TTGIR, which are linear maps: the images of each bit of register and lane, as row and
+    column."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILED],
@@ -51,27 +79,20 @@ def test_layout_is_that_of_triton():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ptx, ttgir = json.loads(done.stdout)
-    products = re.findall(r"mma\.sync[^;]*;", ptx)
-    assert products and all(".scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3" in text for text in products)
-    assert all(text.count("{ 0, 0 }") == 2 for text in products)  # the selectors
+    products = [re.findall(r"\{ ?([^}]*?) ?\}", text) for text in re.findall(r"mma\.sync\S*4X\S*ue4m3([^;]*);", ptx)]
+    loads = dict(re.findall(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{(.*?)\}, \[(%r\d+)", ptx))
+    pairs = {tuple(four.split(", ")[2 * i : 2 * i + 2]): (four, i) for four in loads for i in (0, 1)}
+    assert len(products) == 32
+    for _, a, b, _, a_selectors, b_selectors in products:
+        assert a_selectors == b_selectors == "0, 0"
+        four, half = pairs[tuple(b.split(", "))]  # of the 128 k: four matrices have b0, b1 of either
+        for lane in range(32):
+            assert named(ptx, loads[a], lane, 16) == (lane & 15, 2 * half + (lane >> 4))
+            assert named(ptx, loads[four], lane, 8) == (lane & 7, lane >> 3)
 
-    layouts = dict(re.findall(r"(#\w+) = #ttg\.linear<\{(.*?), block = \[\]\}>", ttgir))
-    a, a_scales, b, b_scales = re.search(
-        r"tt\.dot_scaled .*?: tensor<\d+x\d+xi8, (#.*?)>, tensor<\d+x\d+xf8E4M3FN, (#\w+)> \* "
-        r"tensor<\d+x\d+xi8, (#.*?)>, tensor<\d+x\d+xf8E4M3FN, (#\w+)>",
-        ttgir,
-    ).groups()
-    q_and_g = "[1, 0], [2, 0], [4, 0]]"  # the upper three bits of the lane: the row within 8
-    assert "register = [[0, 1], [0, 2], [0, 4]" in layouts[a_scales]
-    assert (
-        "lane = [[8, 0], [0, 0], " + q_and_g in layouts[a_scales]
-    )  # lane 4 g + 1 has row g + 8; 4 g + 2, 4 g + 3 repeat
-    assert "register = [[0, 1], [0, 2], [0, 4]" in layouts[b_scales]
-    assert "lane = [[0, 0], [0, 0], " + q_and_g in layouts[b_scales]
-    # b, transposed in registers: four bytes a register, lane 4 g + q from byte 4 q on, the second register 16 bytes on
-    turned = re.search(r"tt\.trans .*?: tensor<\d+x\d+xi8, (#\w+)> -> tensor<\d+x\d+xi8, " + re.escape(b), ttgir)[1]
-    assert "register = [[0, 1], [0, 2], [0, 16]" in layouts[turned]
-    assert "lane = [[0, 4], [0, 8], " + q_and_g in layouts[turned]
-    # a, of which Triton writes no more than this: four bytes a register in the fragments of mma.sync, rows of 16 bytes
-    assert re.fullmatch(r"#ttg\.dot_op<\{opIdx = 0, parent = #mma, kWidth = 4\}>", a)
-    assert re.search(r"#mma = #ttg\.nvidia_mma<\{versionMajor = 2, .*instrShape = \[16, 8\]\}>", ttgir)
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.linear<\{(.*?), warp", ttgir))
+    a, b = re.findall(r"f8E4M3FN, (#\w+)>", re.search(r"tt\.dot_scaled.*", ttgir)[0])
+    eight_rows = "[1, 0], [2, 0], [4, 0]]"  # by the upper three bits of the lane
+    for layout, lower_bits in ((layouts[a], "[8, 0], [0, 0]"), (layouts[b], "[0, 0], [0, 0]")):
+        assert layout.startswith("register = [[0, 1], [0, 2], [0, 4]")  # four scales a register
+        assert layout.endswith(f"lane = [{lower_bits}, {eight_rows}")
