@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.resources import RESULTS, counted, tool
 from nvfp4_kernels.ops.matmul import _cuda as matmul
 from nvfp4_kernels.ops.matmul import _cuda_sm90 as matmul_sm90
+from nvfp4_kernels.ops.matmul import _cuda_sm120 as matmul_sm120
 from nvfp4_kernels.ops.quantize import _cuda as quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,8 @@ def launched_with(kernel: str) -> int:
         return 0
     if kernel.startswith("weight_only_tiles"):
         return matmul_sm90.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel == "block_scaled":
+        return matmul_sm120.SHARED
     if kernel.startswith("weight_only"):
         return matmul.shared_bytes(int(kernel.rsplit("_", 1)[1]))
     if kernel.startswith("state_update"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.ops import _device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -85,6 +86,20 @@ def test_packed_weights_in_a_graph():
     a.copy_(torch.randn_like(a))
     graph.replay()
     assert torch.equal(y, nk.matmul(a, packed))
+
+
+@pytest.mark.parametrize("rows, cols, length", [(1, 4096, 4096), (300, 514, 1856), (2048, 4096, 80)])
+def test_nvfp4_times_nvfp4(rows, cols, length):
+    """The kernel for this GPU's FP4 tensor cores, where there is one: fp32 sums of the very operands, and graphs of it."""
+    a, b = nk.quantize(torch.randn(rows, length, device="cuda")), nk.quantize(torch.randn(cols, length, device="cuda"))
+    if _device.fp4_tensor_cores(a.device) != "mma.sync":
+        pytest.skip("no kernel for its FP4 tensor cores")
+    exact = a.dequantize().double() @ b.dequantize().double().t()
+    with nk.backend("native"):
+        graph, y = captured(lambda: nk.matmul(a, b, torch.float32))
+    y.zero_()
+    graph.replay()
+    assert (y.double() - exact).norm() < 1e-5 * exact.norm()
 
 
 def test_no_op_waits_for_the_device(no_sync):

@@ -19,6 +19,7 @@ from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.nn.moe import MoE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688))  # rows, columns, length
 
 
 @dataclass
@@ -91,7 +92,7 @@ def _copy(about: dict, device: str) -> Callable:
 
 def matmul(device: str, small: bool) -> Iterator[Case]:
     """Quantized operands, and weights alone; few rows are bound by the packed weight's bytes, many by arithmetic."""
-    for m, n, k in ((32, 48, 64),) if small else ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688)):
+    for m, n, k in ((32, 48, 64),) if small else MULTIPLIED:
         a, b = draw(m, k, device=device), draw(n, k, device=device)
         qa, qb = nk.quantize(a), nk.quantize(b, block="16x16")
         about = dict(dtype="nvfp4", flops=2 * m * n * k, limit="matmul")
