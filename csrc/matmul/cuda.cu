@@ -228,3 +228,5 @@ NVFP4_KERNEL(weight_only_32, block_threads, 3, WeightOnlyLaunch) { weight_only<4
 NVFP4_KERNEL(weight_only_64, block_threads, 2, WeightOnlyLaunch) { weight_only<8>(p); }
 
 }  // namespace nvfp4
+
+#include "sm100.cuh"

@@ -9,6 +9,7 @@ from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.matmul import _cuda as cuda
+from nvfp4_kernels.ops.matmul import _cuda_sm100 as sm100
 
 Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
@@ -18,6 +19,8 @@ def refuses(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> str | None:
     values = a if isinstance(a, Tensor) else a.codes
+    if sm100.serves(a, b):
+        return sm100.refuses(a, b, bias, out_dtype, out, accumulate)
     if isinstance(b, PackedNVFP4Tensor) or _cuda.takes(values):
         return cuda.refuses(a, b, bias, out_dtype, out, accumulate)
     return refuses_device(values)
@@ -30,6 +33,9 @@ def run(
     if isinstance(b, PackedNVFP4Tensor):
         out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
         return cuda.run(a, b, bias, out, accumulate)
+    if sm100.serves(a, b):
+        out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
+        return sm100.run(a, b, bias, out, accumulate)
     left, right = _operand(a), _operand(b)  # they hold the tensors alive
     if out is None:
         out = torch.empty(left[0][4], right[0][4], dtype=out_dtype)
