@@ -56,10 +56,10 @@ NVFP4_KERNEL(swizzle_scales, scale_threads, 1, SwizzleLaunch) {
 // A tile of `width` columns of y, and where things lie: in a stage, after the ring, in tensor memory.
 template <u32 width>
 struct ScaledTile {
-    static constexpr u32 stages = width == 128 ? 6 : 4, atoms = (width + 127) / 128;
+    static constexpr u32 stages = width == 128 ? 5 : 4, atoms = (width + 127) / 128;
     static constexpr u32 b = tile_rows * row_bytes, a_scales = b + width * row_bytes, b_scales = a_scales + products * atom_bytes;
     static constexpr u32 stage = b_scales + products * atoms * atom_bytes, codes = a_scales;
-    static constexpr u32 full = stages * stage, empty = full + 8 * stages, done = empty + 8 * stages, taken = done + 16;
+    static constexpr u32 leaving = stages * stage, full = leaving + 4 * 4096, empty = full + 8 * stages, done = empty + 8 * stages, taken = done + 16;
     static constexpr u32 address = taken + 16, bytes = address + 16;
     static constexpr u32 scale_columns = 4 * (1 + atoms), scales_at = 2 * width;  // of one product; of the first of two sets
     static_assert(scales_at + 2 * products * scale_columns <= 512, "tensor memory has 512 columns");
@@ -155,76 +155,83 @@ static __device__ __forceinline__ void multiply(const BlockScaledLaunch& p, u32 
     }
 }
 
-// Eight neighbours of a row of y, finished.
-static __device__ __forceinline__ void put8(const BlockScaledLaunch& p, i64 row, i64 col, const float* y) {
+// Four neighbours of a row of y, finished.
+static __device__ __forceinline__ void put4(const BlockScaledLaunch& p, i64 row, i64 col, float (&y)[4]) {
     const i64 at = row * p.cols + col;
     const int size = p.out_dtype == 0 ? 4 : 2;
     u8* to = static_cast<u8*>(p.out) + at * size;
-    Chunk* chunk = reinterpret_cast<Chunk*>(to);
-    const bool whole = col + 8 <= p.cols && (reinterpret_cast<u64>(to) & 15) == 0;
+    const bool whole = col + 4 <= p.cols && (reinterpret_cast<u64>(to) & (4 * size - 1)) == 0;
     if (p.out_dtype == 0) {
         float* out = static_cast<float*>(p.out) + at;
-        NVFP4_UNROLL
-        for (int i = 0; i < 8; i += 4) {
-            u32 word[4];
-            Chunk before = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};  // -0: adding it changes nothing
-            if (whole && p.accumulate) before = chunk[i / 4];
-            const u32 first[4] = {before.x, before.y, before.z, before.w};
-            NVFP4_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                if (whole) word[j] = bits(real(U32x1(first[j])) + F32x1(y[i + j])).v;
-                else if (col + i + j < p.cols) out[i + j] = p.accumulate ? out[i + j] + y[i + j] : y[i + j];
-            }
-            if (whole) chunk[i / 4] = {word[0], word[1], word[2], word[3]};
+        if (whole) {
+            Chunk v = {0x80000000u, 0x80000000u, 0x80000000u, 0x80000000u};  // -0: adding it changes nothing
+            if (p.accumulate) v = *reinterpret_cast<const Chunk*>(to);
+            *reinterpret_cast<Chunk*>(to) = {bits(real(U32x1(v.x)) + F32x1(y[0])).v, bits(real(U32x1(v.y)) + F32x1(y[1])).v,
+                                             bits(real(U32x1(v.z)) + F32x1(y[2])).v, bits(real(U32x1(v.w)) + F32x1(y[3])).v};
+        } else {
+            for (int i = 0; i < 4 && col + i < p.cols; ++i) out[i] = p.accumulate ? (F32x1(out[i]) + F32x1(y[i])).v : y[i];
         }
     } else {
-        u32 word[8];
+        u32 half[4];
         NVFP4_UNROLL
-        for (int i = 0; i < 8; ++i) word[i] = p.out_dtype == 1 ? Half::narrow(y[i]) : Brain::narrow(y[i]);
+        for (int i = 0; i < 4; ++i) half[i] = p.out_dtype == 1 ? Half::narrow(y[i]) : Brain::narrow(y[i]);
         if (whole) {
-            *chunk = {word[0] | word[1] << 16, word[2] | word[3] << 16, word[4] | word[5] << 16, word[6] | word[7] << 16};
+            *reinterpret_cast<u64*>(to) = u64(half[2] | half[3] << 16) << 32 | (half[0] | half[1] << 16);
         } else {
-            NVFP4_UNROLL
-            for (int i = 0; i < 8; ++i) {
-                if (col + i < p.cols) static_cast<u16*>(p.out)[at + i] = static_cast<u16>(word[i]);
-            }
+            for (int i = 0; i < 4 && col + i < p.cols; ++i) reinterpret_cast<u16*>(to)[i] = static_cast<u16>(half[i]);
         }
     }
 }
 
+// Sums of 32 rows by 32 columns at a time go through `mine`, 4 KB of the warp's own: a lane comes with a row of tensor memory
+// and leaves with four columns of every fourth row, so that eight lanes write a row's 64 or 128 bytes. Chunks of 16 bytes
+// change places by their row, and no bank is met twice.
 template <u32 width>
-static __device__ __forceinline__ void take_out(const BlockScaledLaunch& p, u32 ring, u32 tensor, i64 down, i64 across) {
+static __device__ __forceinline__ void take_out(const BlockScaledLaunch& p, u32 ring, u32 tensor, Chunk* mine, i64 down,
+                                                i64 across) {
     using T = ScaledTile<width>;
     const u32 lanes = 32 * static_cast<u32>(warp_index());
+    const int lane = lane_index(), chunk = lane & 7;
     float g = *p.a_global * *p.b_global;
     if ((bits(F32x1(g)).v & 0x7F800000u) == 0x7F800000u) g = real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
     Turn<2> half;
     for (i64 tile = blockIdx.x; tile < down * across; tile += gridDim.x) {
         const Place at(tile, down, across);
-        const i64 row = at.row * tile_rows + lanes + lane_index();
         barrier_wait(ring + T::done + 8 * half.place, half.parity);
         tensor_fence_after();
         for (u32 i = 0; i < width; i += 32) {
             float sums[32];
             tensor_load((lanes << 16) + tensor + half.place * width + i, sums);
+            const i64 col = at.col * width + i + 4 * chunk;
+            float bias[4];
+            NVFP4_UNROLL
+            for (int v = 0; v < 4; ++v) bias[v] = p.bias && col + v < p.cols ? load_as(p.bias, p.bias_dtype, col + v) : 0.0f;
             tensor_loaded(sums);
             if (i + 32 == width) {  // the half is free before the last sums are written
                 tensor_fence_before();
                 __syncwarp();
-                if (lane_index() == 0) barrier_arrive(ring + T::taken + 8 * half.place);
+                if (lane == 0) barrier_arrive(ring + T::taken + 8 * half.place);
             }
-            const i64 col = at.col * width + i;
             NVFP4_UNROLL
-            for (int j = 0; j < 32; j += 8) {
-                if (row >= p.rows || col + j >= p.cols) continue;
-                float y[8];
-                NVFP4_UNROLL
-                for (int v = 0; v < 8; ++v) {
-                    y[v] = (F32x1(sums[j + v]) * F32x1(g)).v;
-                    if (p.bias && col + j + v < p.cols) y[v] = (F32x1(y[v]) + F32x1(load_as(p.bias, p.bias_dtype, col + j + v))).v;
-                }
-                put8(p, row, col + j, y);
+            for (int c = 0; c < 8; ++c) {
+                const float* v = sums + 4 * c;
+                mine[lane * 8 + (c ^ chunk)] = {bits(F32x1(v[0])).v, bits(F32x1(v[1])).v, bits(F32x1(v[2])).v, bits(F32x1(v[3])).v};
             }
+            __syncwarp();
+            for (int r = lane / 8; r < 32; r += 4) {
+                const i64 row = at.row * tile_rows + lanes + r;
+                if (row >= p.rows || col >= p.cols) break;
+                const Chunk sum = mine[r * 8 + (chunk ^ (r & 7))];
+                const u32 word[4] = {sum.x, sum.y, sum.z, sum.w};
+                float y[4];
+                NVFP4_UNROLL
+                for (int v = 0; v < 4; ++v) {
+                    const F32x1 scaled = real(U32x1(word[v])) * F32x1(g);
+                    y[v] = (p.bias ? scaled + F32x1(bias[v]) : scaled).v;
+                }
+                put4(p, row, col, y);
+            }
+            __syncwarp();  // the next sums take the same place
         }
         half.next();
     }
@@ -251,7 +258,8 @@ static __device__ __forceinline__ void block_scaled(const BlockScaledLaunch& p) 
     tensor_fence_after();
     const u32 tensor = *reinterpret_cast<const u32*>(memory + (ring - given) + T::address);
     if (warp < 4) {
-        take_out<width>(p, ring, tensor, down, across);
+        Chunk* mine = reinterpret_cast<Chunk*>(memory + (ring - given) + T::leaving) + warp * 256;
+        take_out<width>(p, ring, tensor, mine, down, across);
     } else if (elected()) {
         if (warp == 4) fetch<width>(p, ring, down, across);
         else multiply<width>(p, ring, tensor, down * across);

@@ -13,7 +13,7 @@ from nvfp4_kernels.ops._native import DTYPES
 from nvfp4_kernels.ops._tensor_map import encoded
 
 ROWS, WIDTHS = 128, (128, 192)  # of a tile: rows of a, rows of b
-STAGES = {128: 6, 192: 4}
+STAGES = {128: 5, 192: 4}
 STEP = 256  # of k in a stage
 THREADS, SCALE_THREADS = 192, 256
 
@@ -36,9 +36,9 @@ def atoms(width: int) -> int:
 
 
 def shared_bytes(width: int) -> int:
-    """Room to begin at a multiple of 1024, the ring's codes and scales, barriers."""
+    """Room to begin at a multiple of 1024, the ring's codes and scales, what is on its way out, barriers."""
     stage = (ROWS + width) * STEP // 2 + (1 + atoms(width)) * 128 * STEP // 16
-    return 1024 + STAGES[width] * (stage + 16) + 48
+    return 1024 + STAGES[width] * (stage + 16) + (16 << 10) + 48
 
 
 def width(rows: int, cols: int, processors: int) -> int:
