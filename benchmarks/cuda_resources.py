@@ -19,18 +19,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.resources import RESULTS, counted, tool
 from nvfp4_kernels.ops.matmul import _cuda as matmul
+from nvfp4_kernels.ops.matmul import _cuda_sm100 as sm100
 from nvfp4_kernels.ops.quantize import _cuda as quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu")))
 ARCHS = ("80", "90a", "100a", "103a", "120f")  # as in CMakeLists.txt
 WARPS = collections.defaultdict(lambda: 4, {f"amax_values_{name}": 8 for name in quantize.NAMES.values()})
+WARPS |= {f"tcgen05_{width}": sm100.THREADS // 32 for width in sm100.WIDTHS} | {
+    "swizzle_scales": sm100.SCALE_THREADS // 32
+}
 
 
 def launched_with(kernel: str) -> int:
     """Bytes of shared memory that a launch adds."""
-    if kernel.startswith("amax_values"):
+    if kernel.startswith(("amax_values", "swizzle_scales")):
         return 0
+    if kernel.startswith("tcgen05"):
+        return sm100.shared_bytes(int(kernel.rsplit("_", 1)[1]))
     if kernel.startswith("weight_only"):
         return matmul.shared_bytes(int(kernel.rsplit("_", 1)[1]))
     if kernel.startswith("state_update"):

@@ -2,13 +2,15 @@
 // words it, so that a wrong bit gives a wrong result or a failure.
 //
 //   copies            the destination is spoilt at once and gets its values some time later, in any order
-//   tensor cores      do what they are told some time later, in the order in which they are told
+//   tensor cores      do what they are told some time later, products in their order, each after the copies to tensor memory
+//                     told before it; but a copy may come before products told earlier
 //   barriers          end a phase by arrivals and bytes; a thread that waits for what never comes is a deadlock
 //   tensor memory     begins as 0xA5, must be allocated, and freed before the block ends
 //   tensor_load       leaves NaN, and the values at tensor_loaded
 //
 // Fences are not modelled: here everybody sees what has been written.
 #pragma once
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -139,7 +141,7 @@ public:
         return *at(swizzled(start + row / 8 * eight_rows + row % 8 * 128 + byte));
     }
     void copy_to_tensor(u32 tensor, u64 matrix) {
-        host_model::later(tensor_order, [=, this] {
+        copies.push_back([=, this] {
             if (tensor >> 16) host_model::fail("tcgen05.cp: a lane other than 0");
             for (u32 row = 0; row < 32; ++row) {
                 u8 bytes[16];
@@ -147,6 +149,10 @@ public:
                 for (u32 lane = row; lane < lanes; lane += 32) std::memcpy(cells(lane, tensor & 0xFFFFu, 4), bytes, 16);
             }
         });
+        host_model::later(copy_order, [this, n = ++copies_told] { copy_until(n); });
+    }
+    void copy_until(u64 told) {
+        for (; copies_done < told; ++copies_done, copies.pop_front()) copies.front()();
     }
     // Scale of block `block` of K = 64 of a row: the row's lane is row % 32, its column row / 32, in all four times 32 lanes
     // (PTX ISA, "Block scaling", scale_vec::4X). Each quarter of the lanes reads its own copy: rows of a by the lane they
@@ -168,7 +174,8 @@ public:
         }
     }
     void multiply(u32 d, u64 a, u64 b, u32 kind, u32 a_scales, u32 b_scales, bool add) {
-        host_model::later(tensor_order, [=, this] {
+        host_model::later(tensor_order, [=, this, told = copies_told] {
+            copy_until(told);
             const u32 m = (kind >> 24 & 31u) * 16, n = (kind >> 17 & 63u) * 8;
             if ((kind & ~(31u << 24 | 63u << 17)) != (1u << 7 | 1u << 10)) {
                 host_model::fail("an instruction descriptor other than of E2M1 x E2M1 under UE4M3 scales");
@@ -202,7 +209,10 @@ public:
     }
     void commit(u32 barrier_at) {
         barrier(barrier_at);
-        host_model::later(tensor_order, [=, this] { arrive(barrier_at, 1, 0); });
+        host_model::later(tensor_order, [=, this, told = copies_told] {
+            copy_until(told);
+            arrive(barrier_at, 1, 0);
+        });
     }
     void load(u32 tensor, float* v) {
         host_model::exchange("tcgen05.ld", &tensor, sizeof tensor);
@@ -219,7 +229,9 @@ public:
     }
 
 private:
-    static constexpr int tensor_order = 1;
+    static constexpr int tensor_order = 1, copy_order = 2;
+    std::deque<std::function<void()>> copies;
+    u64 copies_told = 0, copies_done = 0;
     std::map<u32, Barrier> barriers;
     std::map<unsigned, u32> loads;  // by thread: on its way
     bool allocated = false;

@@ -11,9 +11,10 @@
 // would cost its producers a request a row and stage, 320 in the 384 cycles that a stage multiplies. Tiles of 192 have atoms
 // of their own, the second half empty, and so never begin in the middle of one.
 //
-// 192 and not 256: twice 256 columns of sums leave no tensor memory for scales. A product reads 10 KB of shared memory in 96
-// cycles, 128 wide 8 KB in 64, of the 128 bytes a cycle that there are.
-// Bytes: 0.5625 a value of a for each tile of columns, of b for each of rows; neighbours in time share them in L2 (place).
+// 192 and not 256: twice 256 columns of sums leave no tensor memory for scales.
+// Bytes: 0.5625 a value of a for each tile of columns, of b for each of rows; neighbours in time share them in L2 (place). At
+// the tensor cores' full rate a tile of 192 asks for 40 KB in 384 cycles, more than L2 gives a processor, as any tile of one
+// block does: others' kernels reach 53% of 9 PFLOP/s so, and 64% with pairs of blocks that share b (8192^3, B200).
 #pragma once
 #include "arch/ptx_sm100.cuh"
 #include "launch_sm100.h"
