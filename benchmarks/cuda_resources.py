@@ -33,7 +33,7 @@ WARPS |= {f"tcgen05_{width}": sm100.THREADS // 32 for width in sm100.WIDTHS} | {
 
 def launched_with(kernel: str) -> int:
     """Bytes of shared memory that a launch adds."""
-    if kernel.startswith(("amax_values", "swizzle_scales")):
+    if kernel.startswith(("amax_values", "decode_packed", "swizzle_scales")):
         return 0
     if kernel.startswith("tcgen05"):
         return sm100.shared_bytes(int(kernel.rsplit("_", 1)[1]))

@@ -29,8 +29,6 @@ struct TensorMapModel {
 
 class Sm100 : public host_model::BlockState {
 public:
-    // Where dynamic shared memory begins among shared addresses: as on a GPU no multiple of 1024.
-    static constexpr u32 window = 0x480;
     static constexpr int lanes = 128, columns = 512;
 
     static Sm100& here() {
@@ -44,8 +42,9 @@ public:
     }
 
     static u8* at(u32 address) {
-        if (address < window) host_model::fail("a shared address before the block's memory");
-        return static_cast<u8*>(host_model::dynamic_shared()) + (address - window);
+        const u32 begin = host_model::shared_address(host_model::dynamic_shared());
+        if (address < begin) host_model::fail("a shared address before the block's memory");
+        return static_cast<u8*>(host_model::dynamic_shared()) + (address - begin);
     }
 
     // barriers
@@ -238,9 +237,6 @@ private:
     u32 memory[lanes][columns];
 };
 
-static inline u32 shared_address(const void* p) {
-    return Sm100::window + static_cast<u32>(static_cast<const u8*>(p) - static_cast<const u8*>(host_model::dynamic_shared()));
-}
 static inline bool elected() {
     host_model::exchange("elect.sync", "", 1);
     return host_model::lane() == 0;

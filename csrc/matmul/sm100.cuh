@@ -17,6 +17,7 @@
 // block does: others' kernels reach 53% of 9 PFLOP/s so, and 64% with pairs of blocks that share b (8192^3, B200).
 #pragma once
 #include "arch/ptx_sm100.cuh"
+#include "epilogue.cuh"
 #include "launch_sm100.h"
 
 #if defined(NVFP4_TCGEN05)
@@ -175,7 +176,7 @@ static __device__ __forceinline__ void put4(const BlockScaledLaunch& p, i64 row,
     } else {
         u32 half[4];
         NVFP4_UNROLL
-        for (int i = 0; i < 4; ++i) half[i] = p.out_dtype == 1 ? Half::narrow(y[i]) : Brain::narrow(y[i]);
+        for (int i = 0; i < 4; ++i) half[i] = narrow_to(p.out_dtype, F32x1(y[i]));
         if (whole) {
             *reinterpret_cast<u64*>(to) = u64(half[2] | half[3] << 16) << 32 | (half[0] | half[1] << 16);
         } else {

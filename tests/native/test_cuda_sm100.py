@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvfp4_kernels.ops import _triton
+from nvfp4_kernels.ops.matmul import _cuda_sm100
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = """
@@ -112,3 +113,20 @@ def test_scales(ours, theirs):
         assert lows[4:8] == [0, 128, 32, 160]
     for i, (a, b) in enumerate(products[:4]):
         assert held.value(a)[1] == first + 4 * i and held.value(b)[1] == first + 16 + 4 * atoms * i
+
+
+def test_compiled():
+    """For both chips that have the instructions: products and copies on the units of their own, no spills."""
+    if shutil.which("nvcc") is None or _triton.triton is None:
+        pytest.skip("no nvcc, or no Triton, whose package has the tools that read what was compiled")
+    from benchmarks import cuda_resources
+
+    for arch in ("100a", "103a") if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else ("100a",):
+        rows = {row["kernel"]: row for row in cuda_resources.rows("matmul", arch)}
+        assert not rows["swizzle_scales"]["spills"]
+        for width in _cuda_sm100.WIDTHS:
+            row = rows[f"tcgen05_{width}"]
+            # a stage's four products, a last one's up to three more; both operands' boxes
+            assert row["instructions"]["UTCOMMA"] >= 4 and row["instructions"]["UTMALDG"] >= 2
+            assert not row["spills"] and row["warps"] == 6
+            assert _cuda_sm100.shared_bytes(width) < row["shared"] <= 228 << 10  # 1 KB of which every block has

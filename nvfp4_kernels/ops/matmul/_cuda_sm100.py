@@ -21,11 +21,6 @@ LAUNCH = struct.Struct("128s128sQQQQQQqqqiiq40x")  # csrc/matmul/launch_sm100.h;
 SWIZZLE = struct.Struct("QQQQqqqqq")
 
 
-def serves(a, b) -> bool:
-    """Whether operands are these kernels' affair, whatever they say to them."""
-    return isinstance(a, NVFP4Tensor) and isinstance(b, NVFP4Tensor) and _device.fp4_tensor_cores(a.device) == "tcgen05"
-
-
 def refuses(a, b, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool) -> str | None:
     return _cuda.refuses_device("matmul", a.codes)
 

@@ -9,7 +9,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.layout import swizzle_128x4
 from nvfp4_kernels.ops import _cuda, _device, _tensor_map
-from nvfp4_kernels.ops.matmul import _cuda_sm100
+from nvfp4_kernels.ops.matmul import _cuda_sm100, native
 from tests.formats.test_packed import random_weight
 from tests.oracles.nvfp4_brute import GRID, e4m3_value
 
@@ -136,12 +136,12 @@ def test_scales_as_cublas_orders_them(rows, blocks):
     assert torch.equal(other, swizzle_128x4(b.scales).view(torch.uint8))
 
 
-def test_who_serves(monkeypatch):
+def test_whose_affair(monkeypatch):
     q, plain = random_weight(4, 64), torch.randn(4, 64)
-    assert _cuda_sm100.serves(q, q) and not _cuda_sm100.serves(plain, q) and not _cuda_sm100.serves(q, plain)
-    for cores in ("mma.sync", None):
-        monkeypatch.setattr(_device, "fp4_tensor_cores", lambda device, cores=cores: cores)
-        assert not _cuda_sm100.serves(q, q)
+    assert native._cuda_kernels(q, q) is _cuda_sm100
+    assert native._cuda_kernels(plain, q) is native._cuda_kernels(q, plain) is native.packed
+    monkeypatch.setattr(_device, "fp4_tensor_cores", lambda device: None)
+    assert native._cuda_kernels(q, q) is native.packed
 
 
 def test_width():
