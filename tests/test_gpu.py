@@ -60,6 +60,39 @@ def test_weight_only_in_a_graph(rows):
     assert (y.double() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("rows, cols, k", [(1, 1, 16), (17, 300, 48), (300, 200, 1856), (5000, 3000, 512)])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_nvfp4_products(backend, rows, cols, k):
+    """Against float64, with and without bias, added and in 16 bits; of the last size there are more tiles than processors."""
+    a, b = (nk.quantize(torch.randn(n, k, device="cuda")) for n in (rows, cols))
+    bias, out = torch.randn(cols, device="cuda"), torch.randn(rows, cols, device="cuda")
+    left, right = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
+    exact, magnitude = left @ right.t(), left.abs() @ right.abs().t()
+    most = (k * magnitude + bias.abs() + out.abs()) * 2.0**-22  # tensor cores may cut off where fp32 rounds
+    try:
+        with nk.backend(backend):
+            plain = nk.matmul(a, b, torch.float32)
+            added = nk.matmul(a, b, bias=bias, out=out.clone(), accumulate=True)
+            narrow = nk.matmul(a, b, torch.bfloat16)
+    except nk.Refused as reason:
+        pytest.skip(str(reason))
+    assert ((plain - exact).abs() <= most).all()
+    assert ((added - (exact + bias + out)).abs() <= most).all()
+    assert torch.equal(narrow, plain.bfloat16())
+
+
+def test_nvfp4_product_in_a_graph():
+    a, other, b = (nk.quantize(torch.randn(n, 256, device="cuda")) for n in (300, 300, 512))
+    expected = nk.matmul(other, b)
+    graph, y = captured(lambda: nk.matmul(a, b))
+    for part, to in a.tensors().items():
+        to.view(torch.uint8).copy_(other.tensors()[part].view(torch.uint8)) if to.dim() else to.copy_(
+            other.global_scale
+        )
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
 def test_no_op_waits_for_the_device(no_sync):
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     noise = torch.zeros(2, dtype=torch.int64, device="cuda")
