@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.resources import RESULTS, counted, tool
 from nvfp4_kernels.ops.matmul import _cuda as matmul
 from nvfp4_kernels.ops.matmul import _cuda_sm90 as matmul_sm90
+from nvfp4_kernels.ops.matmul import _cuda_sm100 as matmul_sm100
 from nvfp4_kernels.ops.matmul import _cuda_sm120 as matmul_sm120
 from nvfp4_kernels.ops.quantize import _cuda as quantize
 
@@ -32,14 +33,19 @@ WARPS |= {f"weight_only_{form}_{tile}": 8 for form in ("tiles", "parts") for til
     "decode_packed": 8
 }
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*)")
+WARPS |= {f"tcgen05_{width}": matmul_sm100.THREADS // 32 for width in matmul_sm100.WIDTHS} | {
+    "swizzle_scales": matmul_sm100.SCALE_THREADS // 32
+}
 
 
 def launched_with(kernel: str) -> int:
     """Bytes of shared memory that a launch adds."""
-    if kernel.startswith(("amax_values", "weight_only_parts", "decode_packed")):
+    if kernel.startswith(("amax_values", "weight_only_parts", "decode_packed", "swizzle_scales")):
         return 0
     if kernel.startswith("weight_only_tiles"):
         return matmul_sm90.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel.startswith("tcgen05"):
+        return matmul_sm100.shared_bytes(int(kernel.rsplit("_", 1)[1]))
     if kernel == "block_scaled":
         return matmul_sm120.SHARED
     if kernel.startswith("weight_only"):

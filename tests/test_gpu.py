@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.ops import _device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -88,18 +87,37 @@ def test_packed_weights_in_a_graph():
     assert torch.equal(y, nk.matmul(a, packed))
 
 
-@pytest.mark.parametrize("rows, cols, length", [(1, 4096, 4096), (300, 514, 1856), (2048, 4096, 80)])
-def test_nvfp4_times_nvfp4(rows, cols, length):
-    """The kernel for this GPU's FP4 tensor cores, where there is one: fp32 sums of the very operands, and graphs of it."""
-    a, b = nk.quantize(torch.randn(rows, length, device="cuda")), nk.quantize(torch.randn(cols, length, device="cuda"))
-    if _device.fp4_tensor_cores(a.device) != "mma.sync":
-        pytest.skip("no kernel for its FP4 tensor cores")
-    exact = a.dequantize().double() @ b.dequantize().double().t()
-    with nk.backend("native"):
-        graph, y = captured(lambda: nk.matmul(a, b, torch.float32))
-    y.zero_()
+@pytest.mark.parametrize("rows, cols, k", [(1, 1, 16), (17, 300, 48), (300, 200, 1856), (5000, 3000, 512)])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_nvfp4_products(backend, rows, cols, k):
+    """Against float64, with and without bias, added and in 16 bits; of the last size there are more tiles than processors."""
+    a, b = (nk.quantize(torch.randn(n, k, device="cuda")) for n in (rows, cols))
+    bias, out = torch.randn(cols, device="cuda"), torch.randn(rows, cols, device="cuda")
+    left, right = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
+    exact, magnitude = left @ right.t(), left.abs() @ right.abs().t()
+    most = (k * magnitude + bias.abs() + out.abs()) * 2.0**-22  # tensor cores may cut off where fp32 rounds
+    try:
+        with nk.backend(backend):
+            plain = nk.matmul(a, b, torch.float32)
+            added = nk.matmul(a, b, bias=bias, out=out.clone(), accumulate=True)
+            narrow = nk.matmul(a, b, torch.bfloat16)
+    except nk.Refused as reason:
+        pytest.skip(str(reason))
+    assert ((plain - exact).abs() <= most).all()
+    assert ((added - (exact + bias + out)).abs() <= most).all()
+    assert torch.equal(narrow, plain.bfloat16())
+
+
+def test_nvfp4_product_in_a_graph():
+    a, other, b = (nk.quantize(torch.randn(n, 256, device="cuda")) for n in (300, 300, 512))
+    expected = nk.matmul(other, b)
+    graph, y = captured(lambda: nk.matmul(a, b))
+    for part, to in a.tensors().items():
+        to.view(torch.uint8).copy_(other.tensors()[part].view(torch.uint8)) if to.dim() else to.copy_(
+            other.global_scale
+        )
     graph.replay()
-    assert (y.double() - exact).norm() < 1e-5 * exact.norm()
+    assert torch.equal(y, expected)
 
 
 def test_no_op_waits_for_the_device(no_sync):
@@ -162,7 +180,7 @@ def test_a_decode_step_is_one_graph(options):
     assert said[0] == said[1]
 
 
-def test_packed_weights_in_a_graph():
+def test_packed_weights_of_an_engine():
     """NVFP4 matrices stay packed on the device, once, and the graph multiplies by them."""
     model = (
         nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="M-*-", torch_dtype="bfloat16"), "nvfp4").cuda().eval()
