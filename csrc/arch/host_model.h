@@ -5,11 +5,13 @@
 //   __syncthreads     every thread of the block must come to it, or the launch fails
 //   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
 //   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
+//   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
 //   thread order      drawn from a seed: with a barrier missing, results depend on it
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -42,6 +44,17 @@ int lane();
 void copy_async(void* to, const void* from, int bytes, int bytes_from);
 void commit_copies();
 void wait_copies(int groups_left);
+void show_copies();   // this thread's, to what reads shared memory on its own
+bool copies_shown();  // those of every thread that have arrived
+
+unsigned shared_address(const void* p);  // as instructions take them
+
+// What an architecture's instructions keep for the running thread, and what must be done when it ends.
+struct Pending {
+    virtual ~Pending() = default;
+    virtual bool done() const = 0;
+};
+std::unique_ptr<Pending>& pending();
 
 struct Kernel {  // makes a kernel known by name
     using Entry = void (*)(const void*);

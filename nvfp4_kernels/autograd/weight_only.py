@@ -40,7 +40,7 @@ class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        codes, scales, global_scales = ctx.weight
+        codes, scales, global_scales, _ = ctx.weight
         shape = (*codes.shape[1:-1], 2 * codes.shape[-1])
         bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], shape[1])
         for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):

@@ -258,5 +258,5 @@ class Engine:
     def _shaper_of(self, requests: list[Request]) -> Shaper:
         samplings = tuple(request.sampling for request in requests)
         if self._shaper is None or self._shaper[0] != samplings:
-            self._shaper = samplings, Shaper(samplings, self.device)
+            self._shaper = samplings, Shaper.of(samplings, self.device)
         return self._shaper[1]

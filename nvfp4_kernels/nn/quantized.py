@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.relu2.op import relu2
 
 
@@ -87,9 +89,15 @@ class QuantizedWeight(nn.Module):
 
 
 class NVFP4Weight(QuantizedWeight):
-    """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale."""
+    """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale.
+
+    One matrix may be held packed instead, in the layout that the CUDA kernels read (`pack`). Then the buffers packed_codes and
+    packed_scales stand in the place of weight and weight_scale, which the state_dict goes on to have, unpacked, and which
+    `weight` and `weight_scale` give, unpacked anew each time.
+    """
 
     BLOCK = 16
+    FORMS = dict(weight="codes", weight_scale="scales")  # as a tensor's parts are called
 
     @classmethod
     def from_tensors(
@@ -107,8 +115,34 @@ class NVFP4Weight(QuantizedWeight):
             parts = {name: getattr(weight, part) for name, part in names.items()}
         return made._set(bias, input_scale, **parts)
 
-    def tensor(self, expert: int | None = None) -> NVFP4Tensor:
+    @property
+    def is_packed(self) -> bool:
+        return "packed_codes" in self._buffers
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Hold one matrix packed, not twice, where the kernels for activations of `dtype` read it so; else nothing happens."""
+        if self.is_packed or self.experts is not None or (form := packed(self.tensor(), dtype)) is None:
+            return
+        del self.weight, self.weight_scale
+        self.register_buffer("packed_codes", form.codes, persistent=False)
+        self.register_buffer("packed_scales", form.scales, persistent=False)
+
+    def unpack(self) -> None:
+        """Hold the matrix as a checkpoint does; the same bytes as before `pack`."""
+        if self.is_packed:
+            self._buffers = self._plain_buffers()
+            self._non_persistent_buffers_set -= {"packed_codes", "packed_scales"}
+
+    def _plain_buffers(self) -> dict[str, Tensor | None]:
+        form = self.tensor().unpack()
+        parts = {name: getattr(form, part) for name, part in self.FORMS.items()}
+        return parts | {name: self._buffers[name] for name in ("weight_scale_2", "input_scale")}
+
+    def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""
+        if self.is_packed:
+            shape = torch.Size((self.out_features, self.in_features))
+            return PackedNVFP4Tensor(self.packed_codes, self.packed_scales, self.weight_scale_2, shape)
         codes, scales, global_scale = (
             self._part(t, expert) for t in (self.weight, self.weight_scale, self.weight_scale_2)
         )
@@ -117,6 +151,29 @@ class NVFP4Weight(QuantizedWeight):
     def stack(self) -> Stack:
         """All experts' weights as nk.grouped_matmul takes them."""
         return Stack(self.weight, self.weight_scale, self.weight_scale_2)
+
+    def __getattr__(self, name: str):
+        if name in self.FORMS and "packed_codes" in self.__dict__.get("_buffers", {}):
+            return getattr(self.tensor().unpack(), self.FORMS[name])
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        held = self._buffers
+        self._buffers = self._plain_buffers() if self.is_packed else held
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers = held
+
+    def _load_from_state_dict(self, *arguments):
+        self.unpack()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, fn, recurse=True):
+        made = super()._apply(fn, recurse)
+        if self.is_packed and self.packed_codes.is_cpu:  # where no kernel reads it so
+            self.unpack()
+        return made
 
     def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
         return weight_only_experts(x, self.stack(), sizes)

@@ -15,11 +15,27 @@ CHOICES = {None: 0, "mae": 1, "mse": 2}
 NONE = (0, False, 0, -1, 0, 0, 0)
 
 
-def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
+def refuses(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> str | None:
+    if offsets is not None or x.dim() == 3:
+        return "groups and stacks"
     return cuda.refuses(x, row, col) if _cuda.takes(x) else refuses_device(x)
 
 
-def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
     rows, cols = x.shape
     row_parts, row_form = _form(row, rows, cols, x.device)

@@ -20,7 +20,16 @@ from nvfp4_kernels.ops.quantize._triton_amax import amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, tensor_scale
 
 
-def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
+def refuses(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> str | None:
+    if offsets is not None or x.dim() == 3:
+        return "groups and stacks"
     return refuses_device(x)
 
 
@@ -122,7 +131,14 @@ def quantize_kernel(
             )  # fmt: skip
 
 
-def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
     row_parts, col_parts = _parts(x, row, *x.shape), _parts(x, col, *x.shape[::-1])
     advance = int(row is not None and row.stochastic)

@@ -59,6 +59,8 @@ struct Thread {
     void* fake = nullptr;   // the sanitizer's
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
+    bool unshown = false;  // copies have arrived that only this thread and, after a barrier, plain reads of others see
+    std::unique_ptr<Pending> pending;
     bool done = false;
 };
 
@@ -91,7 +93,7 @@ struct Launch {
     std::vector<unsigned> ready, at_barrier;
     std::unique_ptr<unsigned char[]> dynamic;
     std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
-    unsigned running = 0, finished = 0;
+    unsigned running = 0, finished = 0, unshown = 0;  // unshown: threads with copies that are so
     std::string error;
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
@@ -132,6 +134,7 @@ void life() {
 #endif
     now->entry->run(now->parameters);
     if (!me().open.empty() || !me().groups.empty()) fail("a thread ended with copies that it never waited for");
+    if (me().pending && !me().pending->done()) fail("a thread ended with products that it never waited for");
     me().done = true;
     ++now->finished;
     leave(true);
@@ -151,6 +154,8 @@ void make_fiber(Thread& thread) {
     thread.fake = nullptr;
     thread.open.clear();
     thread.groups.clear();
+    thread.unshown = false;
+    thread.pending.reset();
     thread.done = false;
 }
 
@@ -182,7 +187,7 @@ void run_block() {
     l.statics.clear();
     l.ready.clear();
     l.at_barrier.clear();
-    l.finished = 0;
+    l.finished = l.unshown = 0;
     for (unsigned t = count; t-- > 0;) {
         threads[t].index = {t, 0, 0};
         make_fiber(threads[t]);
@@ -247,8 +252,9 @@ void* static_shared(const void* key, size_t bytes) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int bytes_from) {
-    if (reinterpret_cast<std::uintptr_t>(to) % 16 || (bytes_from && reinterpret_cast<std::uintptr_t>(from) % 16)) {
-        fail("cp.async: an address is no multiple of 16");
+    const auto size = static_cast<std::uintptr_t>(bytes);
+    if (reinterpret_cast<std::uintptr_t>(to) % size || (bytes_from && reinterpret_cast<std::uintptr_t>(from) % size)) {
+        fail("cp.async: an address is no multiple of the copy's size");
     }
     if (bytes_from < 0 || bytes_from > bytes) fail("cp.async: bytes read beyond the size of the copy");
     std::memset(to, 0xA5, static_cast<size_t>(bytes));
@@ -264,8 +270,21 @@ void wait_copies(int groups_left) {
     auto& groups = me().groups;
     for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) {
         for (const Copy& c : groups.front()) finish(c);
+        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++now->unshown;
     }
 }
+
+void show_copies() {
+    if (me().unshown) me().unshown = false, --now->unshown;
+}
+bool copies_shown() { return now->unshown == 0; }
+
+// The first address is a multiple of 16, as the hardware promises, and of no more.
+unsigned shared_address(const void* p) {
+    return 0x410u + static_cast<unsigned>(static_cast<const unsigned char*>(p) - now->dynamic.get());
+}
+
+std::unique_ptr<Pending>& pending() { return me().pending; }
 
 Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads) {
     kernels()[name] = {entry, parameters, most_threads};
