@@ -3,7 +3,8 @@
 As in autograd/linear, but that each expert's weight and its part of the column forms have global scales of their own, and the
 tokens' row form one. Where the experts gather the tokens themselves, that form is made once a token, before the gather, and
 its codes are copied; the column form is made after it, since a token's copies must not share noise there. Backward keeps
-codes alone of what is quantized, and the tokens, ungathered, of what is not. The host reads nothing back.
+codes alone of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the squared ReLU,
+which is taken again. The host reads nothing back.
 """
 
 from dataclasses import replace
@@ -46,7 +47,7 @@ def experts(
     """
     hidden = expert_linear(x, up, groups, recipes[0], noises[0], forms[0])
     offsets = groups.offsets if isinstance(groups, Routing) else groups
-    return expert_linear(relu2(hidden, weights), down, offsets, recipes[1], noises[1], forms[1])
+    return expert_linear(hidden, down, offsets, recipes[1], noises[1], forms[1], squared=True, weights=weights)
 
 
 def expert_linear(
@@ -56,8 +57,14 @@ def expert_linear(
     recipe: LinearRecipe = HIGH,
     noise: Tensor | None = None,
     forms: Forms | None = None,
+    *,
+    squared: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, or the tokens; weight [experts, out, in]; y [rows, out]."""
+    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, or the tokens; weight [experts, out, in]; y [rows, out].
+
+    squared: read relu2(x, weights) in the place of x, with x sorted by expert.
+    """
     require(isinstance(groups, (Routing, Tensor)), "groups", type(groups).__name__, "a Routing or a tensor", TypeError)
     require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, in]")
     routed = isinstance(groups, Routing)
@@ -68,7 +75,8 @@ def expert_linear(
     if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
     wanted = torch.is_grad_enabled() and weight.requires_grad
-    return _ExpertLinear.apply(x, weight, offsets, order, inverse, recipe, noise, forms, wanted)
+    routing = offsets, order, inverse
+    return _ExpertLinear.apply(x, weight, weights, squared, *routing, recipe, noise, forms, wanted)
 
 
 def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:
@@ -84,34 +92,40 @@ def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, offsets, order, inverse, recipe, noise, forms, wanted):
-        # x [tokens or rows, in], weight [experts, out, in]
-        x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, noise, wanted)
+    def forward(ctx, x, weight, weights, squared, offsets, order, inverse, recipe, noise, forms, wanted):
+        # x [tokens or rows, in], weight [experts, out, in], weights [rows] or None
+        read = relu2(x, weights) if squared else x
+        x_row, x_col = _forms_of_x(read, offsets, order, inverse, recipe, noise, wanted)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, x.dtype)
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
-        save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, x_col)
-        ctx.recipe, ctx.noise, ctx.dtype = recipe, noise, weight.dtype
+        again = squared and isinstance(x_col, Tensor)  # in high precision what is squared is read again
+        kept = (x, weights) if squared else (None, None)
+        save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
+        ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
         return grouped_matmul(x_row, w_row, offsets, x.dtype)  # [rows, out]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        offsets, order, inverse, w_col, x_col = saved(ctx)
-        recipe, dx, dw = ctx.recipe, None, None
+        offsets, order, inverse, w_col, x_col, x, weights = saved(ctx)
+        recipe, dx, dw, dweights = ctx.recipe, None, None, None
+        x_col = relu2(x, weights) if ctx.again else x_col
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
         col = None if x_col is None else recipe.wgrad_dy
         dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
             if not recipe.dgrad_w:
                 w_col = (w_col if recipe.quantized else w_col.to(dy.dtype)).transpose(1, 2)
             dx = grouped_matmul(dy_row, w_col, offsets, dy.dtype)  # dy [rows, out] @ w_col [experts, in, out].T
             dx = dx if order is None else sum_slots(dx, order, inverse)
+            if ctx.squared:
+                dx, dweights = torch.ops.nvfp4.relu2_backward(dx, x, weights)
         if x_col is not None:
             if not recipe.wgrad_x:
                 x_col = (x_col if order is None else gather(x_col, order, inverse)).t()
             dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype)  # dy_col [out, rows] @ x_col [in, rows].T
         advance(ctx.noise, recipe)
-        return dx, dw, *[None] * 7
+        return dx, dw, None if weights is None else dweights, *[None] * 8
 
 
 def _forms_of_x(
