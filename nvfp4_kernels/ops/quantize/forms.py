@@ -1,4 +1,4 @@
-"""The tensors that quantize fills, for its backends and for tracing."""
+"""What quantize's backends share: the tensors they fill, and what they say of wrong offsets."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import most_runs
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops._check import require
 
 
 def empty_forms(
@@ -36,3 +37,9 @@ def empty_forms(
 
     row_runs = 0 if row is None else ceil_to(cols, row.run) // row.run
     return form(row, rows, row_runs, lead), form(col, cols, runs, groups)
+
+
+def check_ascending(offsets: Tensor, rows: int) -> None:
+    """Raise ValueError for offsets that are not ascending numbers from 0 to `rows`."""
+    fits = offsets[0] == 0 and offsets[-1] == rows and bool((offsets.diff() >= 0).all())
+    require(fits, "offsets", offsets.tolist(), f"ascending numbers from 0 to {rows}, the number of rows")

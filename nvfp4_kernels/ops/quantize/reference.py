@@ -11,9 +11,8 @@ from torch import Tensor
 from nvfp4_kernels.formats import e2m1, e4m3, philox
 from nvfp4_kernels.formats.layout import ceil_to, pad_last
 from nvfp4_kernels.formats.spec import QuantSpec
-from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.hadamard import reference as hadamard
-from nvfp4_kernels.ops.quantize.forms import empty_forms
+from nvfp4_kernels.ops.quantize.forms import check_ascending, empty_forms
 
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -59,12 +58,6 @@ def run(
     for group, (begin, end, first, last) in enumerate(places):
         _write(col_parts, x[begin:end].t(), col, noise, advance, group, slice(first // col.run, last // col.run))
     return (*row_parts, *col_parts)
-
-
-def check_ascending(offsets: Tensor, rows: int) -> None:
-    """Raise ValueError for offsets that are not ascending numbers from 0 to `rows`."""
-    fits = offsets[0] == 0 and offsets[-1] == rows and bool((offsets.diff() >= 0).all())
-    require(fits, "offsets", offsets.tolist(), f"ascending numbers from 0 to {rows}, the number of rows")
 
 
 def _write(
