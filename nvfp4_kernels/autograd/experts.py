@@ -97,9 +97,9 @@ class _ExpertLinear(torch.autograd.Function):
         read = relu2(x, weights) if squared else x
         x_row, x_col = _forms_of_x(read, offsets, order, inverse, recipe, noise, wanted)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, x.dtype)
-        # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         again = squared and isinstance(x_col, Tensor)  # in high precision what is squared is read again
         kept = (x, weights) if squared else (None, None)
+        # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
         ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
         return grouped_matmul(x_row, w_row, offsets, x.dtype)  # [rows, out]
@@ -132,7 +132,7 @@ def _forms_of_x(
     x, offsets, order, inverse, recipe, noise, wanted
 ) -> tuple[Quantized | Tensor, Columns | Tensor | None]:
     """The row form of the rows; of what wgrad needs the column form, or x itself where it is in high precision."""
-    col = recipe.wgrad_x if wanted else None
+    col = recipe.wgrad_x if wanted else None  # wanted: the weight's gradient
     if order is None:
         x_row, x_col = _quantized(x, offsets, recipe.fprop_x, col, noise)
         return x_row, x_col if col else x if wanted else None
