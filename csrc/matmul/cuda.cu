@@ -233,3 +233,5 @@ NVFP4_KERNEL(decode_packed, 256, 4, DecodeLaunch) {
 }
 
 }  // namespace nvfp4
+
+#include "sm100.cuh"
