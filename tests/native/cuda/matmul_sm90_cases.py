@@ -71,6 +71,7 @@ def test_a_row_of_x_is_on_its_own(monkeypatch, model, cols, parts):
     """Bits of a row depend on no other row, nor on how many there are, as long as they take as many tiles of 128."""
     monkeypatch.setattr(_cuda_sm90, "LEAST_STEPS", 3 - parts)
     monkeypatch.setattr(_cuda_sm90, "PROCESSORS", 2 * parts)
+    tile_of(monkeypatch, 128)
     packed, _ = weight(144, cols)
     a = torch.randn(128, cols).bfloat16()
     whole = nk.matmul(a, packed, torch.float32)
