@@ -10,7 +10,7 @@ import nvfp4_kernels as nk
 from nvfp4_kernels.generate import decode, graph, state
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.sample import Form, Sampling
-from nvfp4_kernels.generate.state import Pool
+from nvfp4_kernels.generate.state import Pool, cache_scales
 from nvfp4_kernels.generate.weights import serving
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
@@ -205,7 +205,8 @@ def test_the_step_reads_nothing_on_the_host_and_sends_nothing(noisy, quantized):
     if quantized:
         quantize_on_meta(model)
     model = serving(model.bfloat16())
-    pool = Pool(model.backbone.layers, 4, torch.bfloat16, torch.float16 if noisy else torch.float32, "meta")
+    blocks, states = model.backbone.layers, torch.float16 if noisy else torch.float32
+    pool = Pool(blocks, 4, torch.bfloat16, states, "meta", cache_scales(blocks, "meta") if quantized else None)
     for form, leading in ((Form.of(MIXED), False), (Form.of([Sampling()] * 4), True)):
         step = decode.Step(model, pool, decode.Shape(4, 512, leading, form), True, noisy)
         with NoHost():
