@@ -45,6 +45,16 @@ def check_out(out: Path) -> None:
         raise ValueError(f"out: {out} is there already; do: name another folder")
 
 
+def check_file(flag: str, path: str | None) -> None:
+    """Raises ValueError where no file can be written at `path`: before minutes of work are lost for want of a folder."""
+    if path is None:
+        return
+    file = Path(path)
+    if not file.parent.is_dir() or file.is_dir():
+        what = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
+        raise ValueError(f"{flag}: {path} {what}; do: name another file")
+
+
 def save_quantized(model, tokenizer, out: Path, write_more, read=None) -> None:
     """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there.
 
