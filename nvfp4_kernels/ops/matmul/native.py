@@ -9,12 +9,12 @@ from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.matmul import _cuda as packed
-from nvfp4_kernels.ops.matmul import _cuda_sm100
+from nvfp4_kernels.ops.matmul import _cuda_sm100, _cuda_sm120
 
 Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 # Kernels for NVFP4 times NVFP4, by the instruction of the device's FP4 tensor cores.
-BLOCK_SCALED = {"tcgen05": _cuda_sm100}
+BLOCK_SCALED = {"tcgen05": _cuda_sm100, "mma.sync": _cuda_sm120}
 
 
 def _cuda_kernels(a: Operand, b: Operand):
