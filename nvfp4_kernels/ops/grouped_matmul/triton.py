@@ -1,9 +1,8 @@
 """Groups of products in Triton, one launch for all groups: on FP4 tensor cores where both operands are NVFP4 and the device has
 them (ops/matmul/_triton_block_scaled.py), of decoded operands everywhere else (ops/matmul/_triton_decoded.py).
 
-Where the groups' rows begin is on the device and stays there: as many programs start as the rows could need in the worst case,
-a tile more for each group than for rows without groups, and each finds its group, or that there is nothing left for it, from
-the offsets. Sums that are divided among groups run from one offset to the next, a program a tile of one group.
+Each program finds its tile of rows from the offsets (ops/_triton_groups.py). Sums that are divided among groups run from one
+offset to the next, a program a tile of one group.
 """
 
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
@@ -22,20 +22,6 @@ from nvfp4_kernels.ops.matmul._triton_tiles import write
 
 def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
     return "float64" if torch.float64 in (a.values.dtype, b.values.dtype, out_dtype) else refuses_device(a.values)
-
-
-@jit
-def find(offsets_ptr, groups, place, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(group, first row of the tile, end of the group's rows) of the place-th tile of rows; beyond the last, group `groups`."""
-    group = tl.arange(0, BLOCK_G)
-    start = tl.load(offsets_ptr + group, group < groups, 0)
-    end = tl.load(offsets_ptr + group + 1, group < groups, 0)
-    tiles = tl.cdiv(end - start, BLOCK_M)
-    last = tl.cumsum(tiles, 0)
-    mine = tl.sum(((last <= place) & (group < groups)).to(tl.int32), 0)
-    picked = group == mine
-    row = tl.sum(tl.where(picked, start + (place - (last - tiles)) * BLOCK_M, 0), 0)
-    return mine, row, tl.sum(tl.where(picked, end, 0), 0)
 
 
 @jit
@@ -65,7 +51,7 @@ def rows_kernel(
     PRECISION: tl.constexpr, FINISH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    group, first, end = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
+    group, _, end, first = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
         row, col = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
