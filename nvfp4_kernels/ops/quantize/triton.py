@@ -107,8 +107,10 @@ def quantize_kernel(
     col_global_ptr, rows, cols, row_stride, col_stride, row_before, col_before, programs, offsets_ptr, starts_ptr, col_runs,
     ROW: tl.constexpr, COL: tl.constexpr, WIDE: tl.constexpr, COL_ADVANCE: tl.constexpr, ROW_ADVANCE: tl.constexpr,
     CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPED: tl.constexpr,
+    STACKED: tl.constexpr,
 ):  # fmt: skip
-    """GROUPED: `programs` is the number of groups, for each of which amax_ptr has the largest magnitudes."""
+    """GROUPED: `programs` is the number of groups, for each of which amax_ptr has the largest magnitudes. STACKED: the matrix
+    has others before it, row_before and col_before blocks of them."""
     first = tl.program_id(0) + tl.program_id(1) == 0
     row_scale, col_scale = (0.0, 0.0, 0.0, True), (0.0, 0.0, 0.0, True)
     if ROW is not None and ROW.block != "1x32":
@@ -156,13 +158,15 @@ def quantize_kernel(
             if ROW is not None:
                 line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
                 form(
-                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride, row_before,
+                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride,
+                    row_before if STACKED else 0,
                     tl.cdiv(cols, ROW.run) * (ROW.run // 16), row_scale, seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
                 )  # fmt: skip
             if COL is not None:
                 line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
                 form(
-                    x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride, col_before,
+                    x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride,
+                    col_before if STACKED else 0,
                     tl.cdiv(rows, COL.run) * (COL.run // 16), col_scale, seed, offset + COL_ADVANCE, COL, False, CONVERTS,
                 )  # fmt: skip
 
@@ -218,7 +222,7 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
         *_pointers(col_spec, col[1], found),
         *(rows, cols, *x.stride(), *befores, programs, found, found, 0),
         **_constants(x, row, col, words),
-        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad, GROUPED=False),
+        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad, GROUPED=False, STACKED=any(befores)),
         num_warps=warps,
         fusion=False,
     )
@@ -238,7 +242,7 @@ def _launch_groups(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, offs
         *_pointers(col[0], col[1], found),
         *(rows, cols, *x.stride(), 0, 0, groups, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
         **_constants(x, row, col, words),
-        **dict(PROGRAMS=next_power_of_2(max(groups, 1)), ROWS=tall, COLS=broad, GROUPED=True),
+        **dict(PROGRAMS=next_power_of_2(max(groups, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
         num_warps=warps,
         fusion=False,
     )
