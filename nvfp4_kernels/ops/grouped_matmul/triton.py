@@ -17,7 +17,9 @@ from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
-from nvfp4_kernels.ops.matmul._triton_tiles import write
+from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
+
+SMALL = Tile(64, 64, 32, 4, 2, 1)  # where codes meet a plain operand whose columns lie apart: addresses take the registers
 
 
 def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
@@ -158,8 +160,8 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
     if 0 in (a.values.shape[1], b.values.shape[1]):
         return torch.zeros(groups, M, N, dtype=out_dtype, device=a.values.device)
     y = torch.empty(groups, M, N, dtype=out_dtype, device=a.values.device)
-    mixed = (a.scales is None) != (b.scales is None)  # which leaves registers for small tiles alone
-    t, sides, constants = _form(min(M, 64) if mixed else M, N, a, b, (16,))  # groups begin at any block
+    mixed = (a.scales is None) != (b.scales is None)
+    t, sides, constants = _form(M, N, a, b, (16,), SMALL if mixed else None)  # groups begin at any block
     arguments = []
     for x, side in zip((a, b), sides, strict=True):
         starts = x.starts if isinstance(x, Columns) else offsets
@@ -173,7 +175,7 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
     return y
 
 
-def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...]):
+def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None):
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
     bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
     formats, device = (_format(a), _format(b)), a.values.device
@@ -184,7 +186,7 @@ def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[i
         dtype, precision = torch.float32, "ieee"
     if cores:
         t = fp4.tile(M, N, b.values.shape[-1], cores)
-    else:
+    elif t is None:
         most = M if a.scales is None or b.scales is None else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
     left, right = sides = [_side(x, bool(cores), units if cores else units[-2:], t.k) for x in (a, b)]
