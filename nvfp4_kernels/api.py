@@ -26,7 +26,7 @@ from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import permute, unpermute
-from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
+from nvfp4_kernels.ops.quantize.op import quantize, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
@@ -42,7 +42,9 @@ __all__ = [
     "unswizzle_128x4",
     "random_signs",
     "quantize",
+    "quantize_groups",
     "quantize_pair",
+    "quantize_stack",
     "dequantize",
     "hadamard",
     "matmul",

@@ -5,11 +5,14 @@
 //   __syncthreads     every thread of the block must come to it, or the launch fails
 //   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
 //   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
+//   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
 //   thread order      drawn from a seed: with a barrier missing, results depend on it
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -39,9 +42,34 @@ constexpr size_t slot = 64;
 const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot];
 int lane();
 
+// For the models of units that work beside the threads, such as arch/host_sm100.h. The running thread rests until something is
+// so, which `wake` looks after; a unit's work is done some time later, that of any_order in any, of another number in its order.
+void rest_until(std::function<bool()> so);
+void wake();
+constexpr int any_order = 0;
+void later(int unit, std::function<void()> work);
+
+// What such models keep of the running block; empty when it begins.
+struct BlockState {
+    virtual ~BlockState() = default;
+    virtual const char* complaint() const = 0;  // once all threads have ended
+};
+std::unique_ptr<BlockState>& block_state();
+
 void copy_async(void* to, const void* from, int bytes, int bytes_from);
 void commit_copies();
 void wait_copies(int groups_left);
+void show_copies();   // this thread's, to what reads shared memory on its own
+bool copies_shown();  // those of every thread that have arrived
+
+unsigned shared_address(const void* p);  // as instructions take them
+
+// What an architecture's instructions keep for the running thread, and what must be done when it ends.
+struct Pending {
+    virtual ~Pending() = default;
+    virtual bool done() const = 0;
+};
+std::unique_ptr<Pending>& pending();
 
 struct Kernel {  // makes a kernel known by name
     using Entry = void (*)(const void*);

@@ -102,6 +102,7 @@ static __device__ __forceinline__ u32 e2m1_word(const F32x1* v) {
 
 #else  // the model
 
+static inline u32 shared_address(const void* p) { return host_model::shared_address(p); }
 static inline void copy_async16(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 16, bytes); }
 static inline void commit_copies() { host_model::commit_copies(); }
 template <int left>

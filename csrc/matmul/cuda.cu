@@ -8,9 +8,9 @@
 // same bits on every run.
 // Bytes: 0.5625 a weight; x comes from the L2 cache once for each 128 rows. SASS instructions a weight in the loop (sm_90):
 // 2.6 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
-#include "arch/values.cuh"
-#include "decode.cuh"
-#include "launch.h"
+#include "epilogue.cuh"
+#include "sm120.cuh"
+#include "sm90.cuh"
 
 namespace nvfp4 {
 
@@ -119,25 +119,6 @@ static __device__ __forceinline__ void multiply_stage(const unsigned char* stage
     }
 }
 
-static __device__ __forceinline__ float load_as(const void* from, i32 dtype, i64 i) {
-    if (dtype == 0) return static_cast<const float*>(from)[i];
-    const u16 raw = static_cast<const u16*>(from)[i];
-    return (dtype == 1 ? widen_one<Half>(raw) : widen_one<Brain>(raw)).v;
-}
-
-static __device__ __forceinline__ void finish(const WeightOnlyLaunch& p, float g, i64 row, i64 token, float sum) {
-    if (row >= p.rows || token >= p.tokens) return;
-    F32x1 y = F32x1(sum) * F32x1(packed_unit) * F32x1(g);
-    if (p.bias) y = y + F32x1(load_as(p.bias, p.bias_dtype, row));
-    const i64 at = token * p.rows + row;
-    if (p.out_dtype == 0) {
-        float* out = static_cast<float*>(p.out) + at;
-        *out = p.accumulate ? (F32x1(*out) + y).v : y.v;
-    } else {
-        static_cast<u16*>(p.out)[at] = static_cast<u16>(p.out_dtype == 1 ? Half::narrow(y.v) : Brain::narrow(y.v));
-    }
-}
-
 // Adds up what the splits of a tile have left, in their order, if this block is the last of them; else false.
 template <int groups>
 static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 tile, i64 split, float (&sums)[warp_slabs][groups][4]) {
@@ -205,8 +186,7 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     wait_copies<0>();
 
     if (p.splits > 1 && !collect<groups>(p, tile, split, sums)) return;
-    float g = *p.global_scale;
-    if ((bits(F32x1(g)).v & 0x7F800000u) == 0x7F800000u) g = real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
+    const float g = scale_of(p);
     const i64 row = tile * block_rows + warp_index() * (16 * warp_slabs) + lane_index() / 4;
     NVFP4_UNROLL
     for (int m = 0; m < warp_slabs; ++m) {
@@ -227,4 +207,31 @@ NVFP4_KERNEL(weight_only_16, block_threads, 4, WeightOnlyLaunch) { weight_only<2
 NVFP4_KERNEL(weight_only_32, block_threads, 3, WeightOnlyLaunch) { weight_only<4>(p); }
 NVFP4_KERNEL(weight_only_64, block_threads, 2, WeightOnlyLaunch) { weight_only<8>(p); }
 
+// A packed weight to bf16 [rows, length] under its block scales, for products in memory: a warp has a slab's 64 columns, four
+// lanes the 128 bytes of each row in them.
+NVFP4_KERNEL(decode_packed, 256, 4, DecodeLaunch) {
+    const i64 tiles = p.length / 64, warp = i64(blockIdx.x) * 8 + warp_index(), slab = warp / tiles, tile = warp % tiles;
+    if (slab >= p.slabs) return;
+    const int lane = lane_index();
+    const Chunk q = reinterpret_cast<const Chunk*>(p.codes)[warp * 32 + lane];
+    const u32 both = p.scales[warp / 2 * 32 + lane], s = tile % 2 == 0 ? packed_scales<0>(both) : packed_scales<1>(both);
+    u32 a[4][4];
+    decode_weights(q.x, s, a[0]);
+    decode_weights(q.y, s, a[1]);
+    decode_weights(q.z, s, a[2]);
+    decode_weights(q.w, s, a[3]);
+    NVFP4_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        Chunk* out = reinterpret_cast<Chunk*>(static_cast<u16*>(p.out) + (16 * slab + 8 * h + lane / 4) * p.length + 64 * tile) +
+                     2 * (lane & 3);
+        NVFP4_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const auto value = [&](int j, int pair) { return scaled_bf16x2<false>(a[2 * i + j][h + 2 * pair], 0x4900u); };  // 2^19
+            out[i] = {value(0, 0), value(0, 1), value(1, 0), value(1, 1)};
+        }
+    }
+}
+
 }  // namespace nvfp4
+
+#include "sm100.cuh"

@@ -13,14 +13,21 @@ struct WeightOnlyLaunch {
     const float* global_scale;  // [1]
     const void* bias;           // [rows] or null
     void* out;                  // [tokens, rows]
-    float* partial;  // of each split, in the order of its threads' accumulators; null for one split
-    u32* arrived;    // [tiles], zero before and after: splits that have left their sums
+    float* partial;  // of each split, in the order of its threads' accumulators; null for one split. sm90.cuh: two for a
+                     // block, [token][row]
+    u32* arrived;    // [tiles], zero before and after: splits that have left their sums. sm90.cuh: null
     i64 tokens, rows;
     i64 cols;        // of x; zeros beyond
     i64 length;      // of a packed row, a multiple of 128
-    i64 splits;
+    i64 splits;      // sm90.cuh: the blocks that share the work
     i32 bias_dtype, out_dtype;  // 0 fp32, 1 fp16, 2 bf16
     i64 accumulate;             // add to out, which is fp32
+};
+
+struct DecodeLaunch {
+    const u32 *codes, *scales;  // as above
+    void* out;                  // bf16 [16 slabs, length]
+    i64 slabs, length;
 };
 
 }  // namespace nvfp4

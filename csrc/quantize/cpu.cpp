@@ -27,6 +27,8 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 bool is_nvfp4(const QuantizeForm& form) { return form.block == Block::b1x16 || form.block == Block::b16x16; }
 
+i64 run_length(const QuantizeForm& form) { return form.block == Block::b1x32 ? 32 : 16; }
+
 // A magnitude's bit pattern in its own type to that of fp32; what is not finite stays not finite.
 u32 as_fp32_bits(Single x) { return x.bits; }
 u32 as_fp32_bits(Brain x) { return static_cast<u32>(x.bits) << 16; }
@@ -105,10 +107,10 @@ struct Form {
     i64 blocks(i64 run) const { return ceil_div(length, run); }
 
     Target target(i64 first, i64 element, i64 run, i64 block_bytes) const {
-        const i64 n = blocks(run), b = element / run;
+        const i64 n = form.line ? form.line : blocks(run), b = element / run;
         const i64 inside = count - first;
         return {form.codes + (first * n + b) * block_bytes, form.scales + first * n + b, n * block_bytes, n,
-                first * n + b, n, static_cast<int>(inside < 16 ? inside : 16)};
+                form.first + first * n + b, n, static_cast<int>(inside < 16 ? inside : 16)};
     }
 };
 
@@ -220,11 +222,18 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
     return total;
 }
 
+// Zeros for `blocks` blocks of each line, from the form's first on.
+void clear(const QuantizeForm& form, i64 lines, i64 blocks, i64 block_bytes) {
+    const i64 line = form.line ? form.line : blocks;
+    for (i64 i = 0; i < lines; ++i) {
+        std::memset(form.codes + i * line * block_bytes, 0, static_cast<size_t>(blocks * block_bytes));
+        std::memset(form.scales + i * line, 0, static_cast<size_t>(blocks));
+    }
+}
+
 // A form of a tensor that is not finite: no code and no scale, and a global scale that makes every value NaN.
 void poison(const Form& f) {
-    const size_t blocks = static_cast<size_t>(f.count * f.blocks(16));
-    std::memset(f.form.codes, 0, blocks * 8);
-    std::memset(f.form.scales, 0, blocks);
+    clear(f.form, f.count, f.blocks(16), 8);
     *f.form.global_scale = real(U32x1(0x7FC00000u)).v;
 }
 
@@ -263,31 +272,75 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int 
     parallel(threads, body);
 }
 
-}  // namespace
-
-int quantize(const QuantizeParams& p) {
-    const DefaultFloats floats;
-    Matrix x{p.x, p.dtype, p.rows, p.cols, p.row_stride, p.col_stride};
-    QuantizeForm row = p.row, col = p.col;
+void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col) {
+    Matrix x{data, p.dtype, rows, p.cols, p.row_stride, p.col_stride};
     if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places
         std::swap(x.rows, x.cols);
         std::swap(x.row_stride, x.col_stride);
         std::swap(row, col);
     }
-    const i64 run_length = row.block == Block::b1x32 ? 32 : 16;
-    if (col.block == Block::none && row.block != Block::b16x16 && x.col_stride == 1 && x.row_stride == x.cols &&
-        x.cols % run_length == 0 && x.cols > run_length) {
+    const i64 length = run_length(row);
+    if (col.block == Block::none && row.block != Block::b16x16 && row.line == 0 && x.col_stride == 1 && x.row_stride == x.cols &&
+        x.cols % length == 0 && x.cols > length) {
         // Blocks of contiguous rows are one long list of blocks: a matrix of one block a row, read and written in order.
-        x.rows = x.rows * (x.cols / run_length);
-        x.cols = x.row_stride = run_length;
+        x.rows = x.rows * (x.cols / length);
+        x.cols = x.row_stride = length;
     }
     const i64 most = x.rows * x.cols / elements_a_thread + 1;
     const int threads = static_cast<int>(p.threads < most ? p.threads : most);
+    with_dtype(x.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        run<T>(x, row, col, threads);
+    });
+}
+
+// Where `elements` elements further are.
+const void* at(const QuantizeParams& p, i64 elements) {
+    return static_cast<const char*>(p.x) + elements * (p.dtype == fp32 ? 4 : 2);
+}
+
+// The form `blocks` blocks further, of the next matrix or group but `index`.
+QuantizeForm moved(QuantizeForm form, i64 blocks, i64 index) {
+    form.codes += blocks * (form.block == Block::b1x32 ? 32 : 8);
+    form.scales += blocks;
+    form.global_scale += is_nvfp4(form) ? index : 0;
+    form.first += blocks;
+    return form;
+}
+
+void stack(const QuantizeParams& p) {
+    const i64 row_blocks = p.rows * ceil_div(p.cols, run_length(p.row)), col_blocks = p.cols * ceil_div(p.rows, run_length(p.col));
+    for (i64 e = 0; e < p.matrices; ++e) {
+        one(p, at(p, e * p.matrix_stride), p.rows, moved(p.row, e * row_blocks, e), moved(p.col, e * col_blocks, e));
+    }
+}
+
+void groups(const QuantizeParams& p) {
+    const QuantizeForm none{Block::none, false, FourOverSix::off, -1, nullptr, nullptr, nullptr, 0, 0};
+    const i64 run = run_length(p.col), used = p.starts[p.groups] / run;
+    if (p.row.block != Block::none) one(p, p.x, p.rows, p.row, none);
+    for (i64 e = 0; e < p.groups; ++e) {
+        const i64 begin = p.offsets[e];
+        one(p, at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e));
+    }
+    clear(moved(p.col, used, 0), p.cols, p.col.line - used, p.col.block == Block::b1x32 ? 32 : 8);
+}
+
+}  // namespace
+
+int quantize(const QuantizeParams& p) {
+    const DefaultFloats floats;
+    if (p.offsets) {
+        bool ascend = p.offsets[0] == 0 && p.offsets[p.groups] == p.rows;
+        for (i64 e = 0; e < p.groups; ++e) ascend = ascend && p.offsets[e] <= p.offsets[e + 1];
+        if (!ascend) return 2;
+    }
     try {
-        with_dtype(x.dtype, [&](auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            run<T>(x, row, col, threads);
-        });
+        if (p.offsets) {
+            groups(p);
+        } else {
+            stack(p);
+        }
     } catch (const std::bad_alloc&) {
         return 1;
     }

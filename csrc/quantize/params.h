@@ -1,4 +1,5 @@
-// quantize: one matrix to its row form and its column form (the form of its transpose), either or both, in one call.
+// quantize: matrices to their row form and their column form (the form of the transpose), either or both, in one call: one
+// matrix, a stack of them, or the groups of rows of one.
 #pragma once
 #include "options.h"
 
@@ -13,6 +14,8 @@ struct QuantizeForm {
     u8* scales;           // [blocks' rows, ceil16(length) / 16], MXFP8 [.., ceil32(length) / 32]
     float* global_scale;  // [1]; not touched for MXFP8
     u64 seed, offset;     // of the stochastic rounding
+    i64 line = 0;         // blocks from one of the blocks' rows to the next; 0: as many as it has
+    i64 first = 0;        // the number of the first block in the noise
 };
 
 struct QuantizeParams {
@@ -22,9 +25,15 @@ struct QuantizeParams {
     i64 row_stride, col_stride;          // in elements
     QuantizeForm row, col;
     int threads;
+    i64 matrices = 1, matrix_stride = 0;  // of a stack, whose forms lie one behind the other
+    // Or groups, each a matrix to the column form alone: group e has the rows offsets[e] to offsets[e + 1], and the values from
+    // starts[e] on of each of the form's lines, whose length is col.line; global_scale has one for each.
+    const i64* offsets = nullptr;
+    const i64* starts = nullptr;
+    i64 groups = 0;
 };
 
-// Return 0, or 1 when memory ran out.
+// Return 0, 1 when memory ran out, or 2 when offsets are not ascending numbers from 0 to rows.
 namespace scalar { int quantize(const QuantizeParams&); }
 namespace avx2 { int quantize(const QuantizeParams&); }
 namespace avx512 { int quantize(const QuantizeParams&); }

@@ -37,12 +37,11 @@ def _words(x: Tensor) -> tuple[Tensor, Tensor]:
     return x & WORD, (x >> 32) & WORD
 
 
-def block_bytes(blocks: int, noise: Tensor, advance: int = 0) -> Tensor:
-    """Random bytes for `blocks` blocks: uint8 [blocks, 16].
+def block_bytes(block: Tensor, noise: Tensor, advance: int = 0) -> Tensor:
+    """Random bytes for the blocks of these numbers: int64 [blocks] to uint8 [blocks, 16].
 
     noise: int64 [2], (seed, offset); `advance` is added to the offset.
     """
-    block = torch.arange(blocks, dtype=torch.int64, device=noise.device)
     words = philox4x32((*_words(block), *_words(noise[1] + advance)), _words(noise[0]))
     shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int64, device=noise.device)
     return ((torch.stack(words, dim=-1).unsqueeze(-1) >> shifts) & 0xFF).flatten(-2).to(torch.uint8)

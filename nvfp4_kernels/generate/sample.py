@@ -6,6 +6,7 @@ So the same seed gives the same text whatever else is in the batch, as far as th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,25 +72,60 @@ class Draws:
         return ((torch.stack(words, 1).double() + 0.5) / (WORD + 1)).tolist()
 
 
+class Form(NamedTuple):
+    """What a Shaper does, the numbers aside: rows of one form are shaped by the same operations.
+
+    greedy, some_greedy: all rows are, some are. top_k: the largest of the rows. The rest: whether any row asks for it.
+    """
+
+    greedy: bool
+    some_greedy: bool
+    penalized: bool
+    limits_k: bool
+    limits_p: bool
+    limits_min: bool
+    top_k: float
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "Form":
+        return cls(
+            all(s.greedy for s in samplings),
+            any(s.greedy for s in samplings),
+            any(s.repetition_penalty != 1 for s in samplings),
+            any(s.top_k for s in samplings),
+            any(s.top_p < 1 for s in samplings),
+            any(s.min_p > 0 for s in samplings),
+            max((s.top_k or math.inf for s in samplings if not s.greedy), default=1),
+        )
+
+
+def numbers(samplings: Sequence[Sampling]) -> list[list[float]]:
+    """A row for each, as Shaper takes them: greedy, temperature, top_k, top_p, min_p, repetition_penalty."""
+    return [
+        [s.greedy, s.temperature or 1.0, min(s.top_k or WORD, WORD), s.top_p, s.min_p, s.repetition_penalty]
+        for s in samplings
+    ]
+
+
 class Shaper:
-    """Turns logits [rows, vocab] into the probabilities that the rows' Samplings draw from."""
+    """Turns logits [rows, vocab] into the probabilities that the rows' Samplings draw from.
 
-    def __init__(self, samplings: Sequence[Sampling], device=None):
-        self.greedy = all(s.greedy for s in samplings)
-        self.penalized = any(s.repetition_penalty != 1 for s in samplings)
-        self.top_k = max((s.top_k or math.inf for s in samplings if not s.greedy), default=1)
-        self.limits_k = any(s.top_k for s in samplings)
-        self.limits_p, self.limits_min = any(s.top_p < 1 for s in samplings), any(s.min_p > 0 for s in samplings)
+    given: fp32 [rows, 6], `numbers` of the rows; what is written to it later holds for what is shaped later.
+    """
 
-        def column(values) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.float32, device=device)[:, None]
+    def __init__(self, form: Form, given: Tensor):
+        self.form, self.greedy, self.penalized = form, form.greedy, form.penalized
+        self._is_greedy, self._temperature, self._k, self._p, self._min, self._penalty = given.split(1, 1)
 
-        self._greedy = column(s.greedy for s in samplings).bool()
-        self._some_greedy = any(s.greedy for s in samplings)
-        self._temperature = column(s.temperature or 1.0 for s in samplings)
-        self._k = column(min(s.top_k or WORD, WORD) for s in samplings)
-        self._p, self._min = column(s.top_p for s in samplings), column(s.min_p for s in samplings)
-        self._penalty = column(s.repetition_penalty for s in samplings)
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device=None) -> "Shaper":
+        return cls(Form.of(samplings), torch.tensor(numbers(samplings), dtype=torch.float32, device=device))
+
+    def choose(self, logits: Tensor, seen: Tensor | None, uniforms: Tensor | None) -> Tensor:
+        """Token ids, int64 [rows]. uniforms: float64 [rows], one to be drawn with; not needed where all rows are greedy."""
+        if self.greedy:
+            return self.penalize(logits, seen).argmax(-1)
+        return pick(self.probabilities(logits, seen), uniforms)
 
     def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """fp32 logits. seen: bool [rows, vocab], the tokens of each row's sequence; needed where `penalized`."""
@@ -101,15 +137,15 @@ class Shaper:
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """fp32 [rows, vocab]; a greedy row has a one at its largest logit (the first of equals)."""
         logits = self.penalize(logits, seen)
-        best = logits.argmax(-1, keepdim=True) if self._some_greedy else None
+        best = logits.argmax(-1, keepdim=True) if self.form.some_greedy else None
         if self.greedy:
             return torch.zeros_like(logits).scatter_(1, best, 1.0)
         p = self._shaped((logits - logits.amax(-1, keepdim=True)) / self._temperature)
-        return p if best is None else torch.where(self._greedy, torch.zeros_like(p).scatter_(1, best, 1.0), p)
+        return p if best is None else torch.where(self._is_greedy.bool(), torch.zeros_like(p).scatter_(1, best, 1.0), p)
 
     def _shaped(self, logits: Tensor) -> Tensor:
-        if self.limits_k or self.limits_p:
-            k = int(min(self.top_k, logits.shape[1]))
+        if self.form.limits_k or self.form.limits_p:
+            k = int(min(self.form.top_k, logits.shape[1]))
             values, ids = (
                 t[:, :k] for t in logits.sort(descending=True, stable=True)
             )  # topk promises no order of equals
@@ -119,14 +155,22 @@ class Shaper:
             p = p.masked_fill(p < self._min * p[:, :1], 0)
             return torch.zeros_like(logits).scatter_(1, ids, p / p.sum(-1, keepdim=True))
         p = logits.softmax(-1)
-        if self.limits_min:
+        if self.form.limits_min:
             p = p.masked_fill(p < self._min * p.amax(-1, keepdim=True), 0)
             p = p / p.sum(-1, keepdim=True)
         return p
 
 
-def draw(probabilities: Tensor, uniforms: list[float]) -> list[int]:
-    """Token ids: for each row the one in whose share of [0, 1), in the order of the ids, the uniform number falls."""
+def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Token ids: for each row the one in whose share of [0, 1), in the order of the ids, the uniform number falls.
+
+    uniforms: float64 [rows]. Nothing is read on the host.
+    """
     sums = probabilities.double().cumsum(-1)
-    wanted = torch.tensor(uniforms, dtype=torch.float64, device=sums.device)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[1] - 1)[:, 0].tolist()
+    found = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)
+    return found.clamp_(max=sums.shape[1] - 1)[:, 0]
+
+
+def draw(probabilities: Tensor, uniforms: list[float]) -> list[int]:
+    """The same on the host."""
+    return pick(probabilities, torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)).tolist()

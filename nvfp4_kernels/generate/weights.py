@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import quantize_experts
 from nvfp4_kernels.autograd.linear import quantize_weight
-from nvfp4_kernels.formats.tensor import NVFP4Tensor
+from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts, Router
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops._dispatch import implementation, select
 from nvfp4_kernels.ops.hadamard.op import hadamard
+from nvfp4_kernels.ops.matmul._packed import packed
+from nvfp4_kernels.ops.matmul.op import matmul
 
 # Up to so many rows the CPU kernels sum in one and the same order (csrc/matmul/few_rows.h, few_rows_plain.h). More rows of a
 # decoded batch are multiplied in parts, up to _PARTS of them: what a row says then does not depend on how many there are.
@@ -24,10 +28,11 @@ _PARTS = 4
 class ServedLinear(nn.Module):
     """x W^T + b: nk.matmul without its checks and torch's dispatcher, which a decoded token would feel at each layer.
 
-    weight: [out, in], of x's dtype or an NVFP4Tensor. Neither it nor the bias is a buffer: a served model stays where it is.
+    weight: [out, in], of x's dtype, an NVFP4Tensor or a PackedNVFP4Tensor. Neither it nor the bias is a buffer: a served model
+    stays where it is. A packed weight goes to nk.matmul, which unpacks it for what its kernels do not take.
     """
 
-    def __init__(self, weight: Tensor | NVFP4Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor | NVFP4Tensor | PackedNVFP4Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias = weight, None if bias is None else bias.detach()
         self.plain = isinstance(weight, Tensor)
@@ -37,6 +42,8 @@ class ServedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if self.plain and (len(rows) > _PARTS * self.few or x.dtype == torch.float64):
             return F.linear(x, self.weight, self.bias)
+        if not self.plain and (isinstance(self.weight, PackedNVFP4Tensor) or not x.is_cpu):
+            return matmul(x, self.weight, x.dtype, bias=self.bias)
         rest = self.weight, self.bias, x.dtype, None, False
         kernel = select("matmul", rows, *rest)
         if kernel is not implementation("matmul", "native"):  # the order of sums is the CPU kernels' own
@@ -53,11 +60,16 @@ def serving(model: nn.Module) -> nn.Module:
 
     Linear layers and experts: where the recipe quantizes nothing, weights of the activations' dtype; where it does, the
     quantized weights that training multiplies with, NVFP4 kept in four bits, MXFP8 decoded to the activations' dtype;
+    matrices of NVFP4 packed where the CUDA kernels read them in place, those of the model itself too, which hold their
+    weights as the copy does and not a second time (NVFP4Weight.pack; what the model says and saves is the same);
     activations stay in theirs (quantizing them, as training does, takes a scale from the whole batch: what a sequence says
     would depend on its neighbours). Norms, convolutions, A, D and dt_bias stay as they are. Weights that are
     quantized already (nn.quantized) are shared.
     """
     dtype = model.config.dtype
+    for module in model.modules():
+        if isinstance(module, NVFP4Weight):
+            module.pack(dtype)
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared by the copy
     table = model.backbone.embeddings.weight
     memo[id(table)] = nn.Parameter(table.detach().to(dtype), False)
@@ -79,7 +91,9 @@ def serving(model: nn.Module) -> nn.Module:
 def _linear(module: Linear, dtype: torch.dtype) -> nn.Module:
     bias = None if module.bias is None else module.bias.to(dtype)
     form = quantize_weight(module.weight, module.recipe, module.noise)[0] if module.recipe.quantized else module.weight
-    return ServedLinear(form if _kept(form) else _plain(form, dtype)[:, : module.in_features], bias)
+    if _kept(form):
+        return ServedLinear(packed(form, dtype) or form, bias)
+    return ServedLinear(_plain(form, dtype)[:, : module.in_features], bias)
 
 
 @torch.no_grad()
@@ -90,7 +104,9 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
         ("down_proj", module.down_proj, module.down_noise),
     ):
         recipe = module.recipes[part]
-        stacks.append([form[0] for form in quantize_experts(weight, recipe, noise)] if recipe.quantized else weight)
+        stacks.append(
+            _matrices(quantize_experts(weight, recipe, noise)[0], weight.shape) if recipe.quantized else weight
+        )
     if all(_kept(stack[0]) for stack in stacks):
         return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
     ups, downs = (
@@ -104,6 +120,17 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     made.up_proj, made.down_proj = nn.Parameter(ups, False), nn.Parameter(downs, False)
     made.up_noise, made.down_noise = module.up_noise, module.down_noise
     return made
+
+
+def _matrices(stack: Stack, shape: torch.Size) -> list[NVFP4Tensor | MXFP8Tensor | Tensor]:
+    """Each matrix by itself of the stack of forms of a weight [experts, out, in]."""
+    _, rows, cols = shape
+    if stack.scales is None:
+        return list(stack.values)
+    if stack.global_scales is None:
+        return [MXFP8Tensor(*parts, (rows, cols)) for parts in zip(*stack[:2], strict=True)]
+    cols = cols if stack.hadamard is None else 2 * stack.values.shape[2]
+    return [NVFP4Tensor(*parts, (rows, cols), stack.hadamard) for parts in zip(*stack[:3], strict=True)]
 
 
 def _kept(form) -> bool:

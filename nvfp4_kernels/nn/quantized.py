@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing
 
 
 class QuantizedWeight(nn.Module):
@@ -46,11 +50,11 @@ class QuantizedWeight(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("input_scale", torch.zeros(lead, device=device) if input_scale else None)
 
-    def forward(self, x: Tensor, sizes: list[int] | None = None) -> Tensor:
-        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert, and sizes says how many rows each has."""
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert: offsets[e] to offsets[e + 1] are those of e."""
         if self.experts is None:
             return self._product(x, None)
-        return self._products(x, sizes)
+        return self._products(x, offsets)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, [out, in] or [experts, out, in]."""
@@ -58,8 +62,9 @@ class QuantizedWeight(nn.Module):
             return self._decode(None, dtype)
         return torch.stack([self._decode(e, dtype) for e in range(self.experts)])
 
-    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
-        y = [self._product(part, e) for e, part in enumerate(x.split(sizes)) if len(part)]
+    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
+        parts = x.split(offsets.diff().tolist())
+        y = [self._product(part, e) for e, part in enumerate(parts) if len(part)]
         return torch.cat(y) if y else x.new_zeros(0, self.out_features)
 
     def extra_repr(self) -> str:
@@ -87,9 +92,15 @@ class QuantizedWeight(nn.Module):
 
 
 class NVFP4Weight(QuantizedWeight):
-    """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale."""
+    """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale.
+
+    One matrix may be held packed instead, in the layout that the CUDA kernels read (`pack`). Then the buffers packed_codes and
+    packed_scales stand in the place of weight and weight_scale, which the state_dict goes on to have, unpacked, and which
+    `weight` and `weight_scale` give, unpacked anew each time.
+    """
 
     BLOCK = 16
+    FORMS = dict(weight="codes", weight_scale="scales")  # as a tensor's parts are called
 
     @classmethod
     def from_tensors(
@@ -107,8 +118,34 @@ class NVFP4Weight(QuantizedWeight):
             parts = {name: getattr(weight, part) for name, part in names.items()}
         return made._set(bias, input_scale, **parts)
 
-    def tensor(self, expert: int | None = None) -> NVFP4Tensor:
+    @property
+    def is_packed(self) -> bool:
+        return "packed_codes" in self._buffers
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Hold one matrix packed, not twice, where the kernels for activations of `dtype` read it so; else nothing happens."""
+        if self.is_packed or self.experts is not None or (form := packed(self.tensor(), dtype)) is None:
+            return
+        del self.weight, self.weight_scale
+        self.register_buffer("packed_codes", form.codes, persistent=False)
+        self.register_buffer("packed_scales", form.scales, persistent=False)
+
+    def unpack(self) -> None:
+        """Hold the matrix as a checkpoint does; the same bytes as before `pack`."""
+        if self.is_packed:
+            self._buffers = self._plain_buffers()
+            self._non_persistent_buffers_set -= {"packed_codes", "packed_scales"}
+
+    def _plain_buffers(self) -> dict[str, Tensor | None]:
+        form = self.tensor().unpack()
+        parts = {name: getattr(form, part) for name, part in self.FORMS.items()}
+        return parts | {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
+
+    def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""
+        if self.is_packed:
+            shape = torch.Size((self.out_features, self.in_features))
+            return PackedNVFP4Tensor(self.packed_codes, self.packed_scales, self.weight_scale_2, shape)
         codes, scales, global_scale = (
             self._part(t, expert) for t in (self.weight, self.weight_scale, self.weight_scale_2)
         )
@@ -118,8 +155,31 @@ class NVFP4Weight(QuantizedWeight):
         """All experts' weights as nk.grouped_matmul takes them."""
         return Stack(self.weight, self.weight_scale, self.weight_scale_2)
 
-    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
-        return weight_only_experts(x, self.stack(), sizes)
+    def __getattr__(self, name: str):
+        if name in self.FORMS and "packed_codes" in self.__dict__.get("_buffers", {}):
+            return getattr(self.tensor().unpack(), self.FORMS[name])
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        held = self._buffers
+        self._buffers = self._plain_buffers() if self.is_packed else held
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers = held
+
+    def _load_from_state_dict(self, *arguments):
+        self.unpack()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, fn, recurse=True):
+        made = super()._apply(fn, recurse)
+        if self.is_packed and self.packed_codes.is_cpu:  # where no kernel reads it so
+            self.unpack()
+        return made
+
+    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return weight_only_experts(x, self.stack(), offsets)
 
     def _forms(self):
         rows, cols = self.out_features, self.in_features
@@ -175,9 +235,10 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.up_proj, self.down_proj = up_proj, down_proj
 
-    def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
-        """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
-        return self.down_proj(relu2(self.up_proj(x, sizes), weights), sizes)
+    def forward(self, x: Tensor, groups: Routing | Tensor, weights: Tensor | None = None) -> Tensor:
+        """As nn.moe.Experts."""
+        rows, offsets = sorted_rows(x, groups)
+        return self.down_proj(relu2(self.up_proj(rows, offsets), weights), offsets)
 
     def stacks(self) -> tuple[Stack, Stack] | None:
         """Both as nk.expert_mlp takes them, or None where it does not take their format."""

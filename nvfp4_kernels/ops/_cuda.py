@@ -31,6 +31,13 @@ def refuses_device(op: str, x: Tensor) -> str | None:
     return None if _model is not None else _refusal(op, x.device)
 
 
+def refuses_arch(arch: str, x: Tensor) -> str | None:
+    """Why kernels that exist for one architecture alone cannot run where x is; None when they can."""
+    if _model is not None or _device.cuda_target(x.device) == arch:
+        return None
+    return f"the kernel is written for sm_{arch}, not for {x.device}"
+
+
 @functools.lru_cache
 def _refusal(op: str, device: torch.device) -> str | None:
     arch = _device.cuda_target(device)

@@ -42,7 +42,7 @@ def test_probabilities_are_their_definition(groups):
     """Alone, and beside rows that ask for everything else."""
     logits = torch.randn(len(groups), 30) * 2
     seen = torch.rand(len(groups), 30) < 0.4
-    got = Shaper(groups).probabilities(logits, seen)
+    got = Shaper.of(groups).probabilities(logits, seen)
     for row, s in enumerate(groups):
         tokens = set(seen[row].nonzero()[:, 0].tolist())
         want = torch.tensor(by_definition(logits[row].double().tolist(), s, tokens))
@@ -90,11 +90,11 @@ def test_errors_name_the_argument(name, value):
 def test_top_k_takes_the_first_of_equals_whatever_the_neighbours_take():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
     for other in (1, 3, 6):
-        p = Shaper([Sampling(1.0, top_k=3), Sampling(1.0, top_k=other)]).probabilities(logits)
+        p = Shaper.of([Sampling(1.0, top_k=3), Sampling(1.0, top_k=other)]).probabilities(logits)
         assert (p[0] > 0).tolist() == [False, True, True, True, False, False]
         assert int((p[1] > 0).sum()) == other
 
 
 def test_a_temperature_next_to_nothing_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert Shaper([Sampling(1e-39)]).probabilities(logits).tolist() == [[0, 1, 0]]
+    assert Shaper.of([Sampling(1e-39)]).probabilities(logits).tolist() == [[0, 1, 0]]

@@ -1,14 +1,12 @@
-"""Few tokens times a packed weight through csrc/matmul/cuda.cu: which kernel, how k is split, with which parameters."""
-
-import struct
+"""Rows of bf16 times a packed weight: up to 64 through csrc/matmul/cuda.cu, here: which kernel, how k is split. More go to
+_cuda_sm90.py, or to _cuda_slabs.py, which serves all."""
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.ops import _cuda
-from nvfp4_kernels.ops._cuda import address
-from nvfp4_kernels.ops._native import DTYPES
+from nvfp4_kernels.ops.matmul import _cuda_launch, _cuda_slabs, _cuda_sm90
 
 TOKENS = (8, 16, 32, 64)  # csrc/matmul/cuda.cu has a kernel for each
 STAGES = {8: 4, 16: 4, 32: 4, 64: 3}
@@ -17,8 +15,6 @@ ROWS, THREADS, STEP = 128, 128, 128
 BLOCKS = {8: 528, 16: 528, 32: 396, 64: 264}
 LEAST_STEPS = 4  # of a split: fewer are over before the ring is full
 
-LAUNCH = struct.Struct("QqQQQQQQQqqqqqiiq")  # csrc/matmul/launch.h
-
 # By device and stream, for launches that follow one another: zeros, which each launch leaves as it finds them.
 _counters: dict[tuple, Tensor] = {}
 
@@ -26,8 +22,8 @@ _counters: dict[tuple, Tensor] = {}
 def refuses(a, b, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool) -> str | None:
     if not isinstance(b, PackedNVFP4Tensor):
         return "the CUDA kernels multiply packed weights alone (PackedNVFP4Tensor.pack)"
-    if not isinstance(a, Tensor) or a.dtype != torch.bfloat16 or not 0 < a.shape[0] <= TOKENS[-1]:
-        return f"packed weights are multiplied by 1 to {TOKENS[-1]} rows of bfloat16"
+    if not isinstance(a, Tensor) or a.dtype != torch.bfloat16:
+        return "packed weights are multiplied by rows of bfloat16"
     return _cuda.refuses_device("matmul", a)
 
 
@@ -48,26 +44,25 @@ def splits(tokens: int, rows: int, length: int) -> int:
 
 def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> Tensor:
     """out [tokens, rows] = a @ w.T + bias, added to what is there with `accumulate`."""
-    if a.stride(1) != 1 or not _cuda.aligned(a):
-        cols = a.shape[1]
-        a = torch.nn.functional.pad(a, (0, -cols % 8)).contiguous()[:, :cols]
-    (tokens, cols), rows, length = a.shape, w.codes.shape[0] * 16, w.codes.shape[1] * 64
+    if not out.numel():
+        return out
+    a, bias = _cuda_launch.lined_up(a), None if bias is None else bias.contiguous()
+    if a.shape[0] > TOKENS[-1]:
+        many = _cuda_slabs if _cuda_sm90.refuses(a.shape[0], a) else _cuda_sm90
+        return many.run(a, w, bias, out, accumulate)
+    tokens, rows, length = a.shape[0], w.codes.shape[0] * 16, w.codes.shape[1] * 64
     most, parts, tiles = kernel(tokens), splits(tokens, rows, length), -(-rows // ROWS)
     partial = counters = None
     if parts > 1:
         partial = torch.empty(tiles * parts * ROWS * most, dtype=torch.float32, device=a.device)
-        counters = _zeros(tiles, a.device)
-    bias = None if bias is None else bias.contiguous()
-    parameters = LAUNCH.pack(
-        *(a.data_ptr(), a.stride(0), w.codes.data_ptr(), w.scales.data_ptr(), w.global_scale.data_ptr()),
-        *(address(bias), out.data_ptr(), address(partial), address(counters)),
-        *(tokens, rows, cols, length, parts, 0 if bias is None else DTYPES[bias.dtype], DTYPES[out.dtype], accumulate),
-    )
+        counters = zeros(tiles, a.device)
+    parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, parts, partial, counters)
     _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, shared_bytes(most), parameters, a)
     return out
 
 
-def _zeros(count: int, device: torch.device) -> Tensor:
+def zeros(count: int, device: torch.device) -> Tensor:
+    """Counters for a launch that leaves them at zero."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     with torch.cuda.device(device):

@@ -1,8 +1,9 @@
-"""quantize and quantize_pair: tensors to NVFP4 or MXFP8, row form and column form from one read of the source."""
+"""quantize: tensors, groups of rows and stacks to NVFP4 or MXFP8, row form and column form from one read of the source."""
 
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Columns, Stack, group_starts
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.signs import sign_mask
 from nvfp4_kernels.formats.spec import QuantSpec
@@ -10,6 +11,7 @@ from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
+from nvfp4_kernels.ops.quantize._forms import empty_forms
 
 Quantized = NVFP4Tensor | MXFP8Tensor
 
@@ -73,6 +75,60 @@ def quantize_pair(
     )
 
 
+def quantize_groups(
+    x: Tensor, offsets: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: int | Tensor | None = None
+) -> tuple[Quantized | Tensor, Columns | Tensor]:
+    """As quantize_pair, where each group of rows is a matrix of its own to the column form: the tokens of each expert.
+
+    x: [rows, cols], bf16, fp16 or fp32, any strides; group e has the rows offsets[e] to offsets[e + 1].
+    offsets: int64 [groups + 1], ascending from 0 to rows, on x's device; nothing of it is read back to the host.
+    row, col: QuantSpec or None; col of block "1x16" or "1x32". For None the form is x itself, or x.T as a view.
+    noise: as in quantize_pair. A block draws by its place in the whole form, so that no two groups share noise.
+
+    Returns (row form [rows, cols], with one global scale; Columns, with a global scale for each group). A NaN or an infinity
+    makes its own group NaN, and all of the row form. A group's values depend on no other group, but for stochastic noise.
+    Raises as quantize does, and ValueError for offsets that do not fit.
+    """
+    _check(x, True)
+    require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
+    require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
+    same_device("offsets", offsets, x.device)
+    require(col is None or col.block != "16x16", "col", "block 16x16", "1x16 or 1x32: tiles would span groups")
+    if col is None:
+        return quantize_pair(x, row, None, noise)
+    starts = group_starts(offsets, col.run)
+    stochastic = col.stochastic or (row is not None and row.stochastic)
+    parts = _call(x, row, col, _noise(x, noise, stochastic), (offsets.contiguous(), starts))
+    columns = Columns(*parts[3:5], parts[5] if col.format == "nvfp4" else None, starts, col.hadamard)
+    return x if row is None else _form(parts[:3], row, x.shape), columns
+
+
+def quantize_stack(
+    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: int | Tensor | None = None
+) -> tuple[Stack, Stack]:
+    """Both forms of each matrix of a stack, each with a global scale of its own: the weights of all experts.
+
+    x: [groups, rows, cols], bf16, fp16 or fp32, any strides. row, col, noise: as in quantize_pair; a block draws by its place
+    in the whole stack. Returns stacks of the row forms [groups, rows, cols] and the column forms [groups, cols, rows].
+    Raises as quantize does.
+    """
+    float_tensor("x", x)
+    require(x.dim() == 3, "x", f"{x.dim()} dimensions", "3, [groups, rows, cols]")
+    require(x.shape[-1] > 0, "x", f"shape {list(x.shape)}", "a last axis of at least 1")
+    no_grad("x", x, "nk.experts differentiates")
+    if row is None and col is None:
+        return Stack(x), Stack(x.transpose(1, 2))
+    stochastic = (row is not None and row.stochastic) or (col is not None and col.stochastic)
+    parts = _call(x, row, col, _noise(x, noise, stochastic))
+    return _stack(x, row, parts[:3]), _stack(x.transpose(1, 2), col, parts[3:])
+
+
+def _stack(x: Tensor, spec: QuantSpec | None, parts: tuple[Tensor, ...]) -> Stack:
+    if spec is None:
+        return Stack(x)
+    return Stack(*parts[:2], parts[2] if spec.format == "nvfp4" else None, spec.hadamard)
+
+
 def _check(x: Tensor, matrix: bool) -> None:
     float_tensor("x", x)
     require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1")
@@ -107,46 +163,37 @@ def _form(parts: tuple[Tensor, ...], spec: QuantSpec, shape) -> Quantized:
     return NVFP4Tensor(codes, scales, global_scale, (*lead, cols), spec.hadamard)
 
 
-def _call(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
-    return torch.ops.nvfp4.quantize(x, str(row or ""), str(col or ""), noise)
+def _call(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    groups: tuple[Tensor, Tensor] | tuple[()] = (),
+) -> tuple[Tensor, ...]:
+    return torch.ops.nvfp4.quantize(x, str(row or ""), str(col or ""), noise, *groups)
 
 
 def _parse(row: str, col: str) -> tuple[QuantSpec | None, QuantSpec | None]:
     return QuantSpec.parse(row) if row else None, QuantSpec.parse(col) if col else None
 
 
-def _run(x: Tensor, row: str, col: str, noise: Tensor | None) -> tuple[Tensor, ...]:
-    arguments = (x, *_parse(row, col), noise)
+def _run(
+    x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    arguments = (x, *_parse(row, col), noise, offsets, starts)
     return select("quantize", *arguments).run(*arguments)
 
 
-def _fake(x: Tensor, row: str, col: str, noise: Tensor | None) -> tuple[Tensor, ...]:
-    def form(rows, cols, spec):
-        if spec is None:
-            return (
-                x.new_empty(0, dtype=torch.uint8),
-                x.new_empty(0, dtype=torch.uint8),
-                x.new_empty(0, dtype=torch.float32),
-            )
-        padded = ceil_to(cols, spec.run)
-        if spec.format == "mxfp8":
-            return (
-                x.new_empty(rows, padded, dtype=torch.float8_e4m3fn),
-                x.new_empty(rows, padded // 32, dtype=torch.uint8),
-                x.new_empty(0, dtype=torch.float32),
-            )
-        return (
-            x.new_empty(rows, padded // 2, dtype=torch.uint8),
-            x.new_empty(rows, padded // 16, dtype=torch.float8_e4m3fn),
-            x.new_empty((), dtype=torch.float32),
-        )
-
-    row_spec, col_spec = _parse(row, col)
-    return (*form(x.shape[0], x.shape[1], row_spec), *form(x.shape[1], x.shape[0], col_spec))
+def _fake(
+    x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    row_parts, col_parts = empty_forms(x, *_parse(row, col), offsets)
+    return (*row_parts, *col_parts)
 
 
 register(
-    "quantize(Tensor x, str row, str col, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "quantize(Tensor x, str row, str col, Tensor? noise, Tensor? offsets=None, Tensor? starts=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

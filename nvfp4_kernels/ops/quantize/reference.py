@@ -12,23 +12,77 @@ from nvfp4_kernels.formats import e2m1, e4m3, philox
 from nvfp4_kernels.formats.layout import ceil_to, pad_last
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops.hadamard import reference as hadamard
+from nvfp4_kernels.ops.quantize._forms import check_ascending, empty_forms
 
 FLT_MAX = torch.finfo(torch.float32).max
 
 
-def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> str | None:
+def refuses(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> str | None:
     return None
 
 
-def run(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: Tensor | None) -> tuple[Tensor, ...]:
-    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
-    col_advance = int(row is not None and row.stochastic)
-    return (*_form(x, row, noise, 0), *_form(x.t(), col, noise, col_advance))
+def run(
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
+
+    x may be a stack [groups, rows, cols]; with `offsets` each group of rows is a matrix to the column form, from `starts` on.
+    """
+    row_parts, col_parts = empty_forms(x, row, col, offsets)
+    if row is not None:
+        for index in range(len(x)) if x.dim() == 3 else (...,):
+            _write(row_parts, x[index], row, noise, 0, index)
+    advance = int(row is not None and row.stochastic)
+    if col is None:
+        return (*row_parts, *col_parts)
+    if offsets is None:
+        for index in range(len(x)) if x.dim() == 3 else (...,):
+            _write(col_parts, x[index].t(), col, noise, advance, index)
+        return (*row_parts, *col_parts)
+    check_ascending(offsets, len(x))
+    for part in col_parts:
+        part.view(torch.uint8).zero_()  # what no group has
+    places = zip(offsets.tolist(), offsets.tolist()[1:], starts.tolist(), starts.tolist()[1:], strict=False)
+    for group, (begin, end, first, last) in enumerate(places):
+        _write(col_parts, x[begin:end].t(), col, noise, advance, group, slice(first // col.run, last // col.run))
+    return (*row_parts, *col_parts)
 
 
-def _form(x: Tensor, spec: QuantSpec | None, noise: Tensor | None, advance: int) -> tuple[Tensor, Tensor, Tensor]:
-    if spec is None:
-        return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32)
+def _write(
+    parts, x: Tensor, spec: QuantSpec, noise: Tensor | None, advance: int, index, runs: slice | None = None
+) -> None:
+    """Put the form of one matrix where it belongs: matrix `index` of a stack, or group `index` at `runs` of each line."""
+    codes, scales, global_scale = parts
+    line = scales.shape[-1]
+    lines = torch.arange(x.shape[0], device=x.device)[:, None] * line
+    block = torch.arange(line, device=x.device)[runs or slice(None)]
+    before = index * x.shape[0] * line if runs is None and index is not ... else 0
+    made = _form(x, spec, noise, advance, before + lines + block)
+    if runs is None:
+        codes[index], scales[index] = made[:2]
+    else:
+        width = 8 if spec.format == "nvfp4" else spec.run
+        codes[:, runs.start * width : runs.stop * width], scales[:, runs] = made[:2]
+    if spec.format == "nvfp4":
+        global_scale[index] = made[2]
+
+
+def _form(
+    x: Tensor, spec: QuantSpec, noise: Tensor | None, advance: int, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and global scale of one matrix whose blocks have these numbers [rows, runs] in the noise."""
     if spec.format == "mxfp8":
         return _mxfp8(x)
     finite = torch.isfinite(x).all()
@@ -49,7 +103,7 @@ def _form(x: Tensor, spec: QuantSpec | None, noise: Tensor | None, advance: int)
         scales = e4m3.encode(amax * (g_enc * _like(1 / 6, amax)))
     scaled = (blocks * _encode_scale(scales, g_dec)).clamp(-e2m1.MAX, e2m1.MAX)
     if spec.stochastic:
-        random = philox.block_bytes(rows * padded // 16, noise, advance).view(blocks.shape)
+        random = philox.block_bytes(numbers.flatten(), noise, advance).view(blocks.shape)
         codes = e2m1.round_stochastic(scaled, random)
     else:
         codes = e2m1.round_nearest(scaled)

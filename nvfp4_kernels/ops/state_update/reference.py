@@ -61,7 +61,7 @@ def _token(state, x, dt, B, C, z, A, D, dt_bias, dt_softplus, low, high) -> tupl
 
 def stochastic(v: Tensor, dtype: torch.dtype, noise: Tensor, advance: int) -> Tensor:
     """v, fp32, to bf16 or fp16: element e takes halfword e % 8 of draw e // 8 (op.py has the rule). NaN and Inf stay."""
-    pairs = block_bytes((v.numel() + 7) // 8, noise, advance).long().view(-1, 2)
+    pairs = block_bytes(torch.arange((v.numel() + 7) // 8, device=v.device), noise, advance).long().view(-1, 2)
     halves = (pairs[:, 0] | pairs[:, 1] << 8)[: v.numel()].view(v.shape)
     dropped = 16 if dtype == torch.bfloat16 else 13
     bits = v.contiguous().view(torch.int32).long() & WORD

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.generate.weights import ServedLinear, serving
 from nvfp4_kernels.ops.matmul import _cuda
+from nvfp4_kernels.ops.quantize import native as quantize
 from tests.formats.test_packed import random_weight
 
 F64 = torch.float64
@@ -53,7 +55,7 @@ def test_length(cols):
 def test_splits_add_up_in_order(model, monkeypatch, tokens):
     """Whichever split ends last: the same bits, and counters back at zero."""
     zeros = []
-    monkeypatch.setattr(_cuda, "_zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
+    monkeypatch.setattr(_cuda, "zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
     packed, w = weight(128, 2048)
     assert _cuda.splits(tokens, 128, 2048) == 4
     a = torch.randn(tokens, 2048).bfloat16()
@@ -102,12 +104,32 @@ def test_what_is_not_finite(bad):
 
 def test_what_others_must_serve():
     packed, w = weight(32, 128)
-    for a in (torch.randn(65, 128).bfloat16(), torch.randn(4, 128), torch.randn(0, 128).bfloat16()):
-        assert "1 to 64 rows of bfloat16" in _cuda.refuses(a, packed, None, torch.bfloat16, None, False)
-    assert "packed weights alone" in _cuda.refuses(a, packed.unpack(), None, torch.bfloat16, None, False)
+    a = torch.randn(4, 128)
+    assert "by rows of bfloat16" in _cuda.refuses(a, packed, None, torch.bfloat16, None, False)
+    assert "packed weights alone" in _cuda.refuses(a.bfloat16(), packed.unpack(), None, torch.bfloat16, None, False)
     with nk.backend("native", "reference"):
-        a = torch.randn(65, 128).bfloat16()
         assert torch.equal(nk.matmul(a, packed), nk.matmul(a, packed.unpack()))
+
+
+def test_a_served_model_reads_its_weights_in_place(model, monkeypatch):
+    """Decoding through the engine: the kernels multiply, and the logits are those of the weights that they hold."""
+    config = nk.preset("tiny", hybrid_override_pattern="*-", hidden_size=64, vocab_size=64, torch_dtype="bfloat16")
+    monkeypatch.setattr(quantize, "refuses", lambda *arguments: "not in this library")
+    plain = nk.HybridModel(config).eval()
+    recipe = nk.LinearRecipe(fprop_w=nk.QuantSpec())
+    plain.set_recipe(recipe)
+    with nk.backend("native", "reference"):
+        served, ids = serving(plain), torch.randint(0, 64, (3, 4))
+        with torch.no_grad():
+            logits = served(ids)
+        assert model.kernels and set(model.kernels) == {"weight_only_16"}
+        kept = [m for m in served.modules() if isinstance(m, ServedLinear)]
+        assert all(isinstance(m.weight, nk.PackedNVFP4Tensor) for m in kept)
+        for m in kept:
+            m.weight = m.weight.unpack()
+        with torch.no_grad():
+            wanted = served(ids)
+    torch.testing.assert_close(logits, wanted, atol=0.03 * wanted.float().std().item(), rtol=0)
 
 
 def test_splits_fill_the_device():

@@ -1,0 +1,45 @@
+"""What quantize's backends share: the tensors they fill, and what they say of wrong offsets."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.groups import most_runs
+from nvfp4_kernels.formats.layout import ceil_to
+from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops._check import require
+
+
+def empty_forms(
+    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, offsets: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Codes, scales and global scale of each form, not yet filled; all three empty for a form that is not asked for.
+
+    x [rows, cols] (with `offsets` the column form's rows are groups), or a stack [groups, rows, cols].
+    """
+    rows, cols = x.shape[-2:]
+    lead, groups = x.shape[:-2], x.shape[:-2]
+    runs = 0 if col is None else ceil_to(rows, col.run) // col.run
+    if offsets is not None:
+        groups = (offsets.shape[0] - 1,)
+        runs = most_runs(rows, groups[0], col.run)
+
+    def form(spec: QuantSpec | None, lines: int, runs: int, groups) -> tuple[Tensor, Tensor, Tensor]:
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return x.new_empty(shape, dtype=dtype)
+
+        if spec is None:
+            return empty(torch.uint8, 0), empty(torch.uint8, 0), empty(torch.float32, 0)
+        if spec.format == "mxfp8":
+            codes, scales = empty(torch.float8_e4m3fn, *lead, lines, 32 * runs), empty(torch.uint8, *lead, lines, runs)
+            return codes, scales, empty(torch.float32, 0)
+        codes, scales = empty(torch.uint8, *lead, lines, 8 * runs), empty(torch.float8_e4m3fn, *lead, lines, runs)
+        return codes, scales, empty(torch.float32, *groups)
+
+    row_runs = 0 if row is None else ceil_to(cols, row.run) // row.run
+    return form(row, rows, row_runs, lead), form(col, cols, runs, groups)
+
+
+def check_ascending(offsets: Tensor, rows: int) -> None:
+    """Raise ValueError for offsets that are not ascending numbers from 0 to `rows`."""
+    fits = offsets[0] == 0 and offsets[-1] == rows and bool((offsets.diff() >= 0).all())
+    require(fits, "offsets", offsets.tolist(), f"ascending numbers from 0 to {rows}, the number of rows")

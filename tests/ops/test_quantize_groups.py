@@ -1,0 +1,211 @@
+"""quantize over groups of rows and over stacks, against quantize_pair of each by itself: bit for bit, in every backend."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nvfp4_kernels as nk
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops._triton import INTERPRETED
+
+LOADS = {
+    "mixed": [5, 0, 33, 16, 1, 0, 17],
+    "one takes all": [0, 0, 70, 0],
+    "one group": [40],
+    "one token": [0, 1, 0],
+    "no tokens": [0, 0, 0],
+    "full runs": [32, 64],
+}
+ROW = QuantSpec("1x16")
+COLS = {
+    "nearest": QuantSpec("1x16"),
+    "transform": QuantSpec("1x16", "nearest", DEFAULT_SIGNS),
+    "four over six": QuantSpec("1x16", four_over_six="mse"),
+    "mxfp8": QuantSpec("1x32"),
+}
+NOISE = torch.tensor([1234567, 89])
+BACKENDS = [
+    "reference",
+    "native",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="interpreted")),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def on(request):
+    with nk.backend(request.param):
+        yield request.param
+
+
+def offsets(sizes):
+    return torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()])
+
+
+def drawn(*shape, dtype=torch.bfloat16):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 4
+    return (x * torch.linspace(0.1, 30, shape[-2]).view(-1, 1)).to(dtype)  # groups differ in size
+
+
+def same(a, b):
+    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def parts(form):
+    return form.codes, form.scales, getattr(form, "global_scale", None)
+
+
+def check_group(columns, e, wanted, run):
+    """Group e of `columns` holds the bytes of `wanted`, the form of its transpose."""
+    codes, scales, global_scale = parts(wanted)
+    begin, end = columns.starts[e].item() // run, columns.starts[e + 1].item() // run
+    width = 8 if global_scale is not None else run
+    same(columns.values[:, begin * width : end * width], codes)
+    same(columns.scales[:, begin:end], scales)
+    if global_scale is not None:
+        same(columns.global_scales[e : e + 1], global_scale.view(1))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", zip(COLS, (torch.float32, torch.bfloat16, torch.bfloat16, torch.float16), strict=True)
+)
+@pytest.mark.parametrize("load", LOADS)
+def test_each_group_is_a_tensor_of_its_own(on, load, kind, dtype):
+    sizes, col = LOADS[load], COLS[kind]
+    x, o = drawn(sum(sizes), 40, dtype=dtype), offsets(sizes)
+    row_form, columns = nk.quantize_groups(x, o, ROW, col)
+    assert columns.values.shape[0] == 40 and columns.hadamard == col.hadamard
+    with nk.backend("reference"):
+        for part, wanted in zip(parts(row_form), parts(nk.quantize_pair(x, ROW, None)[0]), strict=True):
+            same(part.flatten(), wanted.flatten())
+        for e, size in enumerate(sizes):
+            check_group(columns, e, nk.quantize(x[o[e] : o[e] + size], col, transpose=True), col.run)
+    used = columns.starts[-1].item() // col.run
+    assert not columns.scales[:, used:].view(torch.uint8).any()
+    assert (
+        not columns.values[:, used * (columns.values.shape[1] // max(columns.scales.shape[1], 1)) :]
+        .view(torch.uint8)
+        .any()
+    )
+
+
+def test_stochastic_noise_is_that_of_the_place_in_the_form(on):
+    col = QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)
+    x = drawn(96, 24)
+    _, one = nk.quantize_groups(x, offsets([96]), QuantSpec("1x16", "stochastic"), col, NOISE)
+    _, plain = nk.quantize_pair(x, QuantSpec("1x16", "stochastic"), col, NOISE)
+    same(one.values, plain.codes)
+    same(one.scales, plain.scales)
+    x = drawn(32, 24).repeat(2, 1)
+    _, two = nk.quantize_groups(x, offsets([32, 32]), None, col, NOISE)
+    assert not torch.equal(two.values[:, :16], two.values[:, 16:32])  # equal groups, other noise
+    same(two.scales[:, :2].contiguous(), two.scales[:, 2:4].contiguous())
+    with nk.backend("reference"):
+        _, wanted = nk.quantize_groups(x, offsets([32, 32]), None, col, NOISE)
+    same(two.values, wanted.values)
+
+
+def test_nan_stays_in_its_group(on):
+    x = drawn(48, 16)
+    x[20, 3] = float("nan")
+    _, columns = nk.quantize_groups(x, offsets([16, 16, 16]), None, COLS["transform"])
+    assert columns.global_scales.isnan().tolist() == [False, True, False]
+    with nk.backend("reference"):
+        check_group(columns, 2, nk.quantize(x[32:], COLS["transform"], transpose=True), 16)
+
+
+def test_views(on):
+    wide = drawn(40, 64)
+    o = offsets([7, 0, 33])
+    for x in (wide[:, ::2], drawn(32, 40).t(), wide[:, 3:]):
+        _, columns = nk.quantize_groups(x, o, ROW, COLS["transform"])
+        _, wanted = nk.quantize_groups(x.contiguous(), o, ROW, COLS["transform"])
+        same(columns.values, wanted.values)
+        same(columns.scales, wanted.scales)
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=9), cols=st.integers(1, 40))
+def test_any_sizes(sizes, cols):
+    x, o = drawn(sum(sizes), cols), offsets(sizes)
+    col = QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)
+    with nk.backend("reference"):
+        _, wanted = nk.quantize_groups(x, o, None, col, NOISE)
+    with nk.backend("native"):
+        _, found = nk.quantize_groups(x, o, None, col, NOISE)
+    for a, b in zip(wanted[:4], found[:4], strict=True):
+        same(a, b)
+
+
+SPECS = {
+    "weights": (QuantSpec("16x16"), QuantSpec("16x16")),
+    "1x16": (ROW, QuantSpec("1x16", "nearest", DEFAULT_SIGNS)),
+    "row alone": (ROW, None),
+    "column alone": (None, QuantSpec("16x16", four_over_six="mae")),
+    "mxfp8": (QuantSpec("1x32"), QuantSpec("1x32")),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("shape", [(3, 48, 32), (2, 17, 40), (1, 1, 1), (0, 8, 8), (2, 0, 16)])
+def test_each_matrix_of_a_stack_is_a_tensor_of_its_own(on, kind, shape):
+    w = drawn(*shape) if 0 not in shape else torch.zeros(shape)
+    row, col = SPECS[kind]
+    stacks = nk.quantize_stack(w, row, col)
+    for stack, spec, index in zip(stacks, (row, col), (0, 1), strict=True):
+        assert stack.values.shape[0] == shape[0]
+        if spec is None:
+            assert torch.equal(stack.values, w.transpose(1, 2) if index else w)
+            continue
+        for e in range(shape[0]):
+            with nk.backend("reference"):
+                wanted = nk.quantize_pair(w[e], row, col)[index]
+            for part, found in zip(parts(wanted), stack, strict=False):
+                if part is not None:
+                    same(found[e].flatten(), part.flatten())
+
+
+def test_stacks_draw_by_their_place(on):
+    row, col = QuantSpec("1x16", "stochastic"), QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)
+    w = drawn(1, 32, 48).repeat(2, 1, 1)
+    found = nk.quantize_stack(w, row, col, NOISE)
+    with nk.backend("reference"):
+        wanted = nk.quantize_stack(w, row, col, NOISE)
+        plain = nk.quantize_pair(w[0], row, col, NOISE)
+    for a, b, p in zip(found, wanted, plain, strict=True):
+        same(a.values, b.values)
+        same(a.values[0], p.codes)
+        assert not torch.equal(a.values[0], a.values[1])
+
+
+def test_errors():
+    x, o = drawn(8, 16), offsets([3, 5])
+    for wrong, error, text in (
+        (dict(offsets=o.int()), TypeError, "offsets: got torch.int32"),
+        (dict(offsets=o[None]), ValueError, "offsets: got shape"),
+        (dict(col=QuantSpec("16x16")), ValueError, "col: got block 16x16"),
+        (dict(x=x[None]), ValueError, "x: got 3 dimensions"),
+    ):
+        given_ = dict(x=x, offsets=o, row=ROW, col=COLS["nearest"]) | wrong
+        with pytest.raises(error, match=text):
+            nk.quantize_groups(**given_)
+    with pytest.raises(ValueError, match="x: got 2 dimensions"):
+        nk.quantize_stack(x, ROW, None)
+
+
+@pytest.mark.parametrize("wrong", [[0, 5, 3, 8], [0, 3, 9], [1, 8], [0, 3, 7]])
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_offsets_that_do_not_fit(name, wrong):
+    with nk.backend(name), pytest.raises(ValueError, match="offsets: got .*ascending numbers from 0 to 8"):
+        nk.quantize_groups(drawn(8, 16), torch.tensor(wrong), ROW, COLS["nearest"])
+
+
+def test_opcheck():
+    o = offsets([3, 0, 30])
+    starts = torch.tensor([0, 16, 16, 48])
+    for arguments in (
+        (drawn(33, 20), str(ROW), str(COLS["transform"]), None, o, starts),
+        (drawn(33, 20), "", str(COLS["mxfp8"]), None, o, torch.tensor([0, 32, 32, 64])),
+        (drawn(2, 33, 20), str(QuantSpec("16x16")), str(QuantSpec("16x16")), None),
+    ):
+        torch.library.opcheck(torch.ops.nvfp4.quantize, arguments)
