@@ -15,7 +15,7 @@ constexpr int product_tokens = 128;  // columns of a product, 64 rows high and 1
 // are exchanged by the row's number modulo 8; the first eight begin at a multiple of 1,024 (PTX ISA, wgmma, "Matrix
 // Descriptor Format", "Strides": swizzle mode 1, 128 bytes; stride 1,024; K-major, for which the leading stride means nothing).
 static __device__ __forceinline__ u64 swizzled_rows(u32 address) {
-    return (address & 0x3FFFFu) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+    return (address & 0x3FFFFu) >> 4 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
 #if defined(__CUDACC__)
