@@ -19,7 +19,9 @@ from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
 
-SMALL = Tile(64, 64, 32, 4, 2, 1)  # where codes meet a plain operand whose columns lie apart: addresses take the registers
+SMALL = Tile(
+    64, 64, 32, 4, 2, 1
+)  # where codes meet a plain operand whose columns lie apart: addresses take the registers
 
 
 def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
