@@ -139,7 +139,7 @@ class NVFP4Weight(QuantizedWeight):
     def _plain_buffers(self) -> dict[str, Tensor | None]:
         form = self.tensor().unpack()
         parts = {name: getattr(form, part) for name, part in self.FORMS.items()}
-        return parts | {name: self._buffers[name] for name in ("weight_scale_2", "input_scale")}
+        return parts | {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
 
     def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _cuda, _nvrtc, _triton
+from nvfp4_kernels.ops.matmul import native as matmul_native
 
 ARCHS = ("80", "90a", "100a", "103a", "120f")
 # What a change of any kind would show in: an op's compilation takes some 7 seconds an architecture. NVFP4_CUDA=1, as for
@@ -37,17 +40,21 @@ def compiled():
 @pytest.mark.parametrize("op, arch", TASKS)
 def test_no_spills(compiled, op, arch):
     rows = compiled[op, arch].values()
-    assert len(rows) == {"quantize": 14, "matmul": 4, "state_update": 15}[op]
+    of_matmul = {"80": 5, "90a": 9, "100a": 8, "103a": 8, "120f": 6}[arch]
+    assert len(rows) == {"quantize": 14, "matmul": of_matmul, "state_update": 15}[op]
     assert not [row["kernel"] for row in rows if row["spills"]]
     most = {"120f": 99}.get(arch, 163) << 10
-    assert all(row["shared"] <= most for row in rows)
+    chips_own = [row for row in rows if row["kernel"].startswith(("weight_only_tiles", "tcgen05"))]
+    assert all(row["shared"] <= 227 << 10 for row in chips_own)
+    assert all(row["shared"] <= most for row in rows if row not in chips_own)
 
 
 @pytest.mark.parametrize("op, arch", [task for task in TASKS if task[0] != "state_update"])
 def test_instructions(compiled, op, arch):
     for name, row in compiled[op, arch].items():
         found = row["instructions"]
-        if op == "matmul":  # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
+        if re.fullmatch(r"weight_only_\d+", name):
+            # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
             assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
         elif (
             name == "quantize_row_bf16"
@@ -183,3 +190,19 @@ def test_nvrtc(op, arch):
     if _nvrtc.missing():
         pytest.skip(_nvrtc.missing())
     assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
+
+
+def test_products_that_no_chip_has_proven_are_for_those_who_ask(monkeypatch):
+    """NVFP4 times NVFP4 on Blackwell goes to Triton first; named, or in the host model, the handwritten kernel takes it."""
+    kernels = SimpleNamespace(refuses=lambda *arguments: None)
+    monkeypatch.setattr(matmul_native, "_on_gpu", lambda a, b: True)
+    monkeypatch.setattr(matmul_native, "_cuda_kernels", lambda a, b: kernels)
+    arguments = nk.quantize(torch.ones(1, 16)), nk.quantize(torch.ones(1, 16)), None, torch.float32, None, False
+    assert "not yet run on such a chip" in matmul_native.refuses(*arguments)
+    with nk.backend("native", "triton"):
+        assert matmul_native.refuses(*arguments) is None
+    monkeypatch.setattr(_cuda, "_model", print)
+    assert matmul_native.refuses(*arguments) is None
+    monkeypatch.setattr(_cuda, "_model", None)
+    kernels.refuses = lambda *arguments: "a reason of its own"
+    assert matmul_native.refuses(*arguments) == "a reason of its own"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
-from nvfp4_kernels.ops._check import float_tensor, no_grad, require
+from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.grouped_matmul.op import check_stack, from_parts, length, plain_parts
@@ -22,6 +22,7 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     no_grad("x", x, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
+    same_device("routing", routing.order, x.device)
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)

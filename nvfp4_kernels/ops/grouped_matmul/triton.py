@@ -74,13 +74,13 @@ def rows_kernel(
 @jit
 def sums_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_row_stride, a_step, a_starts_ptr,
-    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, out_ptr, M, N,
+    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, longest_ptr, out_ptr, M, N,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BLOCK_N)
     m, n = tl.program_id(0) // across * BLOCK_M, tl.program_id(0) % across * BLOCK_N
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.load(longest_ptr + tl.program_id(1))
     row, col = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     a_first, a_end = tl.load(a_starts_ptr + group), tl.load(a_starts_ptr + group + 1)
     b_first, b_end = tl.load(b_starts_ptr + group), tl.load(b_starts_ptr + group + 1)
@@ -168,10 +168,11 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
     for x, side in zip((a, b), sides, strict=True):
         starts = x.starts if isinstance(x, Columns) else offsets
         arguments += *side.places, *side.strides(x.values), starts
+    longest = offsets.diff().argsort(descending=True)  # first, so that no long sum begins when the others are over
     launch(
         sums_kernel,
         (-(-M // t.m) * -(-N // t.n), groups),
-        *(*arguments, portable(y), M, N),
+        *(*arguments, longest, portable(y), M, N),
         **constants,
     )
     return y

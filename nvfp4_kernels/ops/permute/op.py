@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.route.op import Routing
@@ -17,6 +17,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     """
     tokens, top_k = routing.indices.shape
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, features], as routed")
+    same_device("routing", routing.order, x.device)
     return _Permute.apply(x, routing.order, routing.inverse)
 
 
@@ -31,10 +32,13 @@ def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Ten
     require(
         y.dim() == 2 and y.shape[0] == tokens * top_k, "y", f"shape {list(y.shape)}", f"[{tokens * top_k}, features]"
     )
+    same_device("routing", routing.order, y.device)
     if weights is not None:
         require(
             tuple(weights.shape) == (tokens, top_k), "weights", f"shape {list(weights.shape)}", f"[{tokens}, {top_k}]"
         )
+        require(torch.is_floating_point(weights), "weights", weights.dtype, "a floating-point tensor", TypeError)
+        same_device("weights", weights, y.device)
     return _Unpermute.apply(y, routing.order, routing.inverse, weights)
 
 
