@@ -213,7 +213,7 @@ void experts(i64 tokens, i64 num, i64 top_k, i64 size, i64 width) {
     const Operand inner{Kind::fp32, rooms[0].data(), nullptr, nullptr, rows, size, size, 1};
     const Operand middle{Kind::fp32, rooms[1].data(), nullptr, nullptr, rows, width, width, 1};
     ExpertMlpParams p{tokens_in,
-                      {inner, up.operand(), r.offsets.data(), num, 0, false, rooms[1].data(), 0, true, 2},
+                      {inner, up.operand(), r.offsets.data(), num, width * size, false, rooms[1].data(), 0, true, 2},
                       {middle, down.operand(), r.offsets.data(), num, size * width, false, rooms[2].data(), 0, false, 2},
                       top_k, r.weights.data(), r.inverse.data(), r.order.data(), y.data(), 2};
     expect(NVFP4_CALL_BF16(expert_mlp, p) == 0, "expert_mlp status");
