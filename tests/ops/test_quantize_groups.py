@@ -183,6 +183,7 @@ def test_errors():
         (dict(offsets=o.int()), TypeError, "offsets: got torch.int32"),
         (dict(offsets=o[None]), ValueError, "offsets: got shape"),
         (dict(col=QuantSpec("16x16")), ValueError, "col: got block 16x16"),
+        (dict(row=QuantSpec("16x16")), ValueError, "row: got block 16x16"),
         (dict(x=x[None]), ValueError, "x: got 3 dimensions"),
     ):
         given_ = dict(x=x, offsets=o, row=ROW, col=COLS["nearest"]) | wrong
