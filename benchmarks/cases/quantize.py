@@ -26,6 +26,16 @@ def case(name: str, rows: int, cols: int, dtype: torch.dtype):
     return run
 
 
+def groups(name: str, rows: int, cols: int, count: int):
+    def run():
+        x = torch.empty(rows, cols, dtype=torch.bfloat16, device="meta")
+        noise, index = (torch.empty(n, dtype=torch.int64, device="meta") for n in (2, count + 1))
+        triton.run(x, *FORMS[name], noise, index, index)
+
+    return run
+
+
 CASES = {f"{name} 8192x4096": case(name, 8192, 4096, torch.bfloat16) for name in FORMS}
 CASES |= {f"row {rows}x4096": case("row", rows, 4096, torch.bfloat16) for rows in (1, 16)}
 CASES["weight 4096x4096 fp32"] = case("weight", 4096, 4096, torch.float32)
+CASES |= {f"{name} of 128 groups, 49152x2688": groups(name, 49152, 2688, 128) for name in ("x", "dy")}

@@ -66,9 +66,10 @@ def check_group(columns, e, wanted, run):
         same(columns.global_scales[e : e + 1], global_scale.view(1))
 
 
-@pytest.mark.parametrize("kind", COLS)
+@pytest.mark.parametrize(
+    "kind, dtype", zip(COLS, (torch.float32, torch.bfloat16, torch.bfloat16, torch.float16), strict=True)
+)
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_each_group_is_a_tensor_of_its_own(on, load, kind, dtype):
     sizes, col = LOADS[load], COLS[kind]
     x, o = drawn(sum(sizes), 40, dtype=dtype), offsets(sizes)

@@ -36,20 +36,26 @@ def largest(bits_ptr, count, COUNT: tl.constexpr):
 @jit
 def tensor_scale(amax_ptr, count, COUNT: tl.constexpr, TURNED: tl.constexpr, SPEC: tl.constexpr):
     """(amax, encode scale, its reciprocal, whether all values are finite) from what amax_kernel left."""
-    raw = largest(amax_ptr, count, COUNT)
+    return scale_of(largest(amax_ptr, count, COUNT), largest(amax_ptr + TURNED * count, count, COUNT), SPEC)
+
+
+@jit
+def scale_of(raw, turned, SPEC: tl.constexpr):
+    """The same from the bits of the largest magnitudes of the values and of their transform."""
     amax = real(raw)
     if SPEC.hadamard is not None:
-        turned = real(largest(amax_ptr + TURNED * count, count, COUNT))
-        amax = real(nearest_bf16(tl.minimum(turned, BF16_MAX)))  # rounding is monotone: the amax of rounded values
+        amax = real(
+            nearest_bf16(tl.minimum(real(turned), BF16_MAX))
+        )  # rounding is monotone: the amax of rounded values
     finite = raw < INFINITY
     amax = tl.where(finite, amax, 0.0)
     if SPEC.four_over_six is None:
         most = 2688.0
     else:
         most = 1536.0
-    g_enc = tl.minimum(tl.div_rn(tl.full([], most, tl.float32), tl.where(amax == 0.0, 1.0, amax)), FLT_MAX)
+    g_enc = tl.minimum(tl.div_rn(tl.full(amax.shape, most, tl.float32), tl.where(amax == 0.0, 1.0, amax)), FLT_MAX)
     g_enc = tl.where(amax == 0.0, 1.0, g_enc)
-    return amax, g_enc, tl.div_rn(tl.full([], 1.0, tl.float32), g_enc), finite
+    return amax, g_enc, tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), g_enc), finite
 
 
 @jit

@@ -9,7 +9,7 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.quantize import _cuda as cuda
-from nvfp4_kernels.ops.quantize.forms import empty_forms
+from nvfp4_kernels.ops.quantize.forms import check_ascending, empty_forms
 
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}
@@ -64,12 +64,8 @@ def run(
         0 if noise is None else noise.data_ptr(),
         torch.get_num_threads(),
     )
-    require(
-        status != 2,
-        "offsets",
-        None if offsets is None else offsets.tolist(),
-        f"ascending numbers from 0 to {rows}, the number of rows",
-    )
+    if status == 2:
+        check_ascending(offsets, rows)
     check(status)
     return (*row_parts, *col_parts)
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
-from nvfp4_kernels.ops.quantize._triton_amax import amaxes
-from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, tensor_scale
+from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
+from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
+from nvfp4_kernels.ops.quantize.forms import empty_forms
 
 
 def refuses(
@@ -28,8 +30,6 @@ def refuses(
     offsets: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> str | None:
-    if offsets is not None or x.dim() == 3:
-        return "groups and stacks"
     return refuses_device(x)
 
 
@@ -57,37 +57,43 @@ def rotate(v, SIGNS: tl.constexpr):
 
 @jit
 def form(
-    x_ptr, codes_ptr, scales_ptr, line, block, lines, length, line_stride, step, scale, seed, offset,
+    x_ptr, codes_ptr, scales_ptr, line, block, lines, length, line_stride, step, before, line_runs, scale, seed, offset,
     SPEC: tl.constexpr, WIDE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns."""
+    """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns.
+
+    In the form they have `before` blocks before them, and lines are `line_runs` blocks long.
+    """
     v = load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE)
     if SPEC.block == "1x32":
         runs = tl.cdiv(length, 32) * 2
         low, high, exponent = encode_mxfp8(v)
         pair = tl.min(tl.reshape(block, [block.shape[0] // 2, 2]), 1) // 2
-        store(codes_ptr, tl.join(low, high), line, block, lines, runs, WIDE)
-        store(scales_ptr, exponent.to(tl.uint8), line, pair, lines, runs // 2, WIDE)
+        store(codes_ptr, tl.join(low, high), line, block, lines, runs, before, line_runs, WIDE)
+        store(scales_ptr, exponent.to(tl.uint8), line, pair, lines, runs // 2, before // 2, line_runs // 2, WIDE)
     else:
         runs = tl.cdiv(length, 16)
         if SPEC.hadamard is not None:
             v = rotate(v, SPEC.hadamard)
-        index = line[:, None].to(tl.int64) * runs + block[None, :]
+        index = line[:, None].to(tl.int64) * line_runs + (block[None, :] + before)
         codes, scales = encode_nvfp4(v, index, scale[0], scale[1], scale[2], scale[3], seed, offset, SPEC, CONVERTS)
-        store(codes_ptr, codes, line, block, lines, runs, WIDE)
-        store(scales_ptr, scales.to(tl.uint8), line, block, lines, runs, WIDE)
+        store(codes_ptr, codes, line, block, lines, runs, before, line_runs, WIDE)
+        store(scales_ptr, scales.to(tl.uint8), line, block, lines, runs, before, line_runs, WIDE)
 
 
 @jit
-def store(out_ptr, x, line, block, lines, runs, WIDE: tl.constexpr):
-    """x [lines, blocks], or with a last axis of 2, to rows of `runs` elements. WIDE: threads follow the blocks already;
-    else x is turned first, so that its own addresses lend their layout to the store alone."""
+def store(out_ptr, x, line, block, lines, runs, before, line_runs, WIDE: tl.constexpr):
+    """x [lines, blocks], or with a last axis of 2, to rows of `line_runs` elements, `before` elements further on.
+
+    WIDE: threads follow the blocks already; else x is turned first, so that its own addresses lend their layout to the store
+    alone.
+    """
     if not WIDE:
         x = tl.permute(x, (1, 0, 2)) if len(x.shape) == 3 else tl.trans(x)
         line, block = line[None, :], block[:, None]
     else:
         line, block = line[:, None], block[None, :]
-    at = line.to(tl.int64) * runs + block
+    at = line.to(tl.int64) * line_runs + (block + before)
     inside = (line < lines) & (block < runs)
     if len(x.shape) == 3:
         at = at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
@@ -98,37 +104,71 @@ def store(out_ptr, x, line, block, lines, runs, WIDE: tl.constexpr):
 @jit
 def quantize_kernel(
     x_ptr, amax_ptr, noise_ptr, row_codes_ptr, row_scales_ptr, row_global_ptr, col_codes_ptr, col_scales_ptr,
-    col_global_ptr, rows, cols, row_stride, col_stride, programs,
+    col_global_ptr, rows, cols, row_stride, col_stride, row_before, col_before, programs, offsets_ptr, starts_ptr, col_runs,
     ROW: tl.constexpr, COL: tl.constexpr, WIDE: tl.constexpr, COL_ADVANCE: tl.constexpr, ROW_ADVANCE: tl.constexpr,
-    CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPED: tl.constexpr,
+    STACKED: tl.constexpr,
 ):  # fmt: skip
+    """GROUPED: `programs` is the number of groups, for each of which amax_ptr has the largest magnitudes. STACKED: the matrix
+    has others before it, row_before and col_before blocks of them."""
+    first = tl.program_id(0) + tl.program_id(1) == 0
     row_scale, col_scale = (0.0, 0.0, 0.0, True), (0.0, 0.0, 0.0, True)
     if ROW is not None and ROW.block != "1x32":
         row_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 1, ROW)
-        if tl.program_id(0) + tl.program_id(1) == 0:
+        if first:
             tl.store(row_global_ptr, tl.where(row_scale[3], row_scale[2], float("nan")))
     if COL is not None and COL.block != "1x32":
-        col_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 2, COL)
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            tl.store(col_global_ptr, tl.where(col_scale[3], col_scale[2], float("nan")))
+        if GROUPED:
+            if first:
+                each = tl.arange(0, PROGRAMS)
+                raw = tl.load(amax_ptr + each, each < programs, 0)
+                turned = tl.load(amax_ptr + 2 * programs + each, each < programs, 0)
+                scales = scale_of(raw, turned, COL)
+                tl.store(col_global_ptr + each, tl.where(scales[3], scales[2], float("nan")), each < programs)
+        else:
+            col_scale = tensor_scale(amax_ptr, programs, PROGRAMS, 2, COL)
+            if first:
+                tl.store(col_global_ptr, tl.where(col_scale[3], col_scale[2], float("nan")))
     seed, offset = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if (ROW is not None and ROW.stochastic) or (COL is not None and COL.stochastic):
         seed, offset = tl.load(noise_ptr), tl.load(noise_ptr + 1)
     col = tl.program_id(0) * COLS
-    for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
-        row = down * ROWS
-        if ROW is not None:
-            line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+    if GROUPED:
+        group, begin, end, row = find(offsets_ptr, programs, tl.program_id(1), ROWS, PROGRAMS)
+        if group < programs:
+            if COL.block != "1x32":
+                raw, turned = tl.load(amax_ptr + group), tl.load(amax_ptr + 2 * programs + group)
+                col_scale = scale_of(raw, turned, COL)
+            if ROW is not None:
+                line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+                form(
+                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, end, cols, row_stride, col_stride, 0,
+                    tl.cdiv(cols, ROW.run) * (ROW.run // 16), row_scale, seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
+                )  # fmt: skip
+            line = col + tl.arange(0, COLS)
+            block = (row - begin).to(tl.int32) // 16 + tl.arange(0, ROWS // 16)
             form(
-                x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride, row_scale,
-                seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
+                x_ptr + begin * row_stride, col_codes_ptr, col_scales_ptr, line, block, cols, end - begin, col_stride,
+                row_stride, tl.load(starts_ptr + group) // 16, col_runs, col_scale, seed, offset + COL_ADVANCE, COL, False,
+                CONVERTS,
             )  # fmt: skip
-        if COL is not None:
-            line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
-            form(
-                x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride, col_scale,
-                seed, offset + COL_ADVANCE, COL, False, CONVERTS,
-            )  # fmt: skip
+    else:
+        for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
+            row = down * ROWS
+            if ROW is not None:
+                line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+                form(
+                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride,
+                    row_before if STACKED else 0,
+                    tl.cdiv(cols, ROW.run) * (ROW.run // 16), row_scale, seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
+                )  # fmt: skip
+            if COL is not None:
+                line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
+                form(
+                    x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride,
+                    col_before if STACKED else 0,
+                    tl.cdiv(rows, COL.run) * (COL.run // 16), col_scale, seed, offset + COL_ADVANCE, COL, False, CONVERTS,
+                )  # fmt: skip
 
 
 def run(
@@ -139,17 +179,30 @@ def run(
     offsets: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None."""
-    row_parts, col_parts = _parts(x, row, *x.shape), _parts(x, col, *x.shape[::-1])
+    """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
+
+    x may be a stack [groups, rows, cols]; with `offsets` each group of rows is a matrix to the column form, from `starts` on.
+    """
+    row_parts, col_parts = empty_forms(x, row, col, offsets)
     advance = int(row is not None and row.stochastic)
-    if x.stride(0) == 1 and x.stride(1) != 1:  # column-major: the transpose is row-major, and its forms change places
-        _launch(x.t(), (col, col_parts, advance), (row, row_parts, 0), noise)
+    if offsets is not None:
+        for part in col_parts:
+            part.view(torch.uint8).zero_()  # what no group has
+        _launch_groups(x, (row, row_parts, 0), (col, col_parts, advance), noise, offsets, starts)
+    elif x.dim() == 2:
+        _launch(x, (row, row_parts, 0, 0), (col, col_parts, advance, 0), noise)
     else:
-        _launch(x, (row, row_parts, 0), (col, col_parts, advance), noise)
+        for e in range(len(x)):
+            forms = [(codes, scales, g[e] if g.numel() else g) for codes, scales, g in (row_parts, col_parts)]
+            before = [e * (scales[0].numel() if scales.dim() == 3 else 0) for _, scales, _ in forms]
+            _launch(x[e], (row, forms[0], 0, before[0]), (col, forms[1], advance, before[1]), noise)
     return (*row_parts, *col_parts)
 
 
 def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
+    """row, col: (QuantSpec or None, its tensors, how far the noise's offset is ahead, scales of a stack's earlier matrices)."""
+    if x.stride(0) == 1 and x.stride(1) != 1:  # column-major: the transpose is row-major, and its forms change places
+        x, row, col = x.t(), col, row
     rows, cols = x.shape
     words, x = wide(x), readable(x)
     row_spec, col_spec = row[0], col[0]
@@ -160,34 +213,44 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
     # a program walks down a few tiles, which share what it needs of the scales
     down = min(down, max(1, 16 * _device.multiprocessors(x.device) // across))
+    befores = [0 if spec is None else before * (spec.run // 16) for spec, _, _, before in (row, col)]
     launch(
         quantize_kernel,
         (across, down),
         *(x, found, found if noise is None else noise.contiguous()),
         *_pointers(row_spec, row[1], found),
         *_pointers(col_spec, col[1], found),
-        *(rows, cols, *x.stride(), programs),
-        **dict(ROW=row_spec, COL=col_spec, WIDE=words, ROW_ADVANCE=row[2], COL_ADVANCE=col[2]),
-        **dict(CONVERTS=_device.converts_to_fp4(x.device)),
-        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad),
+        *(rows, cols, *x.stride(), *befores, programs, found, found, 0),
+        **_constants(x, row, col, words),
+        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad, GROUPED=False, STACKED=any(befores)),
         num_warps=warps,
         fusion=False,
     )
 
 
-def _parts(x: Tensor, spec: QuantSpec | None, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The output tensors of one form."""
+def _launch_groups(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, offsets: Tensor, starts: Tensor) -> None:
+    (rows, cols), groups = x.shape, len(offsets) - 1
+    words, x = wide(x), readable(x)
+    scaled = [spec for spec in (row[0], col[0]) if spec is not None and spec.format == "nvfp4"]
+    found = group_amaxes(x, row[0], col[0], offsets) if scaled else x
+    tall, broad, warps = tile(rows, cols, row[0], col[0])
+    launch(
+        quantize_kernel,
+        (max(1, -(-cols // broad)), max(1, -(-rows // tall) + groups)),
+        *(x, found, found if noise is None else noise.contiguous()),
+        *_pointers(row[0], row[1], found),
+        *_pointers(col[0], col[1], found),
+        *(rows, cols, *x.stride(), 0, 0, groups, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
+        **_constants(x, row, col, words),
+        **dict(PROGRAMS=next_power_of_2(max(groups, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
+        num_warps=warps,
+        fusion=False,
+    )
 
-    def empty(dtype, *shape):
-        return torch.empty(shape, dtype=dtype, device=x.device)
 
-    if spec is None:
-        return empty(torch.uint8, 0), empty(torch.uint8, 0), empty(torch.float32, 0)
-    blocks = -(-cols // spec.run)
-    if spec.format == "mxfp8":
-        codes, scales = empty(torch.float8_e4m3fn, rows, blocks * 32), empty(torch.uint8, rows, blocks)
-        return codes, scales, empty(torch.float32, 0)
-    return empty(torch.uint8, rows, blocks * 8), empty(torch.float8_e4m3fn, rows, blocks), empty(torch.float32)
+def _constants(x: Tensor, row: tuple, col: tuple, words: bool) -> dict:
+    advances = dict(ROW_ADVANCE=row[2], COL_ADVANCE=col[2])
+    return dict(ROW=row[0], COL=col[0], WIDE=words, CONVERTS=_device.converts_to_fp4(x.device)) | advances
 
 
 def _pointers(spec: QuantSpec | None, parts: tuple[Tensor, ...], nothing: Tensor) -> tuple[Tensor, ...]:
