@@ -13,6 +13,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn.moe import MoE
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
+from nvfp4_kernels.recipe import HIGH, NVFP4
 
 SIZES = {  # hidden, experts, top_k, width, width of the shared expert, latent width
     "tiny": (256, 8, 2, 128, 256, 128),
@@ -29,10 +30,14 @@ def drawn(module, dtype):
     return module.to(dtype)
 
 
-def ours(size, dtype):
+def ours(size, dtype, recipe=HIGH):
+    """With a quantized recipe for the experts; their weights are then fp32 parameters, quantized once a step."""
     hidden, experts, top_k, width, shared, latent = size
     block = drawn(MoE(hidden, experts, top_k, width, shared, latent, 2.5), dtype)
     block.gate.float()
+    if recipe.quantized:
+        block.experts.float()
+        block.experts.recipes = {part: recipe for part in block.experts.recipes}
     return block
 
 
@@ -66,6 +71,21 @@ def describe(benchmark, case, name, dtype, items):
         items=items,
         yardstick=name in THEIRS,
     )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nvfp4_training(benchmark, size):
+    """Forward and backward of a step with the experts in the NVFP4 recipe, their weights' forms made anew for each step."""
+    block = ours(SIZES[size], torch.bfloat16, NVFP4).train()
+    x = torch.randn(8, 256, SIZES[size][0]).bfloat16().requires_grad_()
+
+    def step():
+        block.zero_grad()
+        block.experts.refresh()
+        block(x)[0].sum().backward()
+
+    describe(benchmark, f"{size}, nvfp4, 2048 tokens forward + backward", "ours nvfp4", "nvfp4", 2048)
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("name", ["ours", "eager", "grouped_mm"])  # batched_mm copies a matrix for every slot

@@ -2,7 +2,8 @@
 
     python benchmarks/cuda_resources.py [--op matmul] [--arch 80 90a]    writes its rows of benchmarks/results/resources.json
 
-The rows have the case "CUDA". shared: what a kernel has by itself and what a launch adds.
+The rows have the case "CUDA". shared: what a kernel has by itself and what a launch adds. slots_a_weight, of kernels that
+decode weights for tensor cores: instructions of their main loop, times threads, by the weights that go through in one turn.
 """
 
 import argparse
@@ -19,18 +20,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.resources import RESULTS, counted, tool
 from nvfp4_kernels.ops.matmul import _cuda as matmul
+from nvfp4_kernels.ops.matmul import _cuda_sm90 as matmul_sm90
+from nvfp4_kernels.ops.matmul import _cuda_sm100 as matmul_sm100
+from nvfp4_kernels.ops.matmul import _cuda_sm120 as matmul_sm120
 from nvfp4_kernels.ops.quantize import _cuda as quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu")))
 ARCHS = ("80", "90a", "100a", "103a", "120f")  # as in CMakeLists.txt
 WARPS = collections.defaultdict(lambda: 4, {f"amax_values_{name}": 8 for name in quantize.NAMES.values()})
+WARPS |= {f"weight_only_{form}_{tile}": 8 for form in ("tiles", "parts") for tile in matmul_sm90.COST} | {
+    "decode_packed": 8
+}
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*)")
+WARPS |= {f"tcgen05_{width}": matmul_sm100.THREADS // 32 for width in matmul_sm100.WIDTHS} | {
+    "swizzle_scales": matmul_sm100.SCALE_THREADS // 32
+}
 
 
 def launched_with(kernel: str) -> int:
     """Bytes of shared memory that a launch adds."""
-    if kernel.startswith("amax_values"):
+    if kernel.startswith(("amax_values", "weight_only_parts", "decode_packed", "swizzle_scales")):
         return 0
+    if kernel.startswith("weight_only_tiles"):
+        return matmul_sm90.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel.startswith("tcgen05"):
+        return matmul_sm100.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel == "block_scaled":
+        return matmul_sm120.SHARED
     if kernel.startswith("weight_only"):
         return matmul.shared_bytes(int(kernel.rsplit("_", 1)[1]))
     if kernel.startswith("state_update"):
@@ -38,15 +55,46 @@ def launched_with(kernel: str) -> int:
     return quantize.shared_bytes(4 if kernel.endswith("fp32") else 2)
 
 
+def built(source: Path, arch: str, cubin: Path) -> None:
+    """Compiles. Raises RuntimeError with nvcc's message, warnings and the losses that ptxas tells of as information included:
+    products of a warpgroup that it could not leave on their way."""
+    flags = ["-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    done = subprocess.run(["nvcc", *flags, "-cubin", str(source), "-o", str(cubin)], capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    if done.returncode or "warning" in told or "Performance Loss" in told:
+        raise RuntimeError(told[:2000])
+
+
+def main_loop(sass: str) -> int:
+    """Instructions of the shortest loop with all of a kernel's products on tensor cores that stand in any loop."""
+    found, places = [], {}
+    for line in sass.splitlines():
+        label, instruction = re.match(r"(\.L_\w+):", line), INSTRUCTION.match(line)
+        if label:
+            places[label[1]] = len(found)
+        elif instruction:
+            found.append(instruction[1])
+    products = [i for i, text in enumerate(found) if "HGMMA" in text or "HMMA" in text]
+    jumps = ((i, re.search(r"BRA `\((\.L_\w+)\)", text)) for i, text in enumerate(found))
+    loops = [(places[to[1]], i + 1) for i, to in jumps if to and places.get(to[1], i + 1) <= i]
+    held = [(sum(begin <= i < end for i in products), begin - end) for begin, end in loops]
+    return -max(held)[1] if held else 0
+
+
+def slots(kernel: str, sass: str) -> dict:
+    """{"slots_a_weight": thread-instructions of the main loop for each weight} of kernels that decode weights."""
+    form = re.fullmatch(r"weight_only_(tiles_)?(\d+)", kernel)
+    if not form:
+        return {}
+    weights = matmul.STEP * (int(form[2]) if form[1] else matmul.ROWS)
+    return {"slots_a_weight": round(main_loop(sass) * 32 * WARPS[kernel] / weights, 2)}
+
+
 def rows(op: str, arch: str) -> list[dict]:
     """What each kernel of an op takes on an architecture. Raises RuntimeError with nvcc's message."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        flags = ["-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-        command = ["nvcc", *flags, "-cubin", str(ROOT / "csrc" / op / "cuda.cu"), "-o", str(cubin)]
-        built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode or "warning" in built.stderr:
-            raise RuntimeError(built.stderr[:2000])
+        built(ROOT / "csrc" / op / "cuda.cu", arch, cubin)
         usage, sass = tool("cuobjdump", "--dump-resource-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
     code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
     made = []
@@ -59,7 +107,7 @@ def rows(op: str, arch: str) -> list[dict]:
             "shared": shared + launched_with(kernel),
             "warps": WARPS[kernel],
         }
-        made.append(about | taken | {"instructions": counted(code[kernel])})
+        made.append(about | taken | slots(kernel, code[kernel]) | {"instructions": counted(code[kernel])})
     return sorted(made, key=lambda row: row["kernel"])
 
 

@@ -64,8 +64,10 @@ int call_hadamard(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
 
 // (kind, data, scales, global_scale, rows, cols, row_stride, col_stride)
 Operand operand(const py::tuple& t) {
-    return {static_cast<Kind>(t[0].cast<int>()), pointer<const void>(t[1].cast<u64>()), pointer<const u8>(t[2].cast<u64>()),
-            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), t[5].cast<i64>(), t[6].cast<i64>(), t[7].cast<i64>()};
+    const Kind kind = static_cast<Kind>(t[0].cast<int>());
+    const i64 cols = t[5].cast<i64>(), row_stride = kind < Kind::nvfp4 ? t[6].cast<i64>() : cols;  // codes are contiguous
+    return {kind, pointer<const void>(t[1].cast<u64>()), pointer<const u8>(t[2].cast<u64>()),
+            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), cols, row_stride, t[7].cast<i64>()};
 }
 
 int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype, u64 out, int out_dtype, bool accumulate,
@@ -76,15 +78,17 @@ int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype
     return NVFP4_CALL_BF16(matmul, p);
 }
 
-// b_stride: in elements, between the groups of a plain b; relu2: of the result
+// b_stride: in values, between the groups; relu2: of the result
 GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u64 offsets, i64 count, bool sums, u64 out,
                            int out_dtype, bool relu2, int threads) {
     return {a, operand(b), pointer<const i64>(offsets), count, b_stride, sums, pointer<void>(out), out_dtype, relu2, threads};
 }
 
-int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, u64 offsets, i64 count, bool sums, u64 out,
-                        int out_dtype, int threads) {
-    const GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
+// starts: of a and b, where they are columns of groups; else 0
+int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, u64 offsets, i64 count,
+                        bool sums, u64 out, int out_dtype, int threads) {
+    GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
+    p.a_starts = pointer<const i64>(starts[0].cast<u64>()), p.b_starts = pointer<const i64>(starts[1].cast<u64>());
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }

@@ -60,6 +60,66 @@ def test_weight_only_in_a_graph(rows):
     assert (y.double() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 257, 1024, 1025, 3000])
+@pytest.mark.parametrize("out, cols", [(1856, 2688), (4096, 4096), (272, 250)])
+def test_packed_weights_times_any_number_of_rows(rows, out, cols):
+    """fp32 sums of exact products, the same bits twice, and no waiting for the host."""
+    plain = nk.quantize(torch.randn(out, cols, device="cuda"))
+    packed = nk.PackedNVFP4Tensor.pack(plain)
+    a, bias = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16), torch.randn(out, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, again = (nk.matmul(a, packed, torch.float32) for _ in range(2))
+        added = nk.matmul(a, packed, torch.bfloat16, bias=bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    w = plain.dequantize().double()
+    assert ((y - a.double() @ w.t()).abs() <= (a.double().abs() @ w.abs().t()) * cols * 2.0**-23).all()
+    assert torch.equal(y, again) and torch.equal(added, (y + bias).bfloat16())
+
+
+def test_packed_weights_in_a_graph():
+    packed = nk.PackedNVFP4Tensor.pack(nk.quantize(torch.randn(4096, 2048, device="cuda")))
+    a = torch.randn(200, 2048, device="cuda", dtype=torch.bfloat16)
+    graph, y = captured(lambda: nk.matmul(a, packed))
+    a.copy_(torch.randn_like(a))
+    graph.replay()
+    assert torch.equal(y, nk.matmul(a, packed))
+
+
+@pytest.mark.parametrize("rows, cols, k", [(1, 1, 16), (17, 300, 48), (300, 200, 1856), (5000, 3000, 512)])
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_nvfp4_products(backend, rows, cols, k):
+    """Against float64, with and without bias, added and in 16 bits; of the last size there are more tiles than processors."""
+    a, b = (nk.quantize(torch.randn(n, k, device="cuda")) for n in (rows, cols))
+    bias, out = torch.randn(cols, device="cuda"), torch.randn(rows, cols, device="cuda")
+    left, right = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
+    exact, magnitude = left @ right.t(), left.abs() @ right.abs().t()
+    most = (k * magnitude + bias.abs() + out.abs()) * 2.0**-22  # tensor cores may cut off where fp32 rounds
+    try:
+        with nk.backend(backend):
+            plain = nk.matmul(a, b, torch.float32)
+            added = nk.matmul(a, b, bias=bias, out=out.clone(), accumulate=True)
+            narrow = nk.matmul(a, b, torch.bfloat16)
+    except nk.Refused as reason:
+        pytest.skip(str(reason))
+    assert ((plain - exact).abs() <= most).all()
+    assert ((added - (exact + bias + out)).abs() <= most).all()
+    assert torch.equal(narrow, plain.bfloat16())
+
+
+def test_nvfp4_product_in_a_graph():
+    a, other, b = (nk.quantize(torch.randn(n, 256, device="cuda")) for n in (300, 300, 512))
+    expected = nk.matmul(other, b)
+    graph, y = captured(lambda: nk.matmul(a, b))
+    for part, to in a.tensors().items():
+        to.view(torch.uint8).copy_(other.tensors()[part].view(torch.uint8)) if to.dim() else to.copy_(
+            other.global_scale
+        )
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
 def test_no_op_waits_for_the_device(no_sync):
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     noise = torch.zeros(2, dtype=torch.int64, device="cuda")
@@ -93,3 +153,42 @@ def test_more_than_2_31_values():
     assert torch.equal(q.codes[-16:], tail.codes[:16])
     assert torch.equal(q.scales[-16:].view(torch.uint8), tail.scales[:16].view(torch.uint8))
     assert torch.equal(q.dequantize(torch.bfloat16)[-16:], tail.dequantize(torch.bfloat16)[:16])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(state_dtype="fp16", stochastic=True)], ids=["fp32 states", "noisy states"]
+)
+def test_a_decode_step_is_one_graph(options):
+    """Sequences that enter and leave say the same with graphs and without; every step but prefill is a replay."""
+    torch.manual_seed(0)
+    config = nk.preset("tiny", hybrid_override_pattern="ME*-E", torch_dtype="float32", initializer_range=0.2)
+    model = nk.HybridModel(config).cuda().eval()
+    said = []
+    for graphs in (True, False):
+        engine = nk.Engine(model, slots=5, **options)
+        if not graphs:
+            engine.decoder.record = None
+        samplings = nk.Sampling(), nk.Sampling(0.9, 20, seed=5), nk.Sampling(0.0, repetition_penalty=1.3)
+        requests = []
+        for i in range(9):
+            requests.append(engine.add(list(range(1, 3 + 7 * i)), samplings[i % 3], 4 + 5 * i))
+            engine.step()
+        for _ in engine.run():
+            pass
+        assert all((step.graph is not None) == graphs for step in engine.decoder._steps.values())
+        said.append([request.tokens for request in requests])
+    assert said[0] == said[1]
+
+
+def test_packed_weights_of_an_engine():
+    """NVFP4 matrices stay packed on the device, once, and the graph multiplies by them."""
+    model = (
+        nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="M-*-", torch_dtype="bfloat16"), "nvfp4").cuda().eval()
+    )
+    engine = nk.Engine(model, slots=2)
+    weight = engine.model.backbone.layers[1].mixer.up_proj.weight
+    request = engine.add([1, 2, 3], None, 12)
+    for _ in engine.run():
+        pass
+    assert isinstance(weight, nk.PackedNVFP4Tensor) and len(request.tokens) == 12
+    assert all(step.graph is not None for step in engine.decoder._steps.values())

@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.nn.moe import Experts, MoE
 from nvfp4_kernels.ops import _triton
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +84,26 @@ def test_weight_only():
     with NoHost():
         y = nk.matmul(torch.empty(1, 64, dtype=torch.bfloat16, device="meta"), weight)
     assert y.shape == (1, 48)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "nvfp4", "nemotron3", nk.recipe.MXFP8])
+@pytest.mark.parametrize("latent", [None, 32])
+def test_mixture_of_experts(recipe, latent):
+    """A training step: router, experts, both projections and the balance, forward and backward."""
+    recipe = nk.recipe.get_recipe(recipe)
+    with torch.device("meta"):
+        block = MoE(64, 8, 3, 48, 32, latent)
+    for name, module in block.named_modules():
+        if isinstance(module, nk.Linear):
+            module.recipe = recipe.for_module(f"layers.0.mixer.{name}", 0.0)
+        elif isinstance(module, Experts):
+            module.recipes = {part: recipe.for_module(f"layers.0.mixer.{name}.{part}", 0.0) for part in module.recipes}
+    quantized = block.experts.recipes["up_proj"].quantized
+    assert quantized == (recipe.name != "bf16")
+    x = torch.empty(2, 17, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with NoHost():
+        y, balance = block(x)
+        ((y.float() ** 2).mean() + balance.loss).backward()
+    for name, p in block.named_parameters():
+        assert p.grad is not None and p.grad.shape == p.shape, name
+    assert x.grad.shape == x.shape

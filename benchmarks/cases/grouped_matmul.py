@@ -2,7 +2,7 @@
 
 import torch
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, most_runs
 from nvfp4_kernels.ops.grouped_matmul import triton
 
 
@@ -17,9 +17,33 @@ def training(rows: int, experts: int, width: int, size: int):
         empty(rows, width),
         empty(experts + 1, dtype=torch.int64),
     )
-    triton.run(x, Stack(w), offsets, torch.bfloat16)
-    triton.run(dy, Stack(w.transpose(1, 2)), offsets, torch.bfloat16)
-    triton.run(dy.t(), Stack(x.t()), offsets, torch.float32)
+    triton.run(Stack(x), Stack(w), offsets, torch.bfloat16)
+    triton.run(Stack(dy), Stack(w.transpose(1, 2)), offsets, torch.bfloat16)
+    triton.run(Stack(dy.t()), Stack(x.t()), offsets, torch.float32)
+
+
+def quantized(kind: str, *shape, groups: int | None = None) -> Stack:
+    """Row forms have one global scale, stacks and columns one a group."""
+    fp8, u8 = torch.float8_e4m3fn, torch.uint8
+    *lead, k = shape
+    if kind == "mxfp8":
+        return Stack(empty(*lead, k, dtype=fp8), empty(*lead, k // 32, dtype=u8))
+    global_scales = empty(*([] if groups is None else [groups]), dtype=torch.float32)
+    return Stack(empty(*lead, k // 2, dtype=u8), empty(*lead, k // 16, dtype=fp8), global_scales)
+
+
+def quantized_training(kind: str, rows: int, experts: int, width: int, size: int):
+    offsets = empty(experts + 1, dtype=torch.int64)
+    up, down = (
+        quantized(kind, experts, width, size, groups=experts),
+        quantized(kind, experts, size, width, groups=experts),
+    )
+    triton.run(quantized(kind, rows, size), up, offsets, torch.bfloat16)
+    triton.run(quantized(kind, rows, width), down, offsets, torch.bfloat16)
+    length = most_runs(rows, experts, 32) * 32
+    dy, x = (Columns(*quantized(kind, n, length, groups=experts)[:3], offsets) for n in (width, size))
+    triton.run(dy, x, offsets, torch.float32)
+    triton.run(dy, Stack(empty(size, rows)), offsets, torch.float32)
 
 
 def decoding(rows: int, experts: int, width: int, size: int):
@@ -29,11 +53,14 @@ def decoding(rows: int, experts: int, width: int, size: int):
     )
     offsets = empty(experts + 1, dtype=torch.int64)
     stack = Stack(codes, scales, empty(experts, dtype=torch.float32))
-    triton.run(empty(rows, size), stack, offsets, torch.bfloat16)
+    triton.run(Stack(empty(rows, size)), stack, offsets, torch.bfloat16)
 
 
 CASES = {
     "Nano up, 8192 tokens": lambda: training(8192 * 6, 128, 1856, 2688),
+    "Nano up, 8192 tokens, NVFP4 training": lambda: quantized_training("nvfp4", 8192 * 6, 128, 1856, 2688),
+    "Nano up, 8192 tokens, MXFP8 training": lambda: quantized_training("mxfp8", 8192 * 6, 128, 1856, 2688),
+    "Super up, 8192 tokens, NVFP4 training": lambda: quantized_training("nvfp4", 8192 * 22, 512, 2688, 1024),
     "Super up, 8192 tokens": lambda: training(8192 * 22, 512, 2688, 1024),
     "Nano up, 1 token": lambda: decoding(6, 128, 1856, 2688),
     "Nano down, 64 tokens": lambda: decoding(64 * 6, 128, 2688, 1856),

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 import nvfp4_kernels as nk
 from benchmarks.bench_causal_conv1d import plain as plain_conv1d
 from benchmarks.bench_selective_scan import listing
+from nvfp4_kernels.formats.layout import swizzle_128x4
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
-from nvfp4_kernels.formats.tensor import QuantizedTensor
+from nvfp4_kernels.formats.tensor import NVFP4Tensor, QuantizedTensor
 from nvfp4_kernels.nn.moe import MoE
+from nvfp4_kernels.ops import _device
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688))  # rows, columns, length
 
 
 @dataclass
@@ -91,26 +94,38 @@ def _copy(about: dict, device: str) -> Callable:
 
 def matmul(device: str, small: bool) -> Iterator[Case]:
     """Quantized operands, and weights alone; few rows are bound by the packed weight's bytes, many by arithmetic."""
-    for m, n, k in ((32, 48, 64),) if small else ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688)):
+    for m, n, k in ((32, 48, 64),) if small else (*MULTIPLIED, (8192, 8192, 8192)):
         a, b = draw(m, k, device=device), draw(n, k, device=device)
         qa, qb = nk.quantize(a), nk.quantize(b, block="16x16")
         about = dict(dtype="nvfp4", flops=2 * m * n * k, limit="matmul")
         run = lambda qa=qa, qb=qb: nk.matmul(qa, qb, BF16)  # noqa: E731
-        yield Case("matmul", f"NVFP4 x NVFP4 {m}x{n}x{k}", run, {"torch bf16": lambda a=a, b=b: a @ b.t()}, about)
+        theirs = {"torch bf16": lambda a=a, b=b: a @ b.t()}
+        if _device.fp4_tensor_cores(torch.device(device)):
+            theirs["cuBLAS NVFP4, scales swizzled beforehand"] = _cublas_nvfp4(qa, qb)
+        yield Case("matmul", f"NVFP4 x NVFP4 {m}x{n}x{k}", run, theirs, about)
     n, k = (48, 64) if small else (4096, 14336)
     b = draw(n, k, device=device)
     qb = nk.quantize(b)
     packed = nk.PackedNVFP4Tensor.pack(qb)
-    for m in (1, 17) if small else (1, 4, 16, 64, 256, 512, 2048, 8192):
+    for m in (1, 17, 65) if small else (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192):
         a = draw(m, k, device=device)
         amount = dict(bytes=qb.nbytes, limit="copy") if m <= 64 else dict(flops=2 * m * n * k, limit="matmul")
         run = lambda a=a: nk.matmul(a, qb, BF16)  # noqa: E731
         about = dict(dtype="bf16") | amount
         yield Case("matmul", f"bf16 x NVFP4 weight {m}x{n}x{k}", run, {"torch bf16": lambda a=a: a @ b.t()}, about)
-        if m <= 64:  # for which CUDA's kernel takes packed weights
-            run = lambda a=a: nk.matmul(a, packed, BF16)  # noqa: E731
-            name = f"bf16 x packed NVFP4 weight {m}x{n}x{k}"
-            yield Case("matmul", name, run, {"torch bf16": lambda a=a: a @ b.t()}, about, False)
+        run = lambda a=a: nk.matmul(a, packed, BF16)  # noqa: E731
+        name = f"bf16 x packed NVFP4 weight {m}x{n}x{k}"
+        theirs = {"torch bf16": lambda a=a: a @ b.t()}
+        if m > 64:  # where Triton decodes as it multiplies, and CUDA in another way, by the number of rows and the chip
+            theirs["Triton, unpacked weight"] = _by("triton", lambda a=a: nk.matmul(a, qb, BF16))
+        yield Case("matmul", name, run, theirs, about, False)
+
+
+def _cublas_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor) -> Callable:
+    """Without the global scales, which cuBLAS would take as a factor of its own."""
+    codes = [x.codes.view(torch.float4_e2m1fn_x2) for x in (a, b)]
+    scales = [swizzle_128x4(x.scales) for x in (a, b)]
+    return lambda: torch._scaled_mm(codes[0], codes[1].t(), *scales, out_dtype=BF16)
 
 
 def linear(device: str, small: bool) -> Iterator[Case]:

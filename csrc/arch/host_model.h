@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -40,6 +41,20 @@ void* static_shared(const void* key, size_t bytes);
 constexpr size_t slot = 64;
 const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot];
 int lane();
+
+// For the models of units that work beside the threads, such as arch/host_sm100.h. The running thread rests until something is
+// so, which `wake` looks after; a unit's work is done some time later, that of any_order in any, of another number in its order.
+void rest_until(std::function<bool()> so);
+void wake();
+constexpr int any_order = 0;
+void later(int unit, std::function<void()> work);
+
+// What such models keep of the running block; empty when it begins.
+struct BlockState {
+    virtual ~BlockState() = default;
+    virtual const char* complaint() const = 0;  // once all threads have ended
+};
+std::unique_ptr<BlockState>& block_state();
 
 void copy_async(void* to, const void* from, int bytes, int bytes_from);
 void commit_copies();

@@ -14,9 +14,23 @@ namespace {
 // Decoding or packing one row of b takes about as long as its products with this many rows of a.
 constexpr i64 packing = 24;
 
-i64 bytes(Kind kind) { return kind == Kind::fp32 ? 4 : 2; }
+// x from a place on that lies `values` values later in memory, whole blocks where it is quantized.
+Operand later(const Operand& x, i64 values) {
+    constexpr i64 halves[] = {8, 4, 4, 1, 2};  // of a byte, by kind
+    Operand moved = x;
+    moved.data = static_cast<const char*>(x.data) + values * halves[static_cast<int>(x.kind)] / 2;
+    if (x.scales) moved.scales = x.scales + values / (x.kind == Kind::nvfp4 ? 16 : 32);
+    return moved;
+}
 
-const void* at(const Operand& x, i64 elements) { return static_cast<const char*>(x.data) + elements * bytes(x.kind); }
+// The columns of group e: where it has starts, to its last block's end.
+Operand columns(const Operand& x, const i64* starts, const i64* offsets, i64 e) {
+    const i64* from = starts ? starts : offsets;
+    Operand part = later(x, from[e] * (starts ? 1 : x.col_stride));
+    part.cols = from[e + 1] - from[e];
+    if (x.global_scale) part.global_scale = x.global_scale + e;
+    return part;
+}
 
 // The product of group e.
 MatmulParams group(const GroupedMatmulParams& p, i64 e) {
@@ -24,23 +38,28 @@ MatmulParams group(const GroupedMatmulParams& p, i64 e) {
     MatmulParams one{p.a, p.b, nullptr, 0, nullptr, p.out_dtype, false, p.relu2, 1};
     const i64 out_bytes = p.out_dtype == fp32 ? 4 : 2;
     if (p.sums) {
-        one.a.data = at(p.a, first * p.a.col_stride);
-        one.b.data = at(p.b, first * p.b.col_stride);
-        one.a.cols = one.b.cols = count;
+        one.a = columns(p.a, p.a_starts, p.offsets, e);
+        one.b = columns(p.b, p.b_starts, p.offsets, e);
         one.out = static_cast<char*>(p.out) + e * p.a.rows * p.b.rows * out_bytes;
         return one;
     }
-    one.a.data = at(p.a, first * p.a.row_stride);
+    one.a = later(p.a, first * p.a.row_stride);
     one.a.rows = count;
     one.out = static_cast<char*>(p.out) + first * p.b.rows * out_bytes;
-    if (p.b.kind == Kind::nvfp4) {
-        one.b.data = static_cast<const u8*>(p.b.data) + e * p.b.rows * (p.b.cols / 2);
-        one.b.scales = p.b.scales + e * p.b.rows * (p.b.cols / 16);
-        one.b.global_scale = p.b.global_scale + e;
-    } else {
-        one.b.data = at(p.b, e * p.b_stride);
-    }
+    one.b = later(p.b, e * p.b_stride);
+    if (p.b.global_scale) one.b.global_scale = p.b.global_scale + e;
     return one;
+}
+
+// Whether each group's rows fit between its starts, which are whole blocks within the columns of x.
+bool room(const Operand& x, const i64* starts, const GroupedMatmulParams& p) {
+    if (!starts) return true;
+    bool fits = starts[0] == 0 && starts[p.groups] <= x.cols;
+    for (i64 e = 0; e < p.groups; ++e) {
+        const i64 length = starts[e + 1] - starts[e];
+        fits = fits && length % (x.kind == Kind::nvfp4 ? 16 : 32) == 0 && length >= p.offsets[e + 1] - p.offsets[e];
+    }
+    return fits;
 }
 
 // What sixteen columns of group e cost: its products, and reading b. Of sums divided, a group without rows is zeros to write.
@@ -68,9 +87,9 @@ int run(const GroupedMatmulParams& p) {
             const i64 first = from <= 0 ? 0 : (from + cost - 1) / cost, last = at_most((to + cost - 1) / cost, units);
             const MatmulParams one = group(p, e);
             const Range cols{first * 16, at_most(last * 16, p.b.rows)};
-            if (p.sums && one.a.cols == 0) {
+            if (p.offsets[e + 1] == p.offsets[e]) {
                 no_products(one, 1.0f, cols);
-            } else if (!multiply_cols<P>(one, combined_scale(one), one.b.cols, cols)) {
+            } else if (!multiply_cols<P>(one, combined_scale(one), at_most(one.a.cols, one.b.cols), cols)) {
                 failed = true;
             }
         }
@@ -83,9 +102,13 @@ int run(const GroupedMatmulParams& p) {
 
 int grouped_matmul(const GroupedMatmulParams& p) {
     const DefaultFloats floats;
-    bool ascend = p.offsets[0] == 0 && p.offsets[p.groups] == (p.sums ? p.a.cols : p.a.rows);
+    bool ascend = p.offsets[0] == 0;
+    if (!p.sums) ascend = ascend && p.offsets[p.groups] == p.a.rows;
+    if (p.sums && !p.a_starts) ascend = ascend && p.offsets[p.groups] == p.a.cols;
+    if (p.sums && !p.b_starts) ascend = ascend && p.offsets[p.groups] == p.b.cols;
     for (i64 e = 0; e < p.groups; ++e) ascend = ascend && p.offsets[e] <= p.offsets[e + 1];
     if (!ascend) return 2;
+    if (!room(p.a, p.a_starts, p) || !room(p.b, p.b_starts, p)) return 3;
     if (p.a.rows == 0 || p.b.rows == 0 || p.groups == 0) return 0;
     use_large_pages(p.out, (p.sums ? p.groups : 1) * p.a.rows * p.b.rows * (p.out_dtype == fp32 ? 4 : 2));
 #if defined(NVFP4_ISA_AVX512BF16)

@@ -9,6 +9,7 @@
 // Bytes: 0.5625 a weight; x comes from the L2 cache once for each 128 rows. SASS instructions a weight in the loop (sm_90):
 // 2.6 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
 #include "epilogue.cuh"
+#include "sm120.cuh"
 #include "sm90.cuh"
 
 namespace nvfp4 {
@@ -232,3 +233,5 @@ NVFP4_KERNEL(decode_packed, 256, 4, DecodeLaunch) {
 }
 
 }  // namespace nvfp4
+
+#include "sm100.cuh"

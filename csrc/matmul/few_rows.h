@@ -138,8 +138,8 @@ static inline bool multiply_few_rows(const MatmulParams& p, i64 row, i64 m, Rang
             const i64 first_block = run * run_values / 16, last_block = end * run_values / 16;
             const Step* left = a + run * run_steps;
             for (i64 j = 0; j < width; ++j) {
-                const u8* codes = static_cast<const u8*>(p.b.data) + (col + j) * (p.b.cols / 2) + run * (run_values / 2);
-                spread_scales(p.b.scales + (col + j) * blocks + first_block,
+                const u8* codes = static_cast<const u8*>(p.b.data) + (col + j) * (p.b.row_stride / 2) + run * (run_values / 2);
+                spread_scales(p.b.scales + (col + j) * (p.b.row_stride / 16) + first_block,
                               (last_block < blocks ? last_block : blocks) - first_block, scales);
                 dot_rows<P>(m, left, a_stride, reinterpret_cast<const u32*>(codes), scales, full, total[j]);
                 if (full < end - run) {

@@ -58,14 +58,14 @@ static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typena
         case Kind::fp16: return plain(static_cast<const Half*>(x.data));
         case Kind::bf16: return plain(static_cast<const Brain*>(x.data));
         case Kind::nvfp4: {
-            const u8* codes = bytes + row * (x.cols / 2);
-            const u8* scales = x.scales + row * (x.cols / 16);
+            const u8* codes = bytes + row * (x.row_stride / 2);
+            const u8* scales = x.scales + row * (x.row_stride / 16);
             read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_nvfp4(codes + at / 2, e4m3_values.v[scales[at / 16]], v); });
             break;
         }
         case Kind::mxfp8: {
-            const u8* codes = bytes + row * x.cols;
-            const u8* scales = x.scales + row * (x.cols / 32);
+            const u8* codes = bytes + row * x.row_stride;
+            const u8* scales = x.scales + row * (x.row_stride / 32);
             read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_e4m3(codes + at, e8m0_value(scales[at / 32]), v); });
             break;
         }
@@ -146,9 +146,9 @@ __attribute__((always_inline)) static inline void prefetch_row(const Operand& x,
     if (row >= x.rows || k >= x.cols || (x.kind < Kind::nvfp4 && x.col_stride != 1)) return;
     const char* base = static_cast<const char*>(x.data);
     const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind == Kind::mxfp8 ? 4 : 8;  // of a byte
-    const char* from = base + (row * (x.kind < Kind::nvfp4 ? x.row_stride : x.cols) + k) * quarters / 4;
+    const char* from = base + (row * x.row_stride + k) * quarters / 4;
     for (i64 i = 0; i < length * quarters / 4; i += 64) __builtin_prefetch(from + i, 0, 2);
-    if (x.scales) __builtin_prefetch(x.scales + (row * x.cols + k) / (x.kind == Kind::nvfp4 ? 16 : 32), 0, 2);
+    if (x.scales) __builtin_prefetch(x.scales + (row * x.row_stride + k) / (x.kind == Kind::nvfp4 ? 16 : 32), 0, 2);
 }
 
 // Rows of b, sixteen at a time, transposed: out[step * width + column], for the kernel's vertical loads. Columns beyond b's

@@ -9,10 +9,10 @@ enum class Kind { fp32, fp16, bf16, nvfp4, mxfp8 };
 struct Operand {
     Kind kind;
     const void* data;           // codes (contiguous rows), or values
-    const u8* scales;           // of nvfp4 (E4M3) and mxfp8 (E8M0), contiguous rows; else null
+    const u8* scales;           // of nvfp4 (E4M3) and mxfp8 (E8M0), rows as far apart; else null
     const float* global_scale;  // of nvfp4, else null
     i64 rows, cols;             // cols as stored: padded to whole blocks when quantized; values beyond count as zero
-    i64 row_stride, col_stride; // in elements, of plain values
+    i64 row_stride, col_stride; // in values; of a quantized operand the first alone, whole blocks
 };
 
 struct MatmulParams {

@@ -1,127 +1,161 @@
-"""The experts' two matrices over tokens sorted by expert: each expert is a linear layer of its own, with its own global scales.
+"""The experts' two matrices over tokens sorted by expert: a linear layer each, all of them in one product.
 
-Forward and backward are those of autograd/linear, expert after expert, written into one tensor; an expert without tokens
-costs nothing and gets a gradient of zero.
+As in autograd/linear, but that each expert's weight and its part of the column forms have global scales of their own, and the
+tokens' row form one. Where the experts gather the tokens themselves, that form is made once a token, before the gather, and
+its codes are copied; the column form is made after it, since a token's copies must not share noise there. Backward keeps
+codes alone of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the squared ReLU,
+which is taken again. The host reads nothing back.
 """
 
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.autograd.linear import FORWARD, Forms, advance, draws, later, operands, quantize_weight
+from nvfp4_kernels.autograd.linear import FORWARD, advance, draws, later, operands
 from nvfp4_kernels.autograd.saved import save, saved
+from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
-from nvfp4_kernels.ops.matmul.op import matmul
-from nvfp4_kernels.ops.quantize.op import quantize_pair
+from nvfp4_kernels.ops.permute.op import gather, permute, sum_slots
+from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
+
+Forms = tuple[Stack, Stack]
 
 
 def experts(
     x: Tensor,
     up: Tensor,
     down: Tensor,
-    sizes: list[int],
+    groups: Routing | Tensor,
     weights: Tensor | None = None,
     recipes: tuple[LinearRecipe, LinearRecipe] = (HIGH, HIGH),
     noises: tuple[Tensor | None, Tensor | None] = (None, None),
-    forms: tuple[list[Forms] | None, list[Forms] | None] = (None, None),
+    forms: tuple[Forms | None, Forms | None] = (None, None),
 ) -> Tensor:
     """y[row] = down[e] @ (relu(up[e] @ x[row])^2 * weights[row]) for the expert e of each row.
 
-    x: [rows, in], sorted by expert. up: [experts, width, in]. down: [experts, in, width]. sizes: rows of each expert.
+    up: [experts, width, in]. down: [experts, in, width].
+    groups: int64 [experts + 1] on x's device, expert e having the rows groups[e] to groups[e + 1] of x [rows, in]; or a
+        Routing, x then being the tokens [tokens, in], which are gathered here as nk.permute does it, at less memory.
     weights: float [rows], put before the second matrix as training does, or None. recipes, noises, forms: of up and down.
-    Returns [rows, in] of x's dtype; differentiable in x, up, down and weights. Raises ValueError naming the argument.
+    Returns [rows, in] of x's dtype, sorted by expert; differentiable in x, up, down and weights. Nothing is read back to
+    the host. Raises TypeError or ValueError naming the argument.
     """
-    require(
-        len(sizes) == up.shape[0] and sum(sizes) == x.shape[0],
-        "sizes",
-        sizes,
-        f"{up.shape[0]} sizes that sum to {x.shape[0]}",
-    )
-    hidden = expert_linear(x, up, sizes, recipes[0], noises[0], forms[0])
-    return expert_linear(relu2(hidden, weights), down, sizes, recipes[1], noises[1], forms[1])
+    hidden = expert_linear(x, up, groups, recipes[0], noises[0], forms[0])
+    offsets = groups.offsets if isinstance(groups, Routing) else groups
+    return expert_linear(hidden, down, offsets, recipes[1], noises[1], forms[1], squared=True, weights=weights)
 
 
 def expert_linear(
     x: Tensor,
     weight: Tensor,
-    sizes: list[int],
+    groups: Routing | Tensor,
     recipe: LinearRecipe = HIGH,
     noise: Tensor | None = None,
-    forms: list[Forms] | None = None,
+    forms: Forms | None = None,
+    *,
+    squared: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, weight [experts, out, in], y [rows, out]."""
-    if not recipe.quantized:
-        return _Plain.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
+    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, or the tokens; weight [experts, out, in]; y [rows, out].
+
+    squared: read relu2(x, weights) in the place of x, with x sorted by expert.
+    """
+    require(isinstance(groups, (Routing, Tensor)), "groups", type(groups).__name__, "a Routing or a tensor", TypeError)
+    require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, in]")
+    routed = isinstance(groups, Routing)
+    offsets, order, inverse = (groups.offsets, groups.order, groups.inverse) if routed else (groups, None, None)
+    count, tokens = offsets.shape[0] - 1, len(inverse) if routed else len(x)
+    require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
+    require(len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
     if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
-    return _Quantized.apply(x, weight, sizes, recipe, noise, forms)
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    routing = offsets, order, inverse
+    return _ExpertLinear.apply(x, weight, weights, squared, *routing, recipe, noise, forms, wanted)
 
 
-def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> list[Forms]:
-    """The forms of each expert's matrix, weight [experts, out, in]: made once a step, as autograd.linear.quantize_weight."""
-    weight = weight.detach()
-    return [quantize_weight(weight[e], recipe, _noise_of(noise, recipe, e)) for e in range(weight.shape[0])]
+def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:
+    """Both forms of all experts' matrices, weight [experts, out, in]: made once a step, as autograd.linear.quantize_weight."""
+    after_x = later(noise, draws(recipe.fprop_x, recipe.wgrad_x))
+    return quantize_stack(weight.detach(), recipe.fprop_w, recipe.dgrad_w, after_x)
 
 
-class _Plain(torch.autograd.Function):
+def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
+    """What `experts` is given as rows sorted by expert, and their offsets."""
+    return (permute(x, groups), groups.offsets) if isinstance(groups, Routing) else (x, groups)
+
+
+class _ExpertLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, offsets):
-        ctx.save_for_backward(x, weight, offsets)
-        return grouped_matmul(x, weight.to(x.dtype), offsets)  # [rows, out] = x [rows, in] @ w [experts, out, in].T
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, offsets = ctx.saved_tensors
-        dx = grouped_matmul(dy, weight.to(x.dtype).transpose(1, 2), offsets)  # [rows, in] = dy [rows, out] @ w
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        return dx, grouped_matmul(dy.t(), x.t(), offsets, weight.dtype), None  # [experts, out, in] = dy.T @ x
-
-
-class _Quantized(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, sizes, recipe, noise, forms):
-        forms = forms or quantize_experts(weight, recipe, noise)
-        y, kept = x.new_empty(x.shape[0], weight.shape[1]), []
-        for e, rows in _spans(sizes):
-            x_row, x_col = quantize_pair(x[rows], recipe.fprop_x, recipe.wgrad_x, _noise_of(noise, recipe, e))
-            matmul(x_row, forms[e][0], out=y[rows])
-            kept += [x_col, forms[e][1]]
-        save(ctx, *kept)
-        ctx.sizes, ctx.recipe, ctx.noise, ctx.shape, ctx.dtype = sizes, recipe, noise, weight.shape, weight.dtype
-        return y
+    def forward(ctx, x, weight, weights, squared, offsets, order, inverse, recipe, noise, forms, wanted):
+        # x [tokens or rows, in], weight [experts, out, in], weights [rows] or None
+        read = relu2(x, weights) if squared else x
+        x_row, x_col = _forms_of_x(read, offsets, order, inverse, recipe, noise, wanted)
+        w_row, w_col = forms or _forms_of_w(weight, recipe, noise, x.dtype)
+        again = squared and isinstance(x_col, Tensor)  # in high precision what is squared is read again
+        kept = (x, weights) if squared else (None, None)
+        # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
+        save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
+        ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
+        return grouped_matmul(x_row, w_row, offsets, x.dtype)  # [rows, out]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        recipe, kept, dy = ctx.recipe, saved(ctx), dy.contiguous()
-        dx = dy.new_empty(dy.shape[0], ctx.shape[2])
-        dw = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dy.device) if ctx.needs_input_grad[1] else None
-        for (e, rows), x_col, w_col in zip(_spans(ctx.sizes), kept[::2], kept[1::2], strict=True):
-            noise = later(_noise_of(ctx.noise, recipe, e), draws(*operands(recipe)[:FORWARD]))
-            dy_row, dy_col = quantize_pair(dy[rows], recipe.dgrad_dy, recipe.wgrad_dy, noise)
-            matmul(dy_row, w_col, out=dx[rows])
-            if dw is not None:
-                matmul(dy_col, x_col, out=dw[e])
-        for _ in range(ctx.shape[0]):
-            advance(ctx.noise, recipe)
-        return dx, dw, None, None, None, None
+        offsets, order, inverse, w_col, x_col, x, weights = saved(ctx)
+        recipe, dx, dw, dweights = ctx.recipe, None, None, None
+        x_col = relu2(x, weights) if ctx.again else x_col
+        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        col = None if x_col is None else recipe.wgrad_dy
+        dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            if not recipe.dgrad_w:
+                w_col = (w_col if recipe.quantized else w_col.to(dy.dtype)).transpose(1, 2)
+            dx = grouped_matmul(dy_row, w_col, offsets, dy.dtype)  # dy [rows, out] @ w_col [experts, in, out].T
+            dx = dx if order is None else sum_slots(dx, order, inverse)
+            if ctx.squared:
+                dx, dweights = torch.ops.nvfp4.relu2_backward(dx, x, weights)
+        if x_col is not None:
+            if not recipe.wgrad_x:
+                x_col = (x_col if order is None else gather(x_col, order, inverse)).t()
+            dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype)  # dy_col [out, rows] @ x_col [in, rows].T
+        advance(ctx.noise, recipe)
+        return dx, dw, None if weights is None else dweights, *[None] * 8
 
 
-def _noise_of(noise: Tensor | None, recipe: LinearRecipe, expert: int) -> Tensor | None:
-    """Each expert draws from a stretch of offsets of its own, as long as one forward and backward needs."""
-    return later(noise, expert * draws(*operands(recipe)))
+def _forms_of_x(
+    x, offsets, order, inverse, recipe, noise, wanted
+) -> tuple[Quantized | Tensor, Columns | Tensor | None]:
+    """The row form of the rows; of what wgrad needs the column form, or x itself where it is in high precision."""
+    col = recipe.wgrad_x if wanted else None  # wanted: the weight's gradient
+    if order is None:
+        x_row, x_col = _quantized(x, offsets, recipe.fprop_x, col, noise)
+        return x_row, x_col if col else x if wanted else None
+    rows = None if recipe.fprop_x and not col else gather(x, order, inverse)
+    x_row = rows if not recipe.fprop_x else _gathered(quantize_pair(x, recipe.fprop_x, None, noise)[0], order, inverse)
+    if not col:
+        return x_row, x if wanted else None
+    return x_row, quantize_groups(rows, offsets, None, col, later(noise, draws(recipe.fprop_x)))[1]
 
 
-def _spans(sizes: list[int]):
-    """(expert, its rows) for the experts that have any."""
-    start = 0
-    for e, size in enumerate(sizes):
-        if size:
-            yield e, slice(start, start + size)
-        start += size
+def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns | Tensor]:
+    """quantize_groups, but that high precision is any."""
+    return quantize_groups(x, offsets, row, col, noise) if row or col else (x, x.t())
+
+
+def _gathered(x: Quantized, order: Tensor, inverse: Tensor) -> Quantized:
+    """The rows of a quantized x by their codes."""
+    token = torch.div(order, inverse.shape[1], rounding_mode="floor")
+    codes, scales = (part.view(torch.uint8).index_select(0, token).view(part.dtype) for part in (x.codes, x.scales))
+    return replace(x, codes=codes, scales=scales, shape=(len(order), x.shape[1]))
+
+
+def _forms_of_w(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None, dtype: torch.dtype) -> Forms:
+    if recipe.quantized:
+        return quantize_experts(weight, recipe, noise)
+    return Stack(weight.to(dtype)), Stack(weight)

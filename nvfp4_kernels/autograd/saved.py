@@ -4,32 +4,43 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 
 Operand = NVFP4Tensor | MXFP8Tensor | Tensor
 
 
-def save(ctx, *operands: Operand) -> None:
+def save(ctx, *operands: Operand | Stack | Columns | None) -> None:
     """Save operands for backward; `saved` gives them back in order."""
     tensors, ctx.operands = [], []
     for operand in operands:
-        parts = {"": operand} if isinstance(operand, Tensor) else operand.tensors()
-        shell = (
-            None if isinstance(operand, Tensor) else (type(operand), operand.shape, getattr(operand, "hadamard", None))
-        )
+        match operand:
+            case None:
+                shell, parts = None, {}
+            case Tensor():
+                shell, parts = None, {"": operand}
+            case Stack() | Columns():
+                parts = {name: part for name, part in operand._asdict().items() if isinstance(part, Tensor)}
+                shell = type(operand), None, operand.hadamard
+            case _:
+                parts = operand.tensors()
+                shell = type(operand), operand.shape, getattr(operand, "hadamard", None)
         ctx.operands.append((shell, tuple(parts)))
         tensors.extend(parts.values())
     ctx.save_for_backward(*tensors)
 
 
-def saved(ctx) -> list[Operand]:
+def saved(ctx) -> list[Operand | Stack | Columns | None]:
     tensors, operands = list(ctx.saved_tensors), []
     for shell, names in ctx.operands:
         parts = {name: tensors.pop(0) for name in names}
         if shell is None:
-            operands.append(parts[""])
+            operands.append(parts.get(""))
             continue
         kind, shape, hadamard = shell
+        if shape is None:
+            operands.append(kind(**{"global_scales": None} | parts, hadamard=hadamard))
+            continue
         operand = kind(**parts, shape=shape)
         operands.append(operand if hadamard is None else replace(operand, hadamard=hadamard))
     return operands

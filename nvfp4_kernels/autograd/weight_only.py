@@ -1,7 +1,5 @@
 """Linear layers over frozen quantized weights: the input gets a gradient, the weight none."""
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -23,12 +21,12 @@ def weight_only(
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
 
 
-def weight_only_experts(x: Tensor, weight: Stack, sizes: list[int]) -> Tensor:
-    """y[row] = W[e] x[row] for the expert e of each row: x [rows, in], sorted by expert, sizes the rows of each.
+def weight_only_experts(x: Tensor, weight: Stack, offsets: Tensor) -> Tensor:
+    """y[row] = W[e] x[row] for the expert e of each row: x [rows, in], sorted by expert, e having rows offsets[e] to [e + 1].
 
     Differentiable in x. Raises TypeError or ValueError naming the argument, as nk.grouped_matmul.
     """
-    return _WeightOnlyExperts.apply(x, weight, torch.tensor([0, *accumulate(sizes)], device=x.device))
+    return _WeightOnlyExperts.apply(x, weight, offsets)
 
 
 class _WeightOnlyExperts(torch.autograd.Function):

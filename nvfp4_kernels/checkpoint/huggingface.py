@@ -2,13 +2,14 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nvfp4_kernels.checkpoint.fit import fit
 from nvfp4_kernels.checkpoint.load import fill, insert_layers
-from nvfp4_kernels.checkpoint.save import LAYOUTS, quantized_layers, save
+from nvfp4_kernels.checkpoint.save import LAYOUTS, SHARD_BYTES, quantized_layers, save
 from nvfp4_kernels.checkpoint.source import Source, open_source
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
@@ -45,9 +46,9 @@ def from_pretrained(
         raise ValueError(f"dtype: got {dtype}; allowed: None, {', '.join(map(str, DTYPES))}")
     if quantized not in ("keep", "dequantize"):
         raise ValueError(f"quantized: got {quantized!r}; allowed: 'keep', 'dequantize'")
-    source = open_source(Path(path))
+    source = open_model(path)
     with torch.device("meta"):
-        model = HybridModel(_config(source), recipe)
+        model = HybridModel(source.config, recipe)
     device = torch.get_default_device() if device is None else torch.device(device)
     fitted = fit(model, source.entries, source.folder)
     if quantized == "keep":
@@ -62,7 +63,7 @@ def save_pretrained(
     model: HybridModel,
     path: str | os.PathLike,
     layout: str = "published",
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: float = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes the model into the folder `path`, whole or not at all: what was there stays until all is written and fsynced.
@@ -94,16 +95,20 @@ def save_pretrained(
 
 def read_config(path: str | os.PathLike) -> HybridConfig:
     """That of the model which from_pretrained gives. Raises ValueError as it does."""
-    return _config(open_source(Path(path)))
+    return open_model(path).config
 
 
-def _config(source: Source) -> HybridConfig:
-    """What transformers 5 saves has the config of multi-token prediction and none of its tensors."""
+def open_model(path: str | os.PathLike) -> Source:
+    """What lies in the folder, with the config of the model that from_pretrained gives. Raises ValueError as it does.
+
+    What transformers 5 saves has the config of multi-token prediction and none of its tensors.
+    """
+    source = open_source(Path(path))
     config = source.config
     if not config.num_nextn_predict_layers or any(name.startswith("mtp.") for name in source.entries):
-        return config
+        return source
     warnings.warn(f"checkpoint: {source.folder} holds no tensors of mtp.*: the model is without", stacklevel=3)
-    return config.replace(num_nextn_predict_layers=0)
+    return replace(source, config=config.replace(num_nextn_predict_layers=0))
 
 
 # The model is a storey below and knows no files; these two are its methods wherever this module is imported, as api.py does.

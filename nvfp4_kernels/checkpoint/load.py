@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.checkpoint import names
-from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems
+from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems, Want
 from nvfp4_kernels.checkpoint.source import Entry
 from nvfp4_kernels.nn.linear import new_noise
 from nvfp4_kernels.nn.quantized import QuantizedExperts, QuantizedWeight
@@ -73,30 +73,43 @@ def insert_layers(model: nn.Module, layers: dict[str, QuantizedWeight], problems
     problems.check()
 
 
+class Filling:
+    """Tensors of a model as their pieces are read. filled: by module and part, allocated with the first piece of each."""
+
+    def __init__(self, fit: Fit, dtype: torch.dtype | None, device: torch.device, dequantize: bool):
+        self.fit, self.dtype, self.device, self.dequantize = fit, dtype, device, dequantize
+        self.files, self.filled = Files(), {}
+
+    def take(self, piece: Piece) -> None:
+        """Reads a piece into its place. Scales that are NaN, infinite or negative are added to the problems."""
+        layer = self.fit.layers.get(piece.module) if len(piece.parts) > 1 else None
+        values = self.files.read(piece)
+        for part, value in values.items():
+            if part.endswith(("_scale", "_scale_2")) and not _sound(value):
+                self.fit.problems.add("with NaN, infinite or negative scales", piece.parts[part][0].name)
+        value = values[piece.part] if layer is None else _dequantize(layer, values, self.device)
+        where = piece.module, piece.part
+        if where not in self.filled:
+            want = self.fit.wants[where]
+            kept = self.dtype or (torch.float32 if layer is not None else _stored(piece))
+            shape = want.shape if layer is None else (layer.out_features, layer.in_features)
+            shape = shape if want.experts is None else (want.experts, *shape)
+            dtype = _held(*where, shape, kept, value.dtype)
+            self.filled[where] = torch.empty(shape, dtype=dtype, device=self.device)
+        target = self.filled[where] if piece.expert is None else self.filled[where][piece.expert]
+        target.copy_(value.reshape(target.shape))
+
+
 def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> None:
     """Every tensor of `model`, from the checkpoint or, where that has none, as it is at a model's start.
 
     Raises CheckpointError for scales that are NaN, infinite or negative, all of them named.
     """
-    files, filled = Files(), {}
+    filling = Filling(fit, dtype, device, dequantize)
     for piece in sorted(_pieces(fit, dequantize), key=_position):
-        layer = fit.layers.get(piece.module) if len(piece.parts) > 1 else None
-        values = files.read(piece)
-        for part, value in values.items():
-            if part.endswith(("_scale", "_scale_2")) and not _sound(value):
-                fit.problems.add("with NaN, infinite or negative scales", piece.parts[part][0].name)
-        value = values[piece.part] if layer is None else _dequantize(layer, values, device)
-        where = piece.module, piece.part
-        if where not in filled:
-            want = fit.wants[where]
-            kept = dtype or (torch.float32 if layer is not None else _READ[piece.parts[piece.part][0].dtype])
-            shape = want.shape if layer is None else (layer.out_features, layer.in_features)
-            shape = shape if want.experts is None else (want.experts, *shape)
-            filled[where] = torch.empty(shape, dtype=_held(*where, shape, kept, value.dtype), device=device)
-        target = filled[where] if piece.expert is None else filled[where][piece.expert]
-        target.copy_(value.reshape(target.shape))
+        filling.take(piece)
     fit.problems.check()
-    for (module, part), tensor in filled.items():
+    for (module, part), tensor in filling.filled.items():
         quantized = module in fit.layers and not dequantize
         _put(model, names.parameter_name(module, part, quantized), tensor)
     if model.config.tie_word_embeddings:
@@ -105,6 +118,31 @@ def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.de
         if buffer.is_meta:
             drawn = name.rpartition(".")[2] in NOISE
             _put(model, name, new_noise(device) if drawn else torch.zeros_like(buffer, device=device))
+
+
+class Reader:
+    """The tensors of a model of which nothing is quantized, each as `fill` would have it when it is asked for."""
+
+    def __init__(self, fit: Fit, device: torch.device):
+        self._fit, self._device, self._files = fit, device, Files()
+
+    def matrices(self, module: str, part: str) -> Iterator[Tensor]:
+        """A tensor, or those of the experts of a stack, one after the other."""
+        want = self._fit.wants[module, part]
+        pieces = [Piece(module, part, expert, {part: found}) for expert, found in _by_expert(want)]
+        kept = _stored(min(pieces, key=_position))
+        for piece in pieces:
+            value = self._files.read(piece)[part]
+            shape = want.shape if want.experts is None else (want.experts, *want.shape)
+            made = value.to(self._device, _held(module, part, shape, kept, value.dtype))
+            if want.experts is None:
+                yield made.reshape(want.shape)
+            else:
+                yield from made.reshape(-1, *want.shape)
+
+
+def _by_expert(want: Want) -> list[tuple[int | None, tuple[Entry, bool]]]:
+    return sorted(want.found.items(), key=lambda item: -1 if item[0] is None else item[0])
 
 
 def _pieces(fit: Fit, dequantize: bool) -> Iterator[Piece]:
@@ -123,6 +161,10 @@ def _pieces(fit: Fit, dequantize: bool) -> Iterator[Piece]:
 def _position(piece: Piece) -> tuple[str, int]:
     entry = piece.parts[piece.part][0]
     return entry.shard, entry.start
+
+
+def _stored(piece: Piece) -> torch.dtype:
+    return _READ[piece.parts[piece.part][0].dtype]
 
 
 def _held(module: str, part: str, shape: tuple[int, ...], dtype: torch.dtype, read: torch.dtype) -> torch.dtype:

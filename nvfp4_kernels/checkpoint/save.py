@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from nvfp4_kernels.checkpoint.snapshot import MANIFEST, UNFINISHED
 from nvfp4_kernels.checkpoint.source import COMPANIONS, INDEX, SINGLE, CheckpointError
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 
+Read = Callable[[str], torch.Tensor]
 LAYOUTS = ("published", "transformers", "modelopt")
+SHARD_BYTES = 5e9  # of a shard at most, where nobody says
 REPLACED = ("config.json", "hf_quant_config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
@@ -27,10 +29,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
 
 
-def items(model: nn.Module, layout: str, dtype: torch.dtype | None) -> Iterator[Item]:
-    """Every tensor under its name in `layout`, in the model's order. dtype: of all but bits, scales and the routers' bias."""
-    layers = quantized_layers(model)
-    for name, tensor in model.state_dict().items():
+def items(model: nn.Module, layout: str, dtype: torch.dtype | None, read: Read | None = None) -> Iterator[Item]:
+    """Every tensor under its name in `layout`, in the model's order. dtype: of all but bits, scales and the routers' bias.
+
+    read: gives the values by the names of the state_dict, one after the other, for a model on the meta device.
+    """
+    layers, tensors = quantized_layers(model), model.state_dict()
+    read = read or tensors.__getitem__
+    for name, tensor in tensors.items():
         where, _ = names.place(name)
         tied = model.config.tie_word_embeddings and name == "lm_head.weight"
         if where.part in NOISE or tied:
@@ -42,10 +48,10 @@ def items(model: nn.Module, layout: str, dtype: torch.dtype | None) -> Iterator[
         if names.is_stack(where.module) and layout != "transformers":
             for e, part in enumerate(tensor):
                 title = names.tensor_name(where._replace(expert=e), layout)
-                yield Item(title, kept, tuple(part.shape), lambda part=part: part)
+                yield Item(title, kept, tuple(part.shape), lambda name=name, e=e: read(name)[e])
         else:
             title = names.tensor_name(where, layout)
-            yield Item(title, kept, tuple(tensor.shape), lambda tensor=tensor: tensor)
+            yield Item(title, kept, tuple(tensor.shape), lambda name=name: read(name))
     for module, layer in layers.items():
         if not isinstance(layer, NVFP4Weight) and layer.input_scale is None:
             # Loaders of FP8 want a scale for the input; 1 casts it as it is, saturating at 448.
@@ -87,9 +93,11 @@ def account(model: nn.Module) -> tuple[dict, dict]:
     return write_quantization(algorithms, dict.fromkeys(others), "FP8" if scaled else model.kv_cache_algorithm)
 
 
-def write_folder(model: nn.Module, folder: Path, layout: str, limit: float, dtype: torch.dtype | None) -> None:
+def write_folder(
+    model: nn.Module, folder: Path, layout: str, limit: float, dtype: torch.dtype | None, read: Read | None
+) -> None:
     """Everything but what is merely copied, into an empty folder."""
-    groups = shards(list(items(model, layout, dtype)), limit)
+    groups = shards(list(items(model, layout, dtype, read)), limit)
     weights, total = {}, sum(item.bytes for group in groups for item in group)
     for i, group in enumerate(groups, 1):
         name = SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
@@ -146,8 +154,10 @@ def replace(final: Path, part: Path) -> None:
     sync_folder(final.parent)
 
 
-def save(model: nn.Module, path: Path, layout: str, limit: float, dtype: torch.dtype | None) -> None:
-    """Raises CheckpointError with what was at `path` left as it was."""
+def save(
+    model: nn.Module, path: Path, layout: str, limit: float, dtype: torch.dtype | None, read: Read | None = None
+) -> None:
+    """read: as of `items`. Raises CheckpointError with what was at `path` left as it was."""
     trained = any((path / name).exists() for name in ("run.json", MANIFEST))
     if path.is_dir() and any(path.iterdir()) and (trained or not (path / "config.json").exists()):
         raise CheckpointError(f"checkpoint: {path} holds files that are no checkpoint; do: name another folder")
@@ -157,7 +167,7 @@ def save(model: nn.Module, path: Path, layout: str, limit: float, dtype: torch.d
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         copy_companions(model.source, part)
-        write_folder(model, part, layout, limit, dtype)
+        write_folder(model, part, layout, limit, dtype, read)
         sync_folder(part)
         replace(path, part)
     except BaseException as error:

@@ -28,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     folder = find_folder(arguments.folder)
     files = sorted(folder.glob("bench_*.py")) if arguments.op is None else [folder / f"bench_{arguments.op}.py"]
-    if not files or not files[0].exists():
-        known = ", ".join(sorted(f.stem.removeprefix("bench_") for f in folder.glob("bench_*.py")))
-        raise ValueError(f"op: got {arguments.op!r}; allowed: {known or 'none, the folder holds no bench_*.py'}")
+    known = ", ".join(sorted(f.stem.removeprefix("bench_") for f in folder.glob("bench_*.py")))
+    if not known:
+        raise ValueError(f"folder: {folder} holds no bench_*.py; do: name the benchmarks of a checkout")
+    if not files[0].exists():
+        raise ValueError(f"op: got {arguments.op!r}; allowed: {known}")
     raw = folder / "results" / ".run.json"
     raw.parent.mkdir(exist_ok=True)
     command = [

@@ -30,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nvfp4_kernels.cli import info
     from nvfp4_kernels.cli.main import nearest
+    from nvfp4_kernels.cli.models import check_file
     from nvfp4_kernels.ops import _device, _dispatch
 
+    check_file("out", arguments.out)
     device = arguments.device or _device.default_device()
     _known_device(device)
     if arguments.op not in (None, *_dispatch.TABLE):

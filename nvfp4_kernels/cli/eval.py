@@ -26,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     share_the_cores()
-    from nvfp4_kernels.cli.models import load_with_tokenizer, read_text
+    from nvfp4_kernels.cli.models import check_file, load_with_tokenizer, read_text
     from nvfp4_kernels.ptq.evaluate import evaluate
 
+    check_file("json", arguments.json)
     model, tokenizer = load_with_tokenizer(Path(arguments.model))
     got = evaluate(model, read_text("text", arguments.text, tokenizer), arguments.length)
     print(render(got))

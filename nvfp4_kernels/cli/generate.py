@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
     flag("--speculative", int, "TOKENS", 0, "draft so many at a step with the model's MTP block; default 0, none")
+    parser.add_argument(
+        "--kv-cache", metavar="FORMAT", choices=("fp8", "checkpoint"), default=None,
+        help="keep keys and values in fp8, or as the checkpoint says; default: as the activations are",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print the new text alone, without prompt and figures")
 
 
@@ -47,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     a, source = arguments, load_source(Path(arguments.model))
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
     prompt = source.chat(a.prompt) if a.chat else source.encode(a.prompt)
-    engine, pace = Engine(source.model, slots=1, speculative=a.speculative), Pace()
+    engine, pace = Engine(source.model, slots=1, speculative=a.speculative, kv_dtype=a.kv_cache), Pace()
     if not a.quiet:
         print(source.label, file=sys.stderr)
         print("" if a.chat else a.prompt, end="", flush=True)

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 from importlib import import_module
 
@@ -25,6 +26,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
+        for kind, allowed in (("int", "a whole number"), ("float", "a number")):
+            message = re.sub(rf"invalid {kind} value: (.*)", rf"got \1; allowed: {allowed}", message)
         raise UsageError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
 
 

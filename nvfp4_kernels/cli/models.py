@@ -13,21 +13,30 @@ def load_model(path: Path):
 
     if (path / "run.json").is_file():
         return load_run(path)
+    require_checkpoint(path)
+    return from_pretrained(path, device=default_device()), None, None
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raises ValueError where there is neither that nor a run."""
     if not (path / "config.json").is_file():
         what = "holds" if path.exists() else "does not exist: it holds"
         raise ValueError(
             f"model: {path} {what} no run (run.json) and no checkpoint (config.json); do: name a folder of either"
         )
-    return from_pretrained(path, device=default_device()), None, None
 
 
 def load_with_tokenizer(path: Path):
     """(model, tokenizer), the tokenizer as a training has it: of bytes, without special tokens."""
+    model, tokenizer, _ = load_model(path)
+    return model, tokenizer or tokenizer_beside(path, model.config)
+
+
+def tokenizer_beside(path: Path, config):
+    """That of a checkpoint's folder."""
     from nvfp4_kernels.train.tokenizer import load_tokenizer
 
-    model, tokenizer, _ = load_model(path)
-    config, file = model.config, str(path / "tokenizer.json")
-    return model, tokenizer or load_tokenizer(file, config.vocab_size, config.eos_token_id)
+    return load_tokenizer(str(path / "tokenizer.json"), config.vocab_size, config.eos_token_id)
 
 
 def check_out(out: Path) -> None:
@@ -36,12 +45,23 @@ def check_out(out: Path) -> None:
         raise ValueError(f"out: {out} is there already; do: name another folder")
 
 
-def save_quantized(model, tokenizer, out: Path, write_more) -> None:
+def check_file(flag: str, path: str | None) -> None:
+    """Raises ValueError where no file can be written at `path`: before minutes of work are lost for want of a folder."""
+    if path is None:
+        return
+    file = Path(path)
+    if not file.parent.is_dir() or file.is_dir():
+        what = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
+        raise ValueError(f"{flag}: {path} {what}; do: name another file")
+
+
+def save_quantized(model, tokenizer, out: Path, write_more, read=None) -> None:
     """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there.
 
-    In the published layout where the plan left every layer in high precision.
+    In the published layout where the plan left every layer in high precision. read: of a model on the meta device, what gives
+    its tensors by their names.
     """
-    from nvfp4_kernels.checkpoint.huggingface import save_pretrained
+    from nvfp4_kernels.checkpoint.save import SHARD_BYTES, save
     from nvfp4_kernels.nn.quantized import QuantizedWeight
     from nvfp4_kernels.train.byte_level import tokenizer_json
 
@@ -49,7 +69,7 @@ def save_quantized(model, tokenizer, out: Path, write_more) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         some = any(isinstance(module, QuantizedWeight) for module in model.modules())
-        save_pretrained(model, part, layout="modelopt" if some else "published")
+        save(model, part.resolve(), "modelopt" if some else "published", SHARD_BYTES, None, read)
         if not (part / "tokenizer.json").exists():  # of a run, which names its tokenizer and does not hold it
             bytewise = tokenizer.name == "bytes"
             text = tokenizer_json(tokenizer) if bytewise else Path(tokenizer.name).read_text(encoding="utf-8")

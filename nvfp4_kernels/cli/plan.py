@@ -49,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
 def collect(arguments: argparse.Namespace) -> dict:
     import torch
 
+    if arguments.tokens < 1:
+        raise ValueError(f"tokens: got {arguments.tokens}; allowed: at least 1")
+
     from nvfp4_kernels.model.config import HybridConfig
     from nvfp4_kernels.model.hybrid import HybridModel
     from nvfp4_kernels.model.presets import preset
@@ -107,7 +110,7 @@ def _format(spec) -> str:
 
 
 def _backend(recipe, rows: int, out: int, inner: int) -> str:
-    """Who quantizes and who multiplies, asked with operands of the layer's own sizes."""
+    """Who quantizes x, w and dy and who multiplies in the three GEMMs, asked with operands of the layer's own sizes."""
     import torch
 
     from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -140,19 +143,37 @@ def _backend(recipe, rows: int, out: int, inner: int) -> str:
         against = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
         return f"{name} ({against})" if against else name
 
-    x = torch.empty(rows, inner, dtype=torch.bfloat16)
-    noise = torch.zeros(2, dtype=torch.int64)
-    quantize = taken("quantize", x, recipe.fprop_x, recipe.wgrad_x, noise)
-    matmul = taken(
-        "matmul",
-        operand(recipe.fprop_x, rows, inner),
-        operand(recipe.fprop_w, out, inner),
-        None,
-        torch.bfloat16,
-        None,
-        False,
-    )
-    return quantize if quantize == matmul else f"quantize {quantize}, matmul {matmul}"
+    def pair(height: int, width: int, row, col) -> str:
+        noise = torch.zeros(2, dtype=torch.int64)
+        return taken("quantize", torch.empty(height, width, dtype=torch.bfloat16), row, col, noise)
+
+    def product(a, b, height: int, width: int, depth: int) -> str:
+        operands = operand(a, height, depth), operand(b, width, depth)
+        return taken("matmul", *operands, None, torch.bfloat16, None, False)
+
+    pairs = {
+        "x": pair(rows, inner, recipe.fprop_x, recipe.wgrad_x),
+        "w": pair(out, inner, recipe.fprop_w, recipe.dgrad_w),
+        "dy": pair(rows, out, recipe.dgrad_dy, recipe.wgrad_dy),
+    }
+    products = {
+        "fprop": product(recipe.fprop_x, recipe.fprop_w, rows, out, inner),
+        "dgrad": product(recipe.dgrad_dy, recipe.dgrad_w, rows, inner, out),
+        "wgrad": product(recipe.wgrad_dy, recipe.wgrad_x, out, inner, rows),
+    }
+    quantize, matmul = _alike("quantize", pairs), _alike("matmul", products)
+    first = pairs["x"]
+    return first if {first} == {*pairs.values(), *products.values()} else f"{quantize}, {matmul}"
+
+
+def _alike(op: str, answers: dict[str, str]) -> str:
+    """`op native`, or, where not all calls are served alike, `op x, w native, op dy reference (...)`."""
+    by_answer: dict[str, list[str]] = {}
+    for call, answer in answers.items():
+        by_answer.setdefault(answer, []).append(call)
+    if len(by_answer) == 1:
+        return f"{op} {next(iter(by_answer))}"
+    return ", ".join(f"{op} {' and '.join(calls)} {answer}" for answer, calls in by_answer.items())
 
 
 def _totals(model, quantized: dict[str, str]) -> dict[str, dict[str, float]]:

@@ -58,24 +58,13 @@ FLAGS = {
 }  # fmt: skip
 
 
-def number(kind: type):
-    def convert(text: str):
-        try:
-            return kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {what}") from None
-
-    return convert
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
     groups = {name: parser.add_argument_group(name) for name in ("model", "data", "optimization", "run")}
     for name, (group, kind, unit, what, example) in FLAGS.items():
         flag = "--" + name.rstrip("_").replace("_", "-")  # `from` is a word of Python
         known = "" if defaults[name] is None or "default" in what else f"; default {defaults[name]}"
-        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind if kind is str else number(kind)}
+        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         allowed = f" ({', '.join(kind)})" if isinstance(kind, tuple) else ""
         groups[group].add_argument(
             flag,
@@ -107,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print settings and model config as JSON, train nothing"
     )
     run.add_argument(
-        "--sample", metavar="TOKENS", type=number(int), default=200, help="of text at the end; 0 for none; default 200"
+        "--sample", metavar="TOKENS", type=int, default=200, help="of text at the end; 0 for none; default 200"
     )
     run.add_argument("--prompt", metavar="TEXT", default="def ", help="of the text sampled at the end; default 'def '")
 

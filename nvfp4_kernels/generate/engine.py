@@ -1,8 +1,8 @@
 """Batched generation: sequences enter, are read, grow a token (or several) a step, and leave; each in a slot of the pool.
 
 The slots are independent of each other: what a sequence says depends on its prompt, its Sampling and the model. In fp32 that is
-so for the text (tested). In bf16 it is so for decoding up to 48 rows a step, or 128 with NVFP4 weights; prompts that are read
-together are multiplied together, by products whose last bits may depend on how many rows they have.
+so for the text (tested). In bf16, on a CPU, it is so for decoding up to 48 rows a step, or 128 with NVFP4 weights; prompts that
+are read together are multiplied together, by products whose last bits may depend on how many rows they have.
 """
 
 from collections import deque
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.generate.decode import Decoder
 from nvfp4_kernels.generate.sample import TOKEN, Draws, Sampling, Shaper, draw
 from nvfp4_kernels.generate.speculative import Acceptance, Drafter, judge, mark, seen_tokens
-from nvfp4_kernels.generate.state import STATE_DTYPES, Pool
+from nvfp4_kernels.generate.state import STATE_DTYPES, Pool, cache_scales
 from nvfp4_kernels.generate.weights import serving
 
 
@@ -69,7 +70,11 @@ class Engine:
     prefill_chunk: tokens of prompts read in one step, at most; longer ones take several steps, and those that already
     grow go on in between. state_dtype: of the SSM states, "fp32", "bf16" or "fp16"; with stochastic their rounding is
     stochastic, from each request's seed (fp16 so is what Nemotron 3 is served with). speculative: tokens drafted by the MTP
-    block at each step; 0: none.
+    block at each step; 0: none. kv_dtype: of keys and values; None: the activations'. "fp8": E4M3 with the scales that the
+    checkpoint has for each layer (k_scale, v_scale), 1 where it has none; half the memory of bf16. "checkpoint": fp8 where the
+    checkpoint says so. Those of the MTP block, whose drafts are verified, stay in the activations' dtype.
+    On CUDA devices a step that grows sequences by a token each is one CUDA graph, made when its shape is first met (decode.py);
+    reading prompts and speculative decoding are not.
     The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
     model does not reach it. Raises ValueError or TypeError naming the argument.
     """
@@ -82,6 +87,7 @@ class Engine:
         state_dtype: str = "fp32",
         stochastic: bool = False,
         speculative: int = 0,
+        kv_dtype: str | None = None,
     ):
         for name, value, least in (
             ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
@@ -94,11 +100,16 @@ class Engine:
             raise ValueError(
                 "stochastic: got True for fp32 states; allowed: state_dtype 'fp16' or 'bf16', which are rounded"
             )
+        if kv_dtype not in (None, "fp8", "checkpoint"):
+            raise ValueError(f"kv_dtype: got {kv_dtype!r}; allowed: None, 'fp8', 'checkpoint'")
+        fp8 = kv_dtype == "fp8" or kv_dtype == "checkpoint" and model.kv_cache_algorithm == "FP8"
         self.model = serving(model)
         self.vocab, self.prefill_chunk, self.stochastic = model.config.vocab_size, prefill_chunk, stochastic
         self.device = self.model.backbone.embeddings.weight.device
+        scales = cache_scales(model.backbone.layers, self.device) if fp8 else None
         blocks, dtype = self.model.backbone.layers, model.config.dtype
-        self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device)
+        self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device, scales)
+        self.decoder = Decoder(self.model, self.pool, stochastic)
         self.drafter = Drafter(self.model, slots, speculative) if speculative else None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -211,9 +222,7 @@ class Engine:
 
     def _grow(self, requests: list[Request]) -> list[Event]:
         """A token for each."""
-        ids = torch.tensor([[request.tokens[-1]] for request in requests], device=self.device)
-        state = self.pool.begin([r.slot for r in requests], [1] * len(requests), noise=self._noise(requests))
-        return self._draw(requests, self.model.lm_head(self.model.hidden(ids, state=state)[:, 0]))
+        return _events(requests, self.decoder(requests))
 
     def _draw(self, requests: list[Request], logits: Tensor) -> list[Event]:
         shaper = self._shaper_of(requests)
@@ -223,7 +232,7 @@ class Engine:
         else:
             uniforms = [request.draws.at(request.position, TOKEN) for request in requests]
             tokens = draw(shaper.probabilities(logits, seen), uniforms)
-        return [Event(r, r.take([token]), r.finished) for r, token in zip(requests, tokens, strict=True)]
+        return _events(requests, tokens)
 
     def _speculate(self, requests: list[Request]) -> list[Event]:
         """Several tokens for each: drafts, one pass over all of them, and the states put where the accepted ones end."""
@@ -260,3 +269,7 @@ class Engine:
         if self._shaper is None or self._shaper[0] != samplings:
             self._shaper = samplings, Shaper.of(samplings, self.device)
         return self._shaper[1]
+
+
+def _events(requests: list[Request], tokens: list[int]) -> list[Event]:
+    return [Event(r, r.take([token]), r.finished) for r, token in zip(requests, tokens, strict=True)]

@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.nn.attention import Attention, attend, attend_seen
 from nvfp4_kernels.nn.mamba2 import Mamba2
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
@@ -98,16 +99,20 @@ def whole_pages(tokens: int) -> int:
 
 
 class AttentionSlots:
-    """Keys and values of one attention layer, [slots, kv_heads, capacity, head_dim], capacity growing by pages."""
+    """Keys and values of one attention layer, [slots, kv_heads, capacity, head_dim], capacity growing by pages.
 
-    def __init__(self, pool: "Pool", mixer: Attention, dtype: torch.dtype):
-        self.pool = pool
-        shape = (pool.slots, mixer.num_kv_heads, PAGE, mixer.head_dim)
+    scales: fp32 [] of keys and of values: they are kept as codes of E4M3, a byte each, which stand for code * scale. None: in
+    `dtype`.
+    """
+
+    def __init__(self, pool: "Pool", mixer: Attention, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None):
+        self.pool, self.dtype, self.scales = pool, dtype, scales
+        shape, held = (pool.slots, mixer.num_kv_heads, PAGE, mixer.head_dim), torch.uint8 if scales else dtype
         # Zeros, not what memory holds: the weight of an unseen key is 0, and 0 times NaN is NaN.
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=pool.device) for _ in range(2))
+        self.k, self.v = (torch.zeros(shape, dtype=held, device=pool.device) for _ in range(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        step = self.pool.step
+        step, (k, v) = self.pool.step, self._codes(k, v)
         if isinstance(step, Prefill):
             parts = (t[0].split(step.counts) for t in (q, k, v))
             rows = zip(step.slots, step.starts, *parts, strict=True)
@@ -115,7 +120,7 @@ class AttentionSlots:
         places = step.slots[:, None], slice(None), step.positions
         step.put(self.k, places, k)
         step.put(self.v, places, v)
-        keys, values = (step.of(t[:, :, : step.reach]) for t in (self.k, self.v))
+        keys, values = self._values(*(step.of(t[:, :, : step.reach]) for t in (self.k, self.v)))
         if q.shape[1] * q.shape[2] > k.shape[2]:
             return attend_seen(q, keys, values, step.seen)
         # One query alone with its key would be multiplied by another kernel, that rounds otherwise, than one of several.
@@ -127,7 +132,7 @@ class AttentionSlots:
         end = start + len(q)
         for cache, new in ((self.k, k), (self.v, v)):
             cache[slot, :, start:end] = new.transpose(0, 1)
-        keys, values = (t[slot : slot + 1, :, :end] for t in (self.k, self.v))
+        keys, values = self._values(*(t[slot : slot + 1, :, :end] for t in (self.k, self.v)))
         if start == 0:
             return attend(q[None], keys.transpose(1, 2), values.transpose(1, 2))[0]
         parts = q.split(max(1, MASK // end))
@@ -138,6 +143,19 @@ class AttentionSlots:
         own = torch.arange(start, start + len(q), device=q.device)[:, None]
         seen = torch.arange(keys.shape[2], device=q.device) <= own
         return attend_seen(q[None], keys, values, seen[None])[0]
+
+    def _codes(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values as they are kept."""
+        if self.scales is None:
+            return new
+        scaled = (t.float() / scale for t, scale in zip(new, self.scales, strict=True))
+        return tuple(e4m3.encode(t).view(torch.uint8) for t in scaled)
+
+    def _values(self, *kept: Tensor) -> tuple[Tensor, ...]:
+        if self.scales is None:
+            return kept
+        codes = (e4m3.decode(t) for t in kept)
+        return tuple((t * scale).to(self.dtype) for t, scale in zip(codes, self.scales, strict=True))
 
     def grow(self, more: int) -> None:
         """Makes room for so many more tokens of each slot."""
@@ -218,13 +236,39 @@ class MambaSlots:
         self.conv[slot], self.ssm[slot] = 0, 0
 
 
+def cache_scales(blocks: nn.ModuleList, device: torch.device) -> list[tuple[Tensor, Tensor] | None]:
+    """The fp32 scales of keys and of values in FP8, of each attention layer: those of its checkpoint, 1 where it has none."""
+
+    def scale(projection: nn.Module, name: str) -> Tensor:
+        given = getattr(projection, name, None)
+        if given is None:
+            return torch.ones((), device=device)
+        return torch.where(given == 0, 1.0, given.detach().float()).reshape(())  # 0: of nothing but zeros
+
+    return [
+        (scale(block.mixer.k_proj, "k_scale"), scale(block.mixer.v_proj, "v_scale"))
+        if isinstance(block.mixer, Attention)
+        else None
+        for block in blocks
+    ]
+
+
 class Pool:
     """`slots` sequences' states in each of `blocks`; lengths: how many tokens each has seen.
 
-    dtype: of keys, values and windows. state_dtype: of the SSM states.
+    dtype: of keys, values and windows. state_dtype: of the SSM states. scales: of keys and values kept in FP8, for each of the
+    blocks, as cache_scales has them; None: they are kept in `dtype`.
     """
 
-    def __init__(self, blocks: nn.ModuleList, slots: int, dtype: torch.dtype, state_dtype: torch.dtype, device=None):
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        slots: int,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device=None,
+        scales: list[tuple[Tensor, Tensor] | None] | None = None,
+    ):
         self.slots, self.device = slots, torch.device(device or "cpu")
         self.lengths = [0] * slots
         self.capacity = PAGE  # tokens of a slot that there is room for
@@ -236,7 +280,8 @@ class Pool:
                 case Mamba2():
                     self.layers.append(MambaSlots(self, block.mixer, number, dtype, state_dtype))
                 case Attention():
-                    self.layers.append(AttentionSlots(self, block.mixer, dtype))
+                    own = None if scales is None else scales[number]
+                    self.layers.append(AttentionSlots(self, block.mixer, dtype, own))
                 case _:
                     self.layers.append(None)
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import quantize_experts
 from nvfp4_kernels.autograd.linear import quantize_weight
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
-from nvfp4_kernels.formats.tensor import NVFP4Tensor
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts, Router
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
@@ -103,7 +104,9 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
         ("down_proj", module.down_proj, module.down_noise),
     ):
         recipe = module.recipes[part]
-        stacks.append([form[0] for form in quantize_experts(weight, recipe, noise)] if recipe.quantized else weight)
+        stacks.append(
+            _matrices(quantize_experts(weight, recipe, noise)[0], weight.shape) if recipe.quantized else weight
+        )
     if all(_kept(stack[0]) for stack in stacks):
         return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
     ups, downs = (
@@ -117,6 +120,17 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
     made.up_proj, made.down_proj = nn.Parameter(ups, False), nn.Parameter(downs, False)
     made.up_noise, made.down_noise = module.up_noise, module.down_noise
     return made
+
+
+def _matrices(stack: Stack, shape: torch.Size) -> list[NVFP4Tensor | MXFP8Tensor | Tensor]:
+    """Each matrix by itself of the stack of forms of a weight [experts, out, in]."""
+    _, rows, cols = shape
+    if stack.scales is None:
+        return list(stack.values)
+    if stack.global_scales is None:
+        return [MXFP8Tensor(*parts, (rows, cols)) for parts in zip(*stack[:2], strict=True)]
+    cols = cols if stack.hadamard is None else 2 * stack.values.shape[2]
+    return [NVFP4Tensor(*parts, (rows, cols), stack.hadamard) for parts in zip(*stack[:3], strict=True)]
 
 
 def _kept(form) -> bool:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
@@ -144,7 +145,9 @@ def _after_linear(record, name: str, module: Linear, args: tuple, y: Tensor) -> 
 
 def _after_experts(record, name: str, module: Experts, args: tuple, y: Tensor) -> None:
     """What passes between the two matrices is worked out again for the busiest expert, in high precision."""
-    x, sizes, weights = (*args, None)[:3]
+    weights = (*args, None)[2]
+    x, offsets = sorted_rows(args[0].detach(), args[1])
+    sizes = offsets.diff().tolist()
     busiest = max(range(len(sizes)), key=sizes.__getitem__)
     start = sum(sizes[:busiest])
     mine = slice(start, start + sizes[busiest])

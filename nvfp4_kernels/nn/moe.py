@@ -11,7 +11,7 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
-from nvfp4_kernels.ops.permute.op import permute, unpermute
+from nvfp4_kernels.ops.permute.op import unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
@@ -74,15 +74,16 @@ class Experts(nn.Module):
         self.recipes: dict[str, LinearRecipe] = {"up_proj": HIGH, "down_proj": HIGH}
         self._up_forms, self._down_forms = FormsCache(quantize_experts), FormsCache(quantize_experts)
 
-    def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
-        """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
+    def forward(self, x: Tensor, groups: Routing | Tensor, weights: Tensor | None = None) -> Tensor:
+        """x, groups: tokens [tokens, size] and their Routing, or rows sorted by expert and the offsets of each expert's, int64
+        [experts + 1]. weights: [rows], put before down_proj, or None. Returns [rows, size], sorted by expert."""
         recipes = self.recipes["up_proj"], self.recipes["down_proj"]
         forms = (
             self._up_forms.get(self.up_proj, recipes[0], self.up_noise),
             self._down_forms.get(self.down_proj, recipes[1], self.down_noise),
         )
         noises = self.up_noise, self.down_noise
-        return experts(x, self.up_proj, self.down_proj, sizes, weights, recipes, noises, forms)
+        return experts(x, self.up_proj, self.down_proj, groups, weights, recipes, noises, forms)
 
     def stacks(self) -> tuple[Stack, Stack] | None:
         """Both matrices as nk.expert_mlp takes them, or None where a recipe quantizes the activations too."""
@@ -141,12 +142,12 @@ class MoE(nn.Module):
 
     def _trained(self, x: Tensor, routing: Routing) -> Tensor:
         weights = routing.weights.flatten().index_select(0, routing.order)
-        return unpermute(self.experts(permute(x, routing), routing.sizes(), weights), routing)
+        return unpermute(self.experts(x, routing, weights), routing)
 
     def _served(self, x: Tensor, routing: Routing) -> Tensor:
         stacks = self.experts.stacks()
         if stacks is None or torch.is_grad_enabled():
-            return unpermute(self.experts(permute(x, routing), routing.sizes()), routing, routing.weights)
+            return unpermute(self.experts(x, routing), routing, routing.weights)
         return expert_mlp(x, routing, *stacks)
 
 

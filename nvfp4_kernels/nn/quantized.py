@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
@@ -17,6 +18,7 @@ from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import Routing
 
 
 class QuantizedWeight(nn.Module):
@@ -48,11 +50,11 @@ class QuantizedWeight(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("input_scale", torch.zeros(lead, device=device) if input_scale else None)
 
-    def forward(self, x: Tensor, sizes: list[int] | None = None) -> Tensor:
-        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert, and sizes says how many rows each has."""
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert: offsets[e] to offsets[e + 1] are those of e."""
         if self.experts is None:
             return self._product(x, None)
-        return self._products(x, sizes)
+        return self._products(x, offsets)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, [out, in] or [experts, out, in]."""
@@ -60,8 +62,9 @@ class QuantizedWeight(nn.Module):
             return self._decode(None, dtype)
         return torch.stack([self._decode(e, dtype) for e in range(self.experts)])
 
-    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
-        y = [self._product(part, e) for e, part in enumerate(x.split(sizes)) if len(part)]
+    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
+        parts = x.split(offsets.diff().tolist())
+        y = [self._product(part, e) for e, part in enumerate(parts) if len(part)]
         return torch.cat(y) if y else x.new_zeros(0, self.out_features)
 
     def extra_repr(self) -> str:
@@ -136,7 +139,7 @@ class NVFP4Weight(QuantizedWeight):
     def _plain_buffers(self) -> dict[str, Tensor | None]:
         form = self.tensor().unpack()
         parts = {name: getattr(form, part) for name, part in self.FORMS.items()}
-        return parts | {name: self._buffers[name] for name in ("weight_scale_2", "input_scale")}
+        return parts | {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
 
     def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""
@@ -175,8 +178,8 @@ class NVFP4Weight(QuantizedWeight):
             self.unpack()
         return made
 
-    def _products(self, x: Tensor, sizes: list[int]) -> Tensor:
-        return weight_only_experts(x, self.stack(), sizes)
+    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return weight_only_experts(x, self.stack(), offsets)
 
     def _forms(self):
         rows, cols = self.out_features, self.in_features
@@ -232,9 +235,10 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.up_proj, self.down_proj = up_proj, down_proj
 
-    def forward(self, x: Tensor, sizes: list[int], weights: Tensor | None = None) -> Tensor:
-        """x: [rows, size], sorted by expert. weights: [rows], put before down_proj, or None."""
-        return self.down_proj(relu2(self.up_proj(x, sizes), weights), sizes)
+    def forward(self, x: Tensor, groups: Routing | Tensor, weights: Tensor | None = None) -> Tensor:
+        """As nn.moe.Experts."""
+        rows, offsets = sorted_rows(x, groups)
+        return self.down_proj(relu2(self.up_proj(rows, offsets), weights), offsets)
 
     def stacks(self) -> tuple[Stack, Stack] | None:
         """Both as nk.expert_mlp takes them, or None where it does not take their format."""

@@ -39,6 +39,7 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
         are kept for backward, nothing else: what backward needs beside them it forms again.
     backward: takes the gradients of the outputs (None where unused), then the arguments; returns a gradient for each
         differentiable argument, None where that is None or its gradient is.
+    The derivative has none itself: whoever asks for it gets a RuntimeError, where torch would go on without that part.
     """
     tensors = sum(part.strip().startswith("Tensor") for part in arguments.split(","))
     grads = ", ".join(f"Tensor? grad{i}" for i in range(outputs))
@@ -75,4 +76,10 @@ def register_differentiable(name: str, arguments: str, outputs: int, run, fake, 
         made = [g if x is not None else None for g, x in zip(made if gradients > 1 else (made,), inputs, strict=False)]
         return *made, *[None] * (tensors - gradients + len(ctx.options))
 
+    def no_second(ctx, *grads):
+        raise RuntimeError(
+            f"nk.{name}: got a second derivative (create_graph=True); allowed: first derivatives, its kernels have no others"
+        )
+
     torch.library.register_autograd(f"nvfp4::{name}", derivative, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"nvfp4::{name}_backward", no_second, lib=LIBRARY)

@@ -68,9 +68,23 @@ def quantize_target(
 ) -> tuple[QuantizedWeight, Loss]:
     """The layer that would stand for `target`, and what it loses; the model stays as it is."""
     weight = weight_of(model, target)
-    matrices = weight.unbind() if target.experts else [weight]
     input_scale = None if amaxes is None else amaxes.input_scale(target.name, form)
     bias = None if target.experts else model.get_submodule(target.name).bias
+    matrices = weight.unbind() if target.experts else [weight]
+    return quantize_matrices(target, matrices, form, search, four_over_six, bias, input_scale)
+
+
+@torch.no_grad()
+def quantize_matrices(
+    target: Target,
+    matrices: Iterable[Tensor],
+    form: str,
+    search: str,
+    four_over_six: str | None,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> tuple[QuantizedWeight, Loss]:
+    """The same of a target's matrices, of which one at a time is needed."""
     squared = norm = 0.0
     parts = []
     for matrix in matrices:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.formats import e2m1, e4m3
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
@@ -86,7 +87,9 @@ def observe(model: nn.Module) -> Iterator[Amaxes]:
 
     def before_experts(name: str):
         def hook(module: Experts, args: tuple) -> None:
-            x, sizes, weights = (*args, None)[:3]
+            x, offsets = sorted_rows(*args[:2])
+            weights = (*args, None)[2]
+            sizes = offsets.diff().tolist()
             shares = [None] * len(sizes) if weights is None else weights.split(sizes)
             for e, (rows, share) in enumerate(zip(x.split(sizes), shares, strict=True)):
                 if len(rows):

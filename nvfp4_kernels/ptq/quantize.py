@@ -30,7 +30,7 @@ class Plan:
     """rules: patterns and formats; or bits: a budget, a weight on average, that measured costs are to meet.
 
     label: what to call it in the report. search, four_over_six: as of ptq.scales. kv_cache: whether the checkpoint is to say
-    that keys and values are cached in FP8, with measured scales; the model itself goes on to cache them as they are.
+    that keys and values are cached in FP8, with measured scales, which Engine's kv_dtype takes; evaluation caches nothing.
     """
 
     label: str
@@ -115,13 +115,12 @@ def quantize_model(
         input scales. text: what perplexity is measured on, before and after; None for neither. length: tokens in a window.
     Raises ValueError naming the argument or the layer.
     """
-    twice = next((name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)), None)
-    require(twice is None, "model", f"{twice}, quantized already", "a model in high precision")
+    require_high_precision(model)
     model.set_recipe("bf16")
     found = formats.targets(model)
     chosen = None if plan.rules is None else formats.assign(found, plan.rules)
     if calibration is None:
-        _require_no_calibration(plan, chosen)
+        require_no_calibration(plan, chosen)
     before = _evaluate(model, text, length, "perplexity before", progress)
     amaxes = _calibrate(model, calibration, length, progress)
     costs: list[Cost] = []
@@ -135,7 +134,7 @@ def quantize_model(
     for loss in apply(model, found, chosen, amaxes, plan.search, plan.four_over_six):
         losses.append(loss)
         progress("quantize", len(losses), len(found))
-    _round_matrices(model)
+    round_matrices(model)
     if plan.kv_cache and amaxes is not None:
         _describe_cache(model, amaxes)
     after = _evaluate(model, text, length, "perplexity after", progress)
@@ -161,7 +160,8 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _round_matrices(model: nn.Module) -> None:
+def round_matrices(model: nn.Module) -> None:
+    """To config.dtype, but for what is quantized; in place."""
     for module in model.modules():
         if isinstance(module, (Linear, nn.Embedding)):
             module.weight.data = module.weight.to(model.config.dtype)
@@ -177,7 +177,12 @@ def _describe_cache(model: nn.Module, amaxes: Amaxes) -> None:
         model.get_submodule(name).register_buffer(f"{name.rpartition('.')[2][0]}_scale", amaxes.cache_scale(name))
 
 
-def _require_no_calibration(plan: Plan, chosen: dict[str, str] | None) -> None:
+def require_high_precision(model: nn.Module) -> None:
+    twice = next((name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)), None)
+    require(twice is None, "model", f"{twice}, quantized already", "a model in high precision")
+
+
+def require_no_calibration(plan: Plan, chosen: dict[str, str] | None) -> None:
     require(
         plan.bits is None, "calibrate", "no text for --bits", "a text file to measure costs on (do: --calibrate FILE)"
     )

@@ -115,6 +115,7 @@ def _matmul() -> Iterator[Case]:
     for title, a_spec, b_spec, (m, n, k) in (
         ("nvfp4 x nvfp4", "nvfp4", "16x16", (17, 48, 64)),
         ("nvfp4 x nvfp4", "nvfp4", "nvfp4", (130, 200, 1856)),
+        ("nvfp4 x nvfp4", "nvfp4", "nvfp4", (3, 34, 80)),
         ("mxfp8 x mxfp8", "mxfp8", "mxfp8", (33, 96, 320)),
         ("bf16 x nvfp4", None, "nvfp4", (1, 256, 1856)),
         ("bf16 x nvfp4", None, "nvfp4", (16, 256, 512)),

@@ -113,9 +113,12 @@ class Run:
         optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
         options = (settings.accumulate, settings.clip, settings.health_every)
         self.trainer = Trainer(model, data, optimizer, Schedule(settings.lr, None), *options)
-        self.fix_steps(settings.steps or (found.state["steps"] if found else None))
         if found:
             self.trainer.load(found.state["trainer"], found.tensors)
+        if found and not settings.steps and found.state["minutes"] == settings.minutes:
+            self.fix_steps(found.state["steps"], found.state["decay"])
+        else:  # other --steps or --minutes than the run had
+            self.fix_steps(settings.steps)
         prepare_folder(self.out, settings, config)
         self.metrics = Metrics(self.out / "metrics.jsonl", found.state["metrics_bytes"] if found else 0)
         self.progress = Progress(self.recipe.name, self.trainer.step, quiet, line)
@@ -142,11 +145,15 @@ class Run:
     def done(self) -> bool:
         return self.steps is not None and self.trainer.step >= self.steps
 
-    def fix_steps(self, steps: int | None) -> None:
-        """The number of steps, once known. While it is not, a warm-up given as a share is one of 2,000 steps."""
+    def fix_steps(self, steps: int | None, decay: int | None = None) -> None:
+        """The number of steps, once known. While it is not, a warm-up given as a share is one of 2,000 steps.
+
+        decay: in steps. None: as the settings say, and, where a clock ends the run, from now on at the latest.
+        """
         s = self.settings
         warmup = as_steps(s.warmup, s.steps or 2000)
-        decay = 0 if steps is None else max(as_steps(s.decay, steps), 0 if s.steps else steps - self.trainer.step)
+        if decay is None:
+            decay = 0 if steps is None else max(as_steps(s.decay, steps), 0 if s.steps else steps - self.trainer.step)
         self.trainer.schedule = Schedule(s.lr, steps, warmup, decay, s.decay_shape)
 
     def advance(self, time_share: float = 0.0) -> None:
@@ -166,8 +173,8 @@ class Run:
 
     def save(self) -> None:
         state = {
-            "trainer": self.trainer.state(), "steps": self.steps, "corpus": self.fingerprint,
-            "metrics_bytes": self.metrics.position(),
+            "trainer": self.trainer.state(), "corpus": self.fingerprint, "metrics_bytes": self.metrics.position(),
+            "minutes": self.settings.minutes, "steps": self.steps, "decay": self.trainer.schedule.decay,
         }  # fmt: skip
         texts = {"config.json": (self.out / "config.json").read_text()}
         folder, keep = self.out / "checkpoints", self.settings.keep

@@ -135,6 +135,26 @@ def test_plan_names_the_reason_of_a_fallback(monkeypatch):
     assert "no such luck" in got and "quantize" in got
 
 
+@pytest.mark.parametrize(("op", "call", "wanted"), [
+    ("quantize", lambda x, row, col, noise: x.shape[1] == 48, "quantize x and w"),
+    ("matmul", lambda a, b, *rest: a.shape == (64, 48) and b.shape[0] == 32, "matmul fprop and wgrad"),
+    ("matmul", lambda a, b, *rest: a.shape == (48, 64), "matmul fprop and dgrad"),
+])  # fmt: skip
+def test_plan_asks_for_every_gemm(monkeypatch, op, call, wanted):
+    """Of 64 rows through a matrix [48, 32]: one call of dy, dgrad or wgrad is refused, and that alone."""
+    first = _dispatch.implementation(op, _dispatch.candidates(op)[0])
+    monkeypatch.setattr(first, "refuses", lambda *a: "not this one" if call(*a) else None)
+    got = plan._backend(get_recipe("nvfp4").default, 64, 48, 32)
+    other = {"quantize": "dy", "matmul fprop and wgrad": "dgrad", "matmul fprop and dgrad": "wgrad"}
+    refused = other.get(wanted) or other[op]
+    assert wanted in got and f"{op} {refused} " in got and got.count("not this one") == 1
+
+
+def test_plan_names_a_wrong_number_of_tokens(capsys):
+    assert main.main(["plan", "--tokens", "0"]) == 2
+    assert "tokens: got 0; allowed: at least 1" in capsys.readouterr().err
+
+
 BENCH = """
 import pytest, time
 

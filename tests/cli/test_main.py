@@ -76,6 +76,11 @@ def test_every_setting_has_a_flag_with_unit_default_and_example(capsys):
     (["generate", "--model", "/no/run"], "holds no run"),
     (["generate"], "--model"),
     (["bench", "--op", "nothing"], "op: got 'nothing'; allowed: "),
+    (["bench", "--folder", "."], "holds no bench_*.py; do: name the benchmarks"),
+    (["plan", "--tokens", "many"], "--tokens: got 'many'; allowed: a whole number"),
+    (["demo", "--minutes", "2m"], "--minutes: got '2m'; allowed: a number"),
+    (["check", "--op", "relu2", "--out", "no/file.json"], "out: no/file.json cannot be written, no is no folder; do: "),
+    (["eval", "--model", "x", "--text", "y", "--json", "."], "json: . is a folder; do: name another file"),
     ([], "COMMAND"),
 ])  # fmt: skip
 def test_wrong_use_is_one_line_with_a_way_out(argv, message, capsys, tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def test_a_run_by_recipe_then_eval(folder, capsys):
         "nano-nvfp4, search max: " in out
         and "\ninputs quantized too: perplexity" in out
         and "in q: the checkpoint" in out
+        and "the whole model was held in memory" in out
     )
     report = json.loads((folder / "q" / "quantization_report.json").read_text())
     names = {p.name for p in (folder / "q").iterdir()}
@@ -71,7 +72,8 @@ def test_a_run_by_recipe_then_eval(folder, capsys):
     assert got["nats_a_token"] == report["after"]["nats_a_token"]  # what is stored is what was measured
     assert got["bytes"] == len(TEXT.encode()) - 1 == got["tokens"] and got["length"] == 64
     assert f"{got['bits_a_byte']:.4f} bits a byte" in out and "0 - 63" in out and "tokens/s" in out
-    assert run(capsys, "generate", "--model", "q", "--prompt", "The ", "--tokens", 3).startswith("The ")
+    for options in ((), ("--kv-cache", "fp8"), ("--kv-cache", "checkpoint")):
+        assert run(capsys, "generate", "--model", "q", "--prompt", "The ", "--tokens", 3, *options).startswith("The ")
     before = run(capsys, "eval", "--model", "run", *common)
     assert f"{report['before']['nats_a_byte']:.4f} nats a byte" not in before  # a run is evaluated by its own recipe
 
@@ -79,7 +81,7 @@ def test_a_run_by_recipe_then_eval(folder, capsys):
 def test_a_checkpoint_by_patterns(folder, capsys):
     patterns = ("--pattern", "*.experts.*=w4a16", "--pattern", "*.out_proj=w4a16")
     out = run(capsys, "quantize", "--model", "hf", "--out", "deep/q", *patterns, "--search", "mse")
-    assert "perplexity" not in out and "patterns, search mse" in out
+    assert "perplexity" not in out and "patterns, search mse" in out and "one layer at a time was held" in out
     account = json.loads((folder / "deep/q/hf_quant_config.json").read_text())["quantization"]
     assert account["quant_algo"] == "W4A16_NVFP4" and account["kv_cache_quant_algo"] is None
     source, model = from_pretrained(folder / "hf"), from_pretrained(folder / "deep/q")

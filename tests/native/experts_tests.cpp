@@ -131,7 +131,7 @@ struct Matrices {
         }
     }
     Operand operand() const {
-        if (quantized) return {Kind::nvfp4, codes.data(), scales.data(), global.data(), rows, cols, 0, 0};
+        if (quantized) return {Kind::nvfp4, codes.data(), scales.data(), global.data(), rows, cols, cols, 0};
         return {Kind::bf16, plain.data(), nullptr, nullptr, rows, cols, cols, 1};
     }
 };

@@ -243,7 +243,7 @@ void matmul_everywhere() {
         const float g = 0.01f;
         for (int wide = 0; wide < 2; ++wide) {
             const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? a32.data() : a.data(), nullptr, nullptr, m, k, k, 1};
-            const Operand right{Kind::nvfp4, codes.data(), scales.data(), &g, n, k16, 0, 0};
+            const Operand right{Kind::nvfp4, codes.data(), scales.data(), &g, n, k16, k16, 0};
             for (const char* name : isas()) {
                 set_isa(name);
                 std::vector<float> y(static_cast<size_t>(m * n)), again(y.size());

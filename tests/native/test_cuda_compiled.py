@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,17 +38,21 @@ def compiled():
 @pytest.mark.parametrize("op, arch", TASKS)
 def test_no_spills(compiled, op, arch):
     rows = compiled[op, arch].values()
-    assert len(rows) == {"quantize": 14, "matmul": 4, "state_update": 15}[op]
+    of_matmul = {"80": 5, "90a": 9, "100a": 8, "103a": 8, "120f": 6}[arch]
+    assert len(rows) == {"quantize": 14, "matmul": of_matmul, "state_update": 15}[op]
     assert not [row["kernel"] for row in rows if row["spills"]]
     most = {"120f": 99}.get(arch, 163) << 10
-    assert all(row["shared"] <= most for row in rows)
+    chips_own = [row for row in rows if row["kernel"].startswith(("weight_only_tiles", "tcgen05"))]
+    assert all(row["shared"] <= 227 << 10 for row in chips_own)
+    assert all(row["shared"] <= most for row in rows if row not in chips_own)
 
 
 @pytest.mark.parametrize("op, arch", [task for task in TASKS if task[0] != "state_update"])
 def test_instructions(compiled, op, arch):
     for name, row in compiled[op, arch].items():
         found = row["instructions"]
-        if op == "matmul":  # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
+        if re.fullmatch(r"weight_only_\d+", name):
+            # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
             assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
         elif (
             name == "quantize_row_bf16"

@@ -215,14 +215,14 @@ def test_refresh_after_writing_by_hand():
 def test_refresh_of_experts_and_mixers():
     experts, mixer = Experts(1, 32, 32), Mamba2(32, 2, 16, 16, 1)
     experts.recipes = {"up_proj": NVFP4, "down_proj": NVFP4}
-    x, token = torch.randn(4, 32), torch.randn(1, 1, 32)
+    x, token, offsets = torch.randn(4, 32), torch.randn(1, 1, 32), torch.tensor([0, 4])
     with torch.no_grad():
         experts.up_proj.normal_(), experts.down_proj.normal_()
-        before, state = experts(x, [4]), mixer.new_state(1, torch.float32)
+        before, state = experts(x, offsets), mixer.new_state(1, torch.float32)
         mixer(token, state=state)
         experts.down_proj.data.mul_(2)
         mixer.D.data.zero_()
         experts.refresh(), mixer.refresh()
-        torch.testing.assert_close(experts(x, [4]), 2 * before)
+        torch.testing.assert_close(experts(x, offsets), 2 * before)
         fresh = copy.deepcopy(mixer)
         torch.testing.assert_close(mixer(token, state=copy.deepcopy(state)), fresh(token, state=copy.deepcopy(state)))

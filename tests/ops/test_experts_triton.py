@@ -115,7 +115,9 @@ def test_relu2(shape, dtype):
             assert (
                 got.dtype == wanted.dtype and (got.double() - wanted.double()).norm() <= unit * wanted.double().norm()
             )
-    assert relu2(torch.tensor([[float("nan"), -1.0]], device=DEVICE)).isnan().tolist() == [[True, False]]
+    bad = torch.tensor([[float("nan"), -1.0]], device=DEVICE, requires_grad=True)
+    y = relu2(bad)
+    assert y.isnan().tolist() == torch.autograd.grad(y.sum(), bad)[0].isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("load", LOADS)

@@ -56,6 +56,14 @@ def test_strided_gate_and_zero_row():
     assert (y == 0).all() and x.grad.isfinite().all() and wide.grad.isfinite().all()
 
 
+def test_result_is_contiguous_whatever_x_is(backend):
+    """What the op's fake promises to a compiler."""
+    x, z = torch.randn(3, 5, 8).transpose(0, 1), torch.randn(8, 5).t()
+    assert gated_rms_norm(x, x, torch.ones(8)).is_contiguous()
+    assert gated_rms_norm(z, None, torch.ones(8)).is_contiguous()
+    torch.library.opcheck(torch.ops.nvfp4.gated_rms_norm, (z, None, torch.ones(8), 1e-5, 8, False))
+
+
 def test_errors_name_the_argument():
     x = torch.zeros(2, 12)
     with pytest.raises(ValueError, match="group_size: got 5; allowed: a divisor of 12"):

@@ -171,9 +171,11 @@ def test_reference(dtype):
 def test_registered_op_is_sound():
     a, b, o = drawn(9, 32), stack(3, 5, 32), offsets([4, 0, 5])
     parts = b.values, b.scales.view(torch.uint8), b.global_scales
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, (a, *parts, o, "bfloat16"), test_utils=checks)
-    torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, (a.t(), a.t(), None, None, o, "float32"), test_utils=checks)
+    checks, nothing = ("test_schema", "test_faketensor"), [None] * 3
+    torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, (a, *nothing, *parts, None, o, "bfloat16"), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.nvfp4.grouped_matmul, (a.t(), *nothing, a.t(), *nothing, o, "float32"), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize(

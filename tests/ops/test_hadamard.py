@@ -46,6 +46,9 @@ def test_padding_extremes_and_strides(backend):
         for x in (torch.full((2, 16), 3.3e38), torch.full((2, 16), 1e-40), torch.full((2, 16), -3e38)):
             for signs in (0, 0xFFFF, DEFAULT_SIGNS):
                 assert torch.isfinite(nk.hadamard(x, signs)).all()
+        x = torch.randn(9, 80)
+        assert torch.equal(nk.hadamard(x[:, :32]), nk.hadamard(x)[:, :32])
+        assert torch.equal(nk.hadamard(x[::2]), nk.hadamard(x)[::2])
         x = torch.randn(64, 9).bfloat16()
         assert torch.equal(nk.hadamard(x.t()), nk.hadamard(x.t().contiguous()))
     assert torch.equal(nk.hadamard(x.t(), [1] * 16), nk.hadamard(x.t(), 0))

@@ -31,6 +31,9 @@ def test_input_is_left_alone_and_nan_stays(backend):
     before = x.clone()
     y = relu2(x)
     assert torch.equal(x[:, :2], before[:, :2]) and y[0, :2].tolist() == [0.0, 4.0] and y[0, 2].isnan()
+    x, weights = x.requires_grad_(), torch.ones(1, requires_grad=True)
+    dx, dweights = torch.autograd.grad(relu2(x, weights), (x, weights), torch.ones(1, 3))
+    assert dx[0, :2].tolist() == [0.0, 4.0] and dx[0, 2].isnan() and dweights.isnan()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (17, 1856), (5, 48), (0, 7), (3, 0), (4, 3, 33), (19,), ()])

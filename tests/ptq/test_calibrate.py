@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.ptq.calibrate import Amaxes, calibrate
@@ -17,8 +18,9 @@ def kept_inputs(model, ids, length):
     def keep(name):
         def hook(module, args, y):
             if isinstance(module, Experts):
-                for e, rows in enumerate(args[0].split(args[1])):
-                    inputs.setdefault((name, e), []).append(rows.double())
+                rows, offsets = sorted_rows(*args[:2])
+                for e, part in enumerate(rows.split(offsets.diff().tolist())):
+                    inputs.setdefault((name, e), []).append(part.double())
             else:
                 inputs.setdefault(name, []).append(args[0].flatten(0, -2))
                 outputs.setdefault(name, []).append(y.flatten(0, -2))

@@ -239,6 +239,23 @@ def test_minutes_end_with_a_decay_and_resume(settings):
     assert runs.train(settings, resume=True, quiet=True).steps == result.steps
 
 
+def test_a_clocks_decay_is_gone_on_with_after_a_resume(settings):
+    settings = settings.replace(steps=None, minutes=1.0, validation=0.0)
+    with runs.Run(settings, quiet=True) as run:
+        for _ in range(6):
+            run.advance()
+        run.fix_steps(16)  # as the clock does: the ten steps left are the decay
+        for _ in range(4):
+            run.advance()
+        before = run.trainer.schedule
+        run.finish()
+    assert before.decay == 10
+    with runs.Run(settings, resume=True, quiet=True) as run:
+        assert run.trainer.step == 10 and run.trainer.schedule == before
+    with runs.Run(settings.replace(minutes=2.0), resume=True, quiet=True) as run:
+        assert run.steps is None  # another clock decides anew
+
+
 def test_compare_trains_on_the_same_batches(settings, tmp_path):
     got = compare(settings.replace(steps=4, out=str(tmp_path / "both")), {"bf16": bf16, "nvfp4": nvfp4}, quiet=True)
     one, two = (read_metrics(tmp_path / "both" / name / "metrics.jsonl")[0] for name in ("bf16", "nvfp4"))

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
-from nvfp4_kernels.ops._check import float_tensor, no_grad, require
+from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.grouped_matmul.op import check_stack, plain_parts
+from nvfp4_kernels.ops.grouped_matmul.op import check_stack, from_parts, length, plain_parts
 from nvfp4_kernels.ops.route.op import Routing
 
 
@@ -22,12 +22,13 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     no_grad("x", x, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
+    same_device("routing", routing.order, x.device)
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
         require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32 or NVFP4", TypeError)
         check_stack(name, stack, x.device)
-        shape = (*stack.values.shape[:-1], stack.values.shape[-1] * (1 if stack.scales is None else 2))
+        shape = (*stack.values.shape[:-1], length(stack))
         size, width = x.shape[1], stacks[0][0].shape[1] if stacks else shape[-2]
         wanted = (experts, size, width) if stacks else (experts, width, size)
         require(shape == wanted, name, f"shape {list(shape)}", f"{list(wanted)}")
@@ -37,7 +38,7 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:
-    arguments = (x, weights.detach(), offsets, inverse, order, Stack(*parts[:3]), Stack(*parts[3:]))
+    arguments = (x, weights.detach(), offsets, inverse, order, from_parts(*parts[:3]), from_parts(*parts[3:]))
     return select("expert_mlp", *arguments).run(*arguments)
 
 

@@ -14,6 +14,6 @@ def refuses(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order:
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
     rows = permute.run(x, order, inverse)
-    hidden = grouped_matmul.run(rows, up, offsets, torch.float32).relu_().square_().to(x.dtype)
-    y = grouped_matmul.run(hidden, down, offsets, torch.float32)
+    hidden = grouped_matmul.run(Stack(rows), up, offsets, torch.float32).relu_().square_().to(x.dtype)
+    y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
     return permute.combine(y, order, inverse, weights).to(x.dtype)

@@ -12,11 +12,13 @@ from nvfp4_kernels.ops.relu2 import triton as relu2
 def refuses(
     x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
 ) -> str | None:
-    return grouped_matmul.refuses(x, up, offsets, x.dtype) or grouped_matmul.refuses(x, down, offsets, x.dtype)
+    return grouped_matmul.refuses(Stack(x), up, offsets, x.dtype) or grouped_matmul.refuses(
+        Stack(x), down, offsets, x.dtype
+    )
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
     rows = permute.run(x, order, inverse)
-    hidden = relu2.run(grouped_matmul.run(rows, up, offsets, torch.float32), None).to(x.dtype)
-    y = grouped_matmul.run(hidden, down, offsets, torch.float32)
+    hidden = relu2.run(grouped_matmul.run(Stack(rows), up, offsets, torch.float32), None).to(x.dtype)
+    y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
     return permute.combine(y, order, inverse, weights).to(x.dtype)

@@ -13,7 +13,7 @@ def run(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int
     wide, gate = _wide(x), None if z is None else F.silu(_wide(z))
     u = wide if gate is None or norm_before_gate else wide * gate
     normed = (u.unflatten(-1, (-1, group_size)) * _rstd(u, group_size, eps)).flatten(-2) * weight
-    return (normed * gate if norm_before_gate and gate is not None else normed).to(x.dtype)
+    return (normed * gate if norm_before_gate and gate is not None else normed).to(x.dtype).contiguous()
 
 
 def backward(

@@ -3,46 +3,55 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device, refuses_float
 
-NVFP4 = 3  # the kind of operand beyond the dtypes
-
-
-def refuses(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
-    return refuses_float(a) or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
+NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 
 
-def run(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    b = readable(b)
-    right, stride = operand(b)
+def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+    why = refuses_float(a.values) if a.scales is None else refuses_device(a.values)
+    return why or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
+
+
+def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    a, b = readable(a), readable(b)
+    left, (right, stride) = operand(a)[0], operand(b)
     sums = b.values.dim() == 2
     groups = offsets.numel() - 1
-    shape = (groups, len(a), len(b.values)) if sums else (len(a), b.values.shape[1])
+    shape = (groups, len(a.values), len(b.values)) if sums else (len(a.values), b.values.shape[1])
     y = torch.empty(shape, dtype=out_dtype)
-    left = (DTYPES[a.dtype], a.data_ptr(), 0, 0, *a.shape, *a.stride())
+    starts = tuple(x.starts.data_ptr() if isinstance(x, Columns) else 0 for x in (a, b))
     threads = torch.get_num_threads()
     status = native.grouped_matmul(
-        left, right, stride, offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype], threads
+        left, right, stride, starts, offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype], threads
     )
+    rows = "the number of rows" if starts[0] else f"{a.values.shape[sums]}, the number of rows"
+    require(status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {rows}")
     require(
-        status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {a.shape[sums]}, the number of rows"
+        status != 3, "a and b", "starts without room for the groups' rows", "Columns as nk.quantize_groups makes them"
     )
     check(status)
     return y
 
 
-def readable(b: Stack) -> Stack:
+def readable(x: Stack | Columns) -> Stack | Columns:
     """The same with codes and scales in order, as the kernels read them; plain values may have any strides."""
-    return b if b.scales is None else Stack(*(part.contiguous() for part in b[:3]))
+    if x.scales is None:
+        return x
+    g = x.global_scales
+    return x._replace(
+        values=x.values.contiguous(), scales=x.scales.contiguous(), global_scales=None if g is None else g.contiguous()
+    )
 
 
-def operand(b: Stack) -> tuple[tuple, int]:
-    """The first matrix as csrc/bindings.cpp calls an operand, and the elements from it to the next plain one."""
-    values, scales, global_scales = b[:3]
+def operand(x: Stack | Columns) -> tuple[tuple, int]:
+    """The first matrix as csrc/bindings.cpp calls an operand, and the values from it to the next."""
+    values, scales, global_scales = x[:3]
     if scales is None:
         stride = values.stride(0) if values.dim() == 3 else 0
         return (DTYPES[values.dtype], values.data_ptr(), 0, 0, *values.shape[-2:], *values.stride()[-2:]), stride
-    places = (part.data_ptr() for part in (values, scales, global_scales))
-    return (NVFP4, *places, values.shape[1], 2 * values.shape[2], 0, 0), 0
+    rows, cols = values.shape[-2], values.shape[-1] * (1 if global_scales is None else 2)
+    places = values.data_ptr(), scales.data_ptr(), 0 if global_scales is None else global_scales.data_ptr()
+    return (MXFP8 if global_scales is None else NVFP4, *places, rows, cols, cols, 1), rows * cols

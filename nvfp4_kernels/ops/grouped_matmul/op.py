@@ -3,64 +3,124 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.layout import ceil_to
+from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 
+Rows = Tensor | NVFP4Tensor | MXFP8Tensor
 
-def grouped_matmul(a: Tensor, b: Tensor | Stack, offsets: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+
+def grouped_matmul(
+    a: Rows | Columns, b: Tensor | Stack | Columns, offsets: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """y = a @ b.T for each group by itself, summed in fp32, rounded once; group e has the rows offsets[e] to offsets[e + 1].
 
-    a: bf16, fp16 or fp32 (or fp64, then b and y too), any strides. out_dtype: a's by default.
+    a: bf16, fp16 or fp32 (or fp64, then b and y too), any strides, or quantized. out_dtype: that of a plain operand by
+        default, bf16 where there is none.
     offsets: int64 [groups + 1], ascending from 0, on a's device; nothing of it is read back to the host.
-    b a stack [groups, N, K], plain or NVFP4: a is [rows, K], its rows in the order of the groups; y is [rows, N].
-    b a plain matrix [N, rows]: a is [M, rows], and the sum is divided; y is [groups, M, N], zero for a group without rows.
+    b a stack [groups, N, K], plain, NVFP4 or MXFP8: a is [rows, K], plain, NVFP4Tensor or MXFP8Tensor, its rows in the order
+        of the groups; y is [rows, N].
+    b a plain matrix [N, rows] or Columns of N lines: a is [M, rows] or Columns of M lines, and the sum is divided; y is
+        [groups, M, N], zero for a group without rows.
 
     For a layer y = x w^T of each expert: forward grouped_matmul(x, w, o), the gradient of x
-    grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o).
+    grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o). Operands that went through the
+    Hadamard transform must share its signs. A global scale that is not finite makes its products NaN.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
-    stack = b if isinstance(b, Stack) else Stack(b)
-    _check_values("a", a)
-    require(a.dim() == 2, "a", f"{a.dim()} dimensions", "2, [rows, K], or [M, rows] where b has 2")
-    _check_offsets(offsets, a.device)
-    check_stack("b", stack, a.device)
-    out_dtype = out_dtype or a.dtype
+    signs_a, signs_b = (getattr(x, "hadamard", None) for x in (a, b))
+    require(signs_a == signs_b, "a and b", f"Hadamard signs {signs_a} and {signs_b}", "the same transform on both")
+    left, right = as_parts(a), as_parts(b)
+    require(left.values.dim() == 2, "a", f"{left.values.dim()} dimensions", "2, [rows, K], or [M, rows] where b has 2")
+    check_stack("a", left, left.values.device)
+    _check_offsets(offsets, left.values.device)
+    check_stack("b", right, left.values.device)
+    plain = [x.values.dtype for x in (left, right) if x.scales is None]
+    out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
     require(out_dtype in (*FLOATS, torch.float64), "out_dtype", out_dtype, "a floating-point type", TypeError)
-    types = {a.dtype, out_dtype} | ({stack.values.dtype} if stack.scales is None else set())
+    types = {*plain, out_dtype}
     mixed = torch.float64 in types and len(types) > 1
     require(not mixed, "a, b and out_dtype", ", ".join(sorted(map(str, types))), "float64 for all or none", TypeError)
     groups = offsets.numel() - 1
-    if stack.values.dim() == 3:
-        require(stack.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(stack.values) + 1}")
-        k = stack.values.shape[2] * (1 if stack.scales is None else 2)
+    if right.values.dim() == 3:
+        require(
+            not isinstance(a, Columns), "a", "Columns with a stack of matrices", "Columns beside a matrix or Columns"
+        )
+        require(right.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(right.values) + 1}")
+        k = a.shape[1] if isinstance(a, Rows) else length(left)
+        fits = ceil_to(k, run_of(right)) == length(right)
     else:
-        require(stack.scales is None, "b", "2 dimensions of NVFP4", "a plain matrix, or an NVFP4 stack [groups, N, K]")
-        k = stack.values.shape[1]
-    require(a.shape[1] == k, "a and b", f"K = {a.shape[1]} and K = {k}", "equal K, the last axis of both")
-    return torch.ops.nvfp4.grouped_matmul(a, *plain_parts(stack), offsets, str(out_dtype)[6:])
+        require(isinstance(a, (Tensor, Columns)), "a", type(a).__name__, "a plain matrix or Columns, as b", TypeError)
+        for name, x in (("a", a), ("b", b)):
+            if isinstance(x, Columns):
+                _check_starts(name, x.starts, offsets)
+        k = length(left)
+        fits = isinstance(a, Columns) or isinstance(b, Columns) or k == length(right)
+    require(fits, "a and b", f"K = {k} and K = {length(right)}", "equal K, the last axis of both")
+    return torch.ops.nvfp4.grouped_matmul(
+        *plain_parts(left), getattr(a, "starts", None), *plain_parts(right), getattr(b, "starts", None),
+        offsets, str(out_dtype)[6:],
+    )  # fmt: skip
+
+
+def as_parts(x: Rows | Stack | Columns) -> Stack:
+    """Any operand as values, scales and global scales; a matrix has values of two dimensions."""
+    match x:
+        case Stack():
+            return x
+        case Columns():
+            return Stack(x.values, x.scales, x.global_scales)
+        case NVFP4Tensor():
+            return Stack(x.codes, x.scales, x.global_scale)
+        case MXFP8Tensor():
+            return Stack(x.codes, x.scales)
+    require(
+        isinstance(x, Tensor),
+        "a and b",
+        type(x).__name__,
+        "Tensor, NVFP4Tensor, MXFP8Tensor, Stack, Columns",
+        TypeError,
+    )
+    return Stack(x)
+
+
+def run_of(x: Stack | Columns) -> int:
+    """How many values a scale is for; 1 for plain values."""
+    return 1 if x.scales is None else 32 if x.global_scales is None else 16
+
+
+def length(x: Stack | Columns) -> int:
+    """Values of a row, padding included."""
+    return x.values.shape[-1] * (2 if run_of(x) == 16 else 1)
 
 
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
     values, scales, global_scales, _ = stack
+    require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
     if scales is None:
         _check_values(name, values)
-        require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
     else:
         codes, found = values.shape, (tuple(scales.shape), scales.dtype)
-        require(
-            values.dtype == torch.uint8 and values.dim() == 3, name, f"codes {values.dtype}", "uint8 [groups, N, K / 2]"
-        )
-        require(
-            codes[2] % 8 == 0 and found == ((*codes[:2], codes[2] // 8), torch.float8_e4m3fn),
-            name, f"scales {found}", "float8_e4m3fn [groups, N, K / 16]",
-        )  # fmt: skip
-        require(
-            global_scales.shape == codes[:1] and global_scales.dtype == torch.float32,
-            name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
-        )  # fmt: skip
+        if global_scales is None:
+            fp8, run, scale = torch.float8_e4m3fn, 32, torch.uint8
+            require(values.dtype == fp8, name, f"codes {values.dtype} without global scales", f"{fp8}, MXFP8")
+        else:
+            run, scale = 8, torch.float8_e4m3fn  # bytes of codes
+            require(values.dtype == torch.uint8, name, f"codes {values.dtype}", "uint8 [.., K / 2]")
+            require(
+                global_scales.dim() <= 1 and global_scales.dtype == torch.float32,
+                name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
+            )  # fmt: skip
+            require(
+                values.dim() == 2 or global_scales.shape == codes[:1],
+                name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
+            )  # fmt: skip
+        wanted = (*codes[:-1], codes[-1] // run), scale
+        require(codes[-1] % run == 0 and found == wanted, name, f"scales {found}", f"{scale} {list(wanted[0])}")
     for part in stack[:3]:
         if part is not None:
             same_device(name, part, device)
@@ -74,8 +134,19 @@ def _check_values(name: str, x: Tensor) -> None:
 
 def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     """The three tensors, E4M3 as bytes, for which torch's tools have kernels."""
-    scales = None if stack.scales is None else stack.scales.view(torch.uint8)
-    return stack.values, scales, stack.global_scales
+    values, scales, global_scales = stack[:3]
+    if scales is None:
+        return values, None, None
+    return values.view(torch.uint8), scales.view(torch.uint8), global_scales
+
+
+def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None) -> Stack:
+    """The inverse of plain_parts."""
+    if scales is None:
+        return Stack(values)
+    if global_scales is None:
+        return Stack(values.view(torch.float8_e4m3fn), scales)
+    return Stack(values, scales.view(torch.float8_e4m3fn), global_scales)
 
 
 def _check_offsets(offsets: Tensor, device: torch.device) -> None:
@@ -85,17 +156,28 @@ def _check_offsets(offsets: Tensor, device: torch.device) -> None:
     same_device("offsets", offsets, device)
 
 
-def _run(
-    a: Tensor, b: Tensor, scales: Tensor | None, global_scales: Tensor | None, offsets: Tensor, out_dtype: str
-) -> Tensor:
-    arguments = (a, Stack(b, scales, global_scales), offsets, getattr(torch, out_dtype))
+def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
+    found = f"starts {starts.dtype} {list(starts.shape)}"
+    require(starts.dtype == torch.int64 and starts.shape == offsets.shape, name, found, f"int64 {list(offsets.shape)}")
+    require(starts.is_contiguous(), name, f"starts with strides {starts.stride()}", "contiguous memory")
+    same_device(name, starts, offsets.device)
+
+
+def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, starts: Tensor | None):
+    parts = from_parts(values, scales, global_scales)
+    return parts if starts is None else Columns(*parts[:3], starts)
+
+
+def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets: Tensor, out_dtype: str) -> Tensor:
+    left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts)
+    arguments = (left, right, offsets, getattr(torch, out_dtype))
     return select("grouped_matmul", *arguments).run(*arguments)
 
 
-def _fake(a, b, scales, global_scales, offsets, out_dtype: str) -> Tensor:
+def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, out_dtype: str) -> Tensor:
     shape = (a.shape[0], b.shape[-2]) if b.dim() == 3 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
-_STACK = "Tensor b, Tensor? b_scales, Tensor? b_global"
-register(f"grouped_matmul(Tensor a, {_STACK}, Tensor offsets, str out_dtype) -> Tensor", _run, _fake)
+_OPERANDS = ", ".join(f"Tensor {x}, Tensor? {x}_scales, Tensor? {x}_global, Tensor? {x}_starts" for x in "ab")
+register(f"grouped_matmul({_OPERANDS}, Tensor offsets, str out_dtype) -> Tensor", _run, _fake)

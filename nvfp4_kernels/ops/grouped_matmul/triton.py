@@ -1,23 +1,27 @@
-"""Groups of products in Triton, as the product of decoded operands (ops/matmul/_triton_decoded.py), one launch for all groups.
+"""Groups of products in Triton, one launch for all groups: on FP4 tensor cores where both operands are NVFP4 and the device has
+them (ops/matmul/_triton_block_scaled.py), of decoded operands everywhere else (ops/matmul/_triton_decoded.py).
 
 Where the groups' rows begin is on the device and stays there: as many programs start as the rows could need in the worst case,
 a tile more for each group than for rows without groups, and each finds its group, or that there is nothing left for it, from
 the offsets. Sums that are divided among groups run from one offset to the next, a program a tile of one group.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_numerics import portable
+from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import write
 
 
-def refuses(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
-    return "float64" if torch.float64 in (a.dtype, b.values.dtype, out_dtype) else refuses_device(a)
+def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+    return "float64" if torch.float64 in (a.values.dtype, b.values.dtype, out_dtype) else refuses_device(a.values)
 
 
 @jit
@@ -35,99 +39,175 @@ def find(offsets_ptr, groups, place, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexp
 
 
 @jit
+def step(
+    sums, a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step,
+    b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step,
+    A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums with BLOCK_K more products each."""
+    if FP4:
+        a, a_scales = fp4.operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, A_UNIT, BLOCK_K)
+        b, b_scales = fp4.operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, B_UNIT, BLOCK_K)
+        return fp4.multiplied(a, a_scales, b, b_scales, sums)
+    else:
+        a = operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step, A, A_UNIT, COMPUTE, BLOCK_K)
+        b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
+        return tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+
+
+@jit
 def rows_kernel(
-    a_ptr, a_width, a_row_stride, a_step, b_ptr, b_scales_ptr, b_global_ptr, b_width, b_stride, b_row_stride, b_step,
+    a_ptr, a_scales_ptr, a_global_ptr, a_width, a_row_stride, a_step,
+    b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
     offsets_ptr, out_ptr, groups, N, K,
-    A: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     group, first, end = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
         row, col = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         b_ptr += group.to(tl.int64) * b_stride
-        if B == "nvfp4":
-            b_scales_ptr += group.to(tl.int64) * N * b_width * (B_UNIT // 16)
+        b_scales_ptr += group.to(tl.int64) * b_scales_stride
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
-            a = operand(a_ptr, a_ptr, row, end, k, a_width, a_row_stride, a_step, A, 1, COMPUTE, BLOCK_K)
-            b = operand(b_ptr, b_scales_ptr, col, N, k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
-            sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
-        write(
-            sums, first, n, 0, end, N, b_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False
-        )  # fmt: skip
+            sums = step(
+                sums, a_ptr, a_scales_ptr, row, end, k, a_width, a_row_stride, a_step,
+                b_ptr, b_scales_ptr, col, N, k, b_width, b_row_stride, b_step,
+                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K,
+            )  # fmt: skip
+        write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
 
 @jit
 def sums_kernel(
-    a_ptr, a_row_stride, a_step, b_ptr, b_row_stride, b_step, offsets_ptr, out_ptr, M, N,
-    A: tl.constexpr, B: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, FINISH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_ptr, a_scales_ptr, a_global_ptr, a_row_stride, a_step, a_starts_ptr,
+    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, out_ptr, M, N,
+    A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BLOCK_N)
     m, n = tl.program_id(0) // across * BLOCK_M, tl.program_id(0) % across * BLOCK_N
     group = tl.program_id(1).to(tl.int64)
     row, col = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    end = tl.load(offsets_ptr + group + 1)
+    a_first, a_end = tl.load(a_starts_ptr + group), tl.load(a_starts_ptr + group + 1)
+    b_first, b_end = tl.load(b_starts_ptr + group), tl.load(b_starts_ptr + group + 1)
+    a_first, b_first = tl.multiple_of(a_first, A_UNIT), tl.multiple_of(b_first, B_UNIT)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(tl.load(offsets_ptr + group), end, BLOCK_K):
-        a = operand(a_ptr, a_ptr, row, M, k, end, a_row_stride, a_step, A, 1, COMPUTE, BLOCK_K)
-        b = operand(b_ptr, b_ptr, col, N, k, end, b_row_stride, b_step, B, 1, COMPUTE, BLOCK_K)
-        sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+    for k in range(0, tl.minimum(a_end - a_first, b_end - b_first), BLOCK_K):
+        sums = step(
+            sums, a_ptr, a_scales_ptr, row, M, a_first + k, a_end // A_UNIT, a_row_stride, a_step,
+            b_ptr, b_scales_ptr, col, N, b_first + k, b_end // B_UNIT, b_row_stride, b_step,
+            A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K,
+        )  # fmt: skip
     out_ptr += group * M * N
-    write(sums, m, n, 0, M, N, out_ptr, out_ptr, out_ptr, out_ptr, out_ptr, FINISH, False)
+    write(sums, m, n, 0, M, N, a_global_ptr + group, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
 
-def run(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return _rows(a, b, offsets, out_dtype) if b.values.dim() == 3 else _sums(a, b.values, offsets, out_dtype)
+def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return (_rows if b.values.dim() == 3 else _sums)(a, b, offsets, out_dtype)
 
 
-def _rows(a: Tensor, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    (rows, K), (groups, N) = a.shape, b.values.shape[:2]
-    y = torch.empty(rows, N, dtype=out_dtype, device=a.device)
-    a_format, b_format = str(a.dtype)[6:], str(b.values.dtype)[6:] if b.scales is None else "nvfp4"
-    t, constants = _form(-(-rows // max(groups, 1)), N, K, a_format, b_format, a.device)
-    if b.scales is None:
-        values, unit = portable(b.values), 1
-        right = values, values, values, K, *values.stride()
-    else:
-        unit = 64 if K % 64 == 0 and t.k % 64 == 0 else 16
-        codes, scales = b.values.contiguous().view(torch.int32), b.scales.contiguous().view(torch.uint8)
-        right = codes, scales, b.global_scales.contiguous(), K // unit, N * (K // 8), 0, 0
+@dataclass(frozen=True)
+class _Side:
+    """An operand as the kernels take it: codes in words, or in bytes for FP4 tensor cores."""
+
+    format: str
+    places: tuple[
+        Tensor, Tensor, Tensor
+    ]  # values, scales, global scales; plain values in the place of what is not there
+    width: int  # of a line, in values
+    unit: int  # values that a step along it takes at least
+
+    @property
+    def scaled(self) -> bool:
+        return self.format == "nvfp4"
+
+    def strides(self, values: Tensor) -> tuple[int, int]:
+        """From a line to the next, in units, and from a plain value to the next."""
+        return (self.width // self.unit, 0) if self.format in ("nvfp4", "mxfp8") else values.stride()[-2:]
+
+
+def _format(x: Stack | Columns) -> str:
+    return str(x.values.dtype)[6:] if x.scales is None else "mxfp8" if x.global_scales is None else "nvfp4"
+
+
+def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int) -> _Side:
+    kind = _format(x)
+    if x.scales is None:
+        values = portable(x.values)
+        return _Side(kind, (values, values, values), values.shape[-1], 1)
+    codes, scales = x.values.contiguous(), x.scales.contiguous().view(torch.uint8)
+    width = codes.shape[-1] * (2 if kind == "nvfp4" else 1)
+    unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block_k % u == 0)
+    if cores:
+        return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit)
+    words = codes.view(torch.int32)
+    return _Side(kind, (words, scales, scales if kind == "mxfp8" else x.global_scales.contiguous()), width, unit)
+
+
+def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    rows, (groups, N) = len(a.values), b.values.shape[:2]
+    y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
+    t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16))
+    left, right = sides
+    values, scales, _ = right.places
     launch(
         rows_kernel,
         (-(-rows // t.m) + groups, -(-N // t.n)),
-        *(portable(a), K, *a.stride(), *right, offsets, portable(y), groups, N, K),
-        **dict(B_UNIT=unit, FINISH=(512.0 if unit > 1 else 1.0, False, unit > 1, False, False)),
+        *(*left.places, left.width // left.unit, *left.strides(a.values)),
+        *(*right.places, right.width // right.unit, *right.strides(b.values)),
+        *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
+        *(offsets, portable(y), groups, N, min(left.width, right.width)),
         **constants,
         BLOCK_G=next_power_of_2(groups),
     )
     return y
 
 
-def _sums(a: Tensor, b: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    groups, M, N = len(offsets) - 1, len(a), len(b)
-    y = torch.empty(groups, M, N, dtype=out_dtype, device=a.device)
-    t, constants = _form(M, N, a.shape[1], str(a.dtype)[6:], str(b.dtype)[6:], a.device)
+def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    groups, M, N = len(offsets) - 1, len(a.values), len(b.values)
+    if 0 in (a.values.shape[1], b.values.shape[1]):
+        return torch.zeros(groups, M, N, dtype=out_dtype, device=a.values.device)
+    y = torch.empty(groups, M, N, dtype=out_dtype, device=a.values.device)
+    mixed = (a.scales is None) != (b.scales is None)  # which leaves registers for small tiles alone
+    t, sides, constants = _form(min(M, 64) if mixed else M, N, a, b, (16,))  # groups begin at any block
+    arguments = []
+    for x, side in zip((a, b), sides, strict=True):
+        starts = x.starts if isinstance(x, Columns) else offsets
+        arguments += *side.places, *side.strides(x.values), starts
     launch(
         sums_kernel,
         (-(-M // t.m) * -(-N // t.n), groups),
-        *(portable(a), *a.stride(), portable(b), *b.stride(), offsets, portable(y), M, N),
-        FINISH=(1.0, False, False, False, False),
+        *(*arguments, portable(y), M, N),
         **constants,
     )
     return y
 
 
-def _form(M: int, N: int, K: int, a: str, b: str, device: torch.device):
-    """The tile for products of this size, and what the kernels are compiled for. Fused multiply-adds change no bits here: the
-    products are the tensor cores'."""
-    compute = computed_in(a, b)
+def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...]):
+    """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
+    bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
+    formats, device = (_format(a), _format(b)), a.values.device
+    cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") else None
+    compute = computed_in(*formats)
     dtype, _, precision = EXACT[compute]
     if INTERPRETED:
         dtype, precision = torch.float32, "ieee"
-    t = tile(M, N, K, compute, _device.matrix_instruction(device))
-    constants = dict(A=a, B=b, COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)
-    return t, constants | dict(
-        BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages, fusion=False
+    if cores:
+        t = fp4.tile(M, N, b.values.shape[-1], cores)
+    else:
+        most = M if a.scales is None or b.scales is None else min(M, 256)
+        t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
+    left, right = sides = [_side(x, bool(cores), units if cores else units[-2:], t.k) for x in (a, b)]
+    gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
+    constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))
+    constants |= dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)
+    constants |= dict(FINISH=(gain, left.scaled, right.scaled, False, False))
+    return (
+        t,
+        sides,
+        constants | dict(BLOCK_M=t.m, BLOCK_N=t.n, BLOCK_K=t.k, num_warps=t.warps, num_stages=t.stages, fusion=False),
     )

@@ -55,13 +55,14 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     partial = counters = None
     if parts > 1:
         partial = torch.empty(tiles * parts * ROWS * most, dtype=torch.float32, device=a.device)
-        counters = _zeros(tiles, a.device)
+        counters = zeros(tiles, a.device)
     parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, parts, partial, counters)
     _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, shared_bytes(most), parameters, a)
     return out
 
 
-def _zeros(count: int, device: torch.device) -> Tensor:
+def zeros(count: int, device: torch.device) -> Tensor:
+    """Counters for a launch that leaves them at zero."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     with torch.cuda.device(device):

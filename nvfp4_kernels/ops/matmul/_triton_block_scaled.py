@@ -22,13 +22,14 @@ def tile(M: int, N: int, K: int, cores: str) -> Tile:
 
 
 @jit
-def operand(codes_ptr, scales_ptr, row, rows, k, units, UNIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Bytes [rows, BLOCK_K / 2] and scales [rows, BLOCK_K / 16], zero beyond the operand."""
+def operand(codes_ptr, scales_ptr, row, rows, k, units, stride, UNIT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Bytes [rows, BLOCK_K / 2] and scales [rows, BLOCK_K / 16], zero beyond the operand. A row is `units` long, of UNIT values
+    each; the next is `stride` units on."""
     line, inside = row[:, None].to(tl.int64), (row < rows)[:, None]
     c, s = k // 2 + tl.arange(0, BLOCK_K // 2), k // 16 + tl.arange(0, BLOCK_K // 16)
-    width = units * (UNIT // 16)
-    codes = tl.load(codes_ptr + line * (width * 8) + c[None, :], inside & (c < width * 8)[None, :], 0)
-    scales = tl.load(scales_ptr + line * width + s[None, :], inside & (s < width)[None, :], 0.0)
+    width, stride = units * (UNIT // 16), stride * (UNIT // 16)
+    codes = tl.load(codes_ptr + line * (stride * 8) + c[None, :], inside & (c < width * 8)[None, :], 0)
+    scales = tl.load(scales_ptr + line * stride + s[None, :], inside & (s < width)[None, :], 0.0)
     return codes, scales
 
 
@@ -38,6 +39,14 @@ def decoded(codes, scales):
     x = tl.reshape(x, [codes.shape[0], scales.shape[1], 16])
     decode = e4m3_value(scales.to(tl.uint8, bitcast=True).to(tl.int32))
     return tl.reshape(x * decode[:, :, None], [codes.shape[0], codes.shape[1] * 2])
+
+
+@jit
+def multiplied(a, a_scales, b, b_scales, sums):
+    if WRITTEN_OUT:
+        return tl.dot(decoded(a, a_scales), tl.trans(decoded(b, b_scales)), sums, input_precision="ieee")
+    else:
+        return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", sums)
 
 
 @jit
@@ -51,12 +60,9 @@ def block_scaled_kernel(
     row, col = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(K, BLOCK_K))):
-        a, a_scales = operand(a_ptr, a_scales_ptr, row, M, step * BLOCK_K, a_width, UNIT, BLOCK_K)
-        b, b_scales = operand(b_ptr, b_scales_ptr, col, N, step * BLOCK_K, b_width, UNIT, BLOCK_K)
-        if WRITTEN_OUT:
-            sums = tl.dot(decoded(a, a_scales), tl.trans(decoded(b, b_scales)), sums, input_precision="ieee")
-        else:
-            sums = tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", sums)
+        a, a_scales = operand(a_ptr, a_scales_ptr, row, M, step * BLOCK_K, a_width, a_width, UNIT, BLOCK_K)
+        b, b_scales = operand(b_ptr, b_scales_ptr, col, N, step * BLOCK_K, b_width, b_width, UNIT, BLOCK_K)
+        sums = multiplied(a, a_scales, b, b_scales, sums)
     write(sums, m, n, split, M, N, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, partial_ptr, FINISH, SPLIT)
 
 

@@ -94,22 +94,22 @@ def bf16_decoded(word, scale):
 
 @jit
 def load_nvfp4(
-    codes_ptr, scales_ptr, row, rows, k, units, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
+    codes_ptr, scales_ptr, row, rows, k, units, stride, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """[rows, BLOCK_K], 2^-9 of the values under the block scales. A row is `units` long, of UNIT values each: 64 make for
-    wide loads, and for words of four scales, below which there are no asynchronous copies."""
+    wide loads, and for words of four scales, below which there are no asynchronous copies. The next is `stride` units on."""
     line, inside = row[:, None].to(tl.int64), (row < rows)[:, None]
     w = k // 8 + tl.arange(0, BLOCK_K // 8)
     words = units * (UNIT // 8)
-    word = tl.load(codes_ptr + line * words + w[None, :], inside & (w < words)[None, :], 0)
+    word = tl.load(codes_ptr + line * (stride * (UNIT // 8)) + w[None, :], inside & (w < words)[None, :], 0)
     if UNIT == 64:
         s = k // 64 + tl.arange(0, BLOCK_K // 64)
-        at = scales_ptr.to(tl.pointer_type(tl.int32)) + line * units + s[None, :]
+        at = scales_ptr.to(tl.pointer_type(tl.int32)) + line * stride + s[None, :]
         four = tl.load(at, inside & (s < units)[None, :], 0)
         # of the eight words under four scales each two share one
         scale = tl.reshape(four[:, :, None] >> (tl.arange(0, 8) // 2 * 8)[None, None, :], word.shape) & 255
     else:
-        scale = tl.load(scales_ptr + line * units + (w // 2)[None, :], inside & (w < words)[None, :], 0).to(tl.int32)
+        scale = tl.load(scales_ptr + line * stride + (w // 2)[None, :], inside & (w < words)[None, :], 0).to(tl.int32)
     if COMPUTE == tl.bfloat16:
         x = bf16_decoded(word, e4m3_value(scale))
     else:
@@ -121,15 +121,15 @@ def load_nvfp4(
 
 @jit
 def load_mxfp8(
-    codes_ptr, scales_ptr, row, rows, k, units, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
+    codes_ptr, scales_ptr, row, rows, k, units, stride, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """[rows, BLOCK_K]."""
     line = row[:, None].to(tl.int64)
     w = k // 4 + tl.arange(0, BLOCK_K // 4)
     words = units * (UNIT // 4)
     inside = (row < rows)[:, None] & (w < words)[None, :]
-    word = tl.load(codes_ptr + line * words + w[None, :], inside, 0)
-    scale = tl.load(scales_ptr + line * (units * (UNIT // 32)) + (w // 8)[None, :], inside, 0).to(tl.int32)
+    word = tl.load(codes_ptr + line * (stride * (UNIT // 4)) + w[None, :], inside, 0)
+    scale = tl.load(scales_ptr + line * (stride * (UNIT // 32)) + (w // 8)[None, :], inside, 0).to(tl.int32)
     decode, x = e8m0_value(scale), ()
     for j in tl.static_range(4):
         x += ((e4m3_value(word >> (8 * j)) * decode).to(COMPUTE),)
@@ -141,11 +141,11 @@ def operand(
     x_ptr, scales_ptr, row, rows, k, width, row_stride, step,
     FORMAT: tl.constexpr, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[rows, BLOCK_K] in COMPUTE, zero beyond the operand, which is `width` units of UNIT values wide."""
+    """[rows, BLOCK_K] in COMPUTE, zero beyond the operand, which is `width` units of UNIT values wide; row_stride in units."""
     if FORMAT == "nvfp4":
-        return load_nvfp4(x_ptr, scales_ptr, row, rows, k, width, UNIT, COMPUTE, BLOCK_K)
+        return load_nvfp4(x_ptr, scales_ptr, row, rows, k, width, row_stride, UNIT, COMPUTE, BLOCK_K)
     elif FORMAT == "mxfp8":
-        return load_mxfp8(x_ptr, scales_ptr, row, rows, k, width, UNIT, COMPUTE, BLOCK_K)
+        return load_mxfp8(x_ptr, scales_ptr, row, rows, k, width, row_stride, UNIT, COMPUTE, BLOCK_K)
     else:
         col = k + tl.arange(0, BLOCK_K)
         at = x_ptr + row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * step
@@ -191,8 +191,10 @@ def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool) -> Non
         decoded_kernel,
         t,
         K,
-        (a.codes, a.scales, a.global_scale, a.length // units[0], *a.strides),
-        (b.codes, b.scales, b.global_scale, b.length // units[1], *b.strides),
+        *(
+            (x.codes, x.scales, x.global_scale, x.length // u, *(x.strides or (x.length // u, 0)))
+            for x, u in zip((a, b), units, strict=True)
+        ),
         bias,
         out,
         512.0 ** ((a.format == "nvfp4") + (b.format == "nvfp4")),

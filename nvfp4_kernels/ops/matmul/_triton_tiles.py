@@ -26,7 +26,7 @@ class Side:
     global_scale: Tensor | None
     format: str  # "nvfp4", "mxfp8", or the plain dtype's name
     length: int
-    strides: tuple[int, int] = (0, 0)
+    strides: tuple[int, int] | None = None  # of a plain tensor
 
     @property
     def rows(self) -> int:

@@ -1,35 +1,47 @@
 """a @ b.T through csrc/matmul: on CPUs quantized operands are decoded exactly to bf16 (or fp32) in cache-sized blocks; on GPUs
-few rows of bf16 meet a packed weight."""
+bf16 meets a packed weight, and NVFP4 meets NVFP4 on the FP4 tensor cores for which there is a kernel."""
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops import _cuda
+from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
-from nvfp4_kernels.ops.matmul import _cuda as cuda
+from nvfp4_kernels.ops.matmul import _cuda as packed
+from nvfp4_kernels.ops.matmul import _cuda_sm100, _cuda_sm120
 
 Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
+# Kernels for NVFP4 times NVFP4, by the instruction of the device's FP4 tensor cores.
+BLOCK_SCALED = {"tcgen05": _cuda_sm100, "mma.sync": _cuda_sm120}
+
+
+def _cuda_kernels(a: Operand, b: Operand):
+    """The module whose affair such operands are on a GPU, whatever it says to them."""
+    both = isinstance(a, NVFP4Tensor) and isinstance(b, NVFP4Tensor)
+    return BLOCK_SCALED.get(_device.fp4_tensor_cores(a.device), packed) if both else packed
+
+
+def _on_gpu(a: Operand, b: Operand) -> bool:
+    return isinstance(b, PackedNVFP4Tensor) or _cuda.takes(a if isinstance(a, Tensor) else a.codes)
 
 
 def refuses(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> str | None:
-    values = a if isinstance(a, Tensor) else a.codes
-    if isinstance(b, PackedNVFP4Tensor) or _cuda.takes(values):
-        return cuda.refuses(a, b, bias, out_dtype, out, accumulate)
-    return refuses_device(values)
+    if _on_gpu(a, b):
+        return _cuda_kernels(a, b).refuses(a, b, bias, out_dtype, out, accumulate)
+    return refuses_device(a if isinstance(a, Tensor) else a.codes)
 
 
 def run(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> Tensor:
     """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
-    if isinstance(b, PackedNVFP4Tensor):
+    if _on_gpu(a, b):
         out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
-        return cuda.run(a, b, bias, out, accumulate)
+        return _cuda_kernels(a, b).run(a, b, bias, out, accumulate)
     left, right = _operand(a), _operand(b)  # they hold the tensors alive
     if out is None:
         out = torch.empty(left[0][4], right[0][4], dtype=out_dtype)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register, unobserved
 
@@ -44,6 +44,7 @@ def mixer_step(
     channels, width = inner + 2 * shared, conv_weight.shape[-1]
     require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of the {heads} heads of states")
     require(2 <= width <= 4, "conv_weight", f"width {width}", "2, 3, 4")
+    require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
     require(indices is not None or slots == batch, "states", f"{slots} slots", f"{batch}, the batch, without indices")
     wanted = (
         ("projected", projected, (*projected.shape[:2], inner + channels + heads)),
@@ -61,6 +62,7 @@ def mixer_step(
             require(t.shape == shape, name, f"shape {list(t.shape)}", str(list(shape)))
             require(False, name, f"device {t.device}", f"{projected.device}, as projected")
     require(projected.is_floating_point(), "projected", projected.dtype, "a floating-point tensor", TypeError)
+    same_device("states", states, projected.device)
     require(windows.dtype == projected.dtype, "windows", windows.dtype, f"{projected.dtype}, as projected", TypeError)
     for name, t in (("windows", windows), ("states", states)):
         require(t.is_contiguous(), name, f"strides {list(t.stride())}", "contiguous memory")

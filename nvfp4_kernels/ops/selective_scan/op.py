@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._gate import gate
 from nvfp4_kernels.ops._library import register_differentiable
@@ -72,6 +72,10 @@ def selective_scan(
         require(
             tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
         )
+    given = dict(dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    for name, t in given.items():
+        if t is not None:
+            same_device(name, t, x.device)
     low, high = map(float, dt_limit)
     y, last = torch.ops.nvfp4.selective_scan(
         x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.selective_scan.op import check_per_head
@@ -90,10 +90,11 @@ def state_update(
             f"{noise.dtype} {list(noise.shape)}",
             "int64 [2]",
         )
-    for name, t in (("state", state), ("dt", dt), ("A", A), ("B", B), ("C", C), ("indices", indices), ("noise", noise)):
-        require(
-            t is None or t.device == x.device, name, f"device {getattr(t, 'device', None)}", f"{x.device}, where x is"
-        )
+    require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
+    given = dict(state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    for name, t in (given | dict(indices=indices, intermediate=intermediate, noise=noise)).items():
+        if t is not None:
+            same_device(name, t, x.device)
     low, high = map(float, dt_limit)
     if x.dim() == 3:
         x, dt, B, C, z = (None if t is None else t.unsqueeze(1) for t in (x, dt, B, C, z))

@@ -71,6 +71,13 @@ struct Warp {
     unsigned char slots[2][32][slot];
 };
 
+struct Sleeper {
+    unsigned thread;
+    std::function<bool()> so;
+};
+
+struct Failed {};  // thrown by a unit's work
+
 struct Entry {
     Kernel::Entry run;
     size_t parameters;
@@ -94,6 +101,10 @@ struct Launch {
     std::unique_ptr<unsigned char[]> dynamic;
     std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
     unsigned running = 0, finished = 0, unshown = 0;  // unshown: threads with copies that are so
+    std::vector<Sleeper> sleepers;
+    std::map<int, std::deque<std::function<void()>>> units;
+    bool in_unit = false;
+    std::unique_ptr<BlockState> state;
     std::string error;
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
@@ -159,18 +170,47 @@ void make_fiber(Thread& thread) {
     thread.done = false;
 }
 
+size_t draw(size_t count) {  // the last, or any
+    if (!now->random) return count - 1;
+    std::uint64_t& x = now->random;  // xorshift64
+    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+    return x % count;
+}
+
 unsigned next_ready() {
     std::vector<unsigned>& ready = now->ready;
-    size_t i = ready.size() - 1;
-    if (now->random) {  // xorshift64
-        std::uint64_t& x = now->random;
-        x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-        i = x % ready.size();
-    }
+    const size_t i = draw(ready.size());
     const unsigned t = ready[i];
     ready[i] = ready.back();
     ready.pop_back();
     return t;
+}
+
+void work(int unit) {
+    auto& queue = now->units[unit];
+    const size_t i = unit == any_order ? draw(queue.size()) : 0;
+    const auto job = std::move(queue[i]);
+    queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
+    now->in_unit = true;
+    try {
+        job();
+    } catch (const Failed&) {
+    }
+    now->in_unit = false;
+}
+
+// One step of a thread or of a unit; with threads in order, of a unit only when no thread can go on.
+bool step() {
+    std::vector<int> busy;
+    for (const auto& [unit, queue] : now->units) {
+        if (!queue.empty()) busy.push_back(unit);
+    }
+    const size_t threads_ready = now->ready.size();
+    if (!now->error.empty() || threads_ready + busy.size() == 0) return false;
+    const size_t i = now->random ? draw(threads_ready + busy.size()) : threads_ready ? 0 : draw(busy.size());
+    if (i < threads_ready) resume(next_ready());
+    else work(busy[i - threads_ready]);
+    return true;
 }
 
 std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
@@ -188,16 +228,22 @@ void run_block() {
     l.ready.clear();
     l.at_barrier.clear();
     l.finished = l.unshown = 0;
+    l.sleepers.clear();
+    l.units.clear();
+    l.state.reset();
     for (unsigned t = count; t-- > 0;) {
         threads[t].index = {t, 0, 0};
         make_fiber(threads[t]);
         l.ready.push_back(t);
     }
-    while (!l.ready.empty() && l.error.empty()) resume(next_ready());
+    while (step()) {
+    }
     if (l.error.empty() && l.finished != count) {
         l.error = "deadlock: " + std::to_string(l.finished) + " of " + std::to_string(count) + " threads ended, " +
-                  std::to_string(l.at_barrier.size()) + " wait at __syncthreads, the others in their warps";
+                  std::to_string(l.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(l.sleepers.size()) +
+                  " at barriers in shared memory, the others in their warps";
     }
+    if (l.error.empty() && l.state && l.state->complaint()) l.error = l.state->complaint();
 }
 
 void finish(const Copy& c) {
@@ -215,6 +261,7 @@ int lane() { return static_cast<int>(now->running % 32); }
 
 void fail(const char* what) {
     if (now->error.empty()) now->error = what;
+    if (now->in_unit) throw Failed();
     leave(true);
     std::abort();
 }
@@ -242,6 +289,23 @@ const unsigned char (*exchange(const char* operation, const void* mine, size_t b
     leave(false);
     return slots;
 }
+
+void rest_until(std::function<bool()> so) {
+    if (so()) return;
+    now->sleepers.push_back({now->running, std::move(so)});
+    leave(false);
+}
+
+void wake() {
+    auto& all = now->sleepers;
+    const auto awake = std::partition(all.begin(), all.end(), [](const Sleeper& s) { return !s.so(); });
+    for (auto s = awake; s != all.end(); ++s) now->ready.push_back(s->thread);
+    all.erase(awake, all.end());
+}
+
+void later(int unit, std::function<void()> work) { now->units[unit].push_back(std::move(work)); }
+
+std::unique_ptr<BlockState>& block_state() { return now->state; }
 
 void* dynamic_shared() { return now->dynamic.get(); }
 

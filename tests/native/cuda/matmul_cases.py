@@ -55,7 +55,7 @@ def test_length(cols):
 def test_splits_add_up_in_order(model, monkeypatch, tokens):
     """Whichever split ends last: the same bits, and counters back at zero."""
     zeros = []
-    monkeypatch.setattr(_cuda, "_zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
+    monkeypatch.setattr(_cuda, "zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
     packed, w = weight(128, 2048)
     assert _cuda.splits(tokens, 128, 2048) == 4
     a = torch.randn(tokens, 2048).bfloat16()

@@ -1,0 +1,106 @@
+// Inline PTX of sm_120 and sm_121 (the family target 120f), as ptx.cuh has that of all architectures.
+#pragma once
+#include "arch/kernel.cuh"
+#include "numerics/e4m3.h"
+
+// The block-scaled mma.sync exists in the targets of its architectures and their family alone (PTX ISA, mma, "Target ISA
+// Notes"); the model runs it anywhere.
+#if !defined(__CUDACC__)
+#define NVFP4_MULTIPLIES_E2M1
+#elif defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
+#if __CUDA_ARCH__ >= 1200 && __CUDA_ARCH__ < 1300
+#define NVFP4_MULTIPLIES_E2M1
+#endif
+#endif
+
+namespace nvfp4 {
+
+#if defined(__CUDACC__)
+
+// 4 bytes from global to shared memory, or, with no `bytes`, zeros (PTX ISA, cp.async).
+static __device__ __forceinline__ void copy_async4(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lane 8 m + i says where row i of matrix m lies; lane 4 g + q gets bytes 4q to 4q + 3 of
+// row g of each (PTX ISA, ldmatrix).
+static __device__ __forceinline__ void load_matrices(u32* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+
+// d += (a under its scales) (b under its scales), a 16x64 and b 64x8 of E2M1, a scale in ue4m3 for 16 values along k, d fp32
+// (PTX ISA, mma.sync.aligned.m16n8k64, "Matrix Fragments for mma.m16n8k64 with floating point type", and "Block Scaling for
+// mma.sync"). Of lane 4 g + q, lowest nibble first: a[0] row g, k 8q to 8q + 7, a[1] row g + 8, a[2], a[3] the same 32 k on;
+// b0 the same k of column g, b1 32 k on; d[0], d[1] row g, columns 2q, 2q + 1, d[2], d[3] row g + 8. Scales, lowest byte
+// first: with the selectors {0, 0} the rows g and g + 8 have theirs from lanes 4 g and 4 g + 1, column g has its from lane 4 g.
+// Triton's compiler emits these selectors and this layout for tl.dot_scaled (tests/native/test_cuda_sm120.py); others would
+// spare some loads of scales.
+static __device__ __forceinline__ void multiply_e2m1(float* d, const u32* a, u32 b0, u32 b1, u32 a_scales, u32 b_scales) {
+    asm volatile(
+        "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, %10, {0, 0}, %11, {0, 0};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(a_scales), "r"(b_scales));
+}
+
+#else  // the model
+
+static inline void copy_async4(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 4, bytes); }
+
+// Two rows of a matrix in the same banks fail too: no kernel here means to pay for that.
+static inline void load_matrices(u32* r, const void* row) {
+    const auto* all = host_model::exchange("ldmatrix", &row, sizeof row);
+    for (int m = 0; m < 4; ++m) {
+        size_t places = 0;
+        for (int i = 0; i < 8; ++i) {
+            const unsigned char* from;
+            std::memcpy(&from, all[8 * m + i], sizeof from);
+            if (reinterpret_cast<size_t>(from) % 16) host_model::fail("ldmatrix: an address is no multiple of 16");
+            places |= size_t(1) << reinterpret_cast<size_t>(from) / 16 % 8;
+            if (i == host_model::lane() / 4) std::memcpy(r + m, from + 4 * (host_model::lane() % 4), 4);
+        }
+        if (places != 0xFF) host_model::fail("ldmatrix: a bank conflict");
+    }
+}
+
+// Four times the product of two codes, the second in the upper half of a byte: an integer.
+struct E2M1Products {
+    int of[256];
+    E2M1Products() {
+        for (u32 i = 0; i < 256; ++i) of[i] = int(4 * e2m1_decode<F32x1>(i & 15u).v * e2m1_decode<F32x1>(i >> 4).v);
+    }
+};
+
+static inline void multiply_e2m1(float* d, const u32* a, u32 b0, u32 b1, u32 a_scales, u32 b_scales) {
+    static const E2M1Products products;
+    const u32 mine[8] = {a[0], a[1], a[2], a[3], b0, b1, a_scales, b_scales};
+    const auto* all = host_model::exchange("mma.sync.m16n8k64.block_scale", mine, sizeof mine);
+    const auto of = [all](int lane, int word) {
+        u32 x;
+        std::memcpy(&x, all[lane] + 4 * word, 4);
+        return x;
+    };
+    const int g = host_model::lane() / 4, q = host_model::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + 8 * (i / 2), col = 2 * q + i % 2;
+        const u32 of_row = of(row % 8 * 4 + row / 8, 6), of_col = of(col * 4, 7);
+        double sum = d[i];
+        for (int block = 0; block < 4; ++block) {
+            int part = 0;
+            for (int word = 2 * block; word < 2 * block + 2; ++word) {  // of eight k each
+                u32 x = of(row % 8 * 4 + word % 4, row / 8 + word / 4 * 2), y = of(col * 4 + word % 4, 4 + word / 4);
+                for (int k = 0; k < 8; ++k, x >>= 4, y >>= 4) part += products.of[(x & 15u) | (y & 15u) << 4];
+            }
+            // ue4m3 has seven bits: what the eighth does, the ISA does not say
+            const float left = e4m3_decode<F32x1>(of_row >> 8 * block & 0x7Fu).v;
+            const float right = e4m3_decode<F32x1>(of_col >> 8 * block & 0x7Fu).v;
+            sum += part * 0.25 * left * right;
+        }
+        d[i] = static_cast<float>(sum);
+    }
+}
+
+#endif
+
+}  // namespace nvfp4

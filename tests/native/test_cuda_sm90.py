@@ -1,0 +1,99 @@
+"""Hopper's kernels as nvcc compiles them, without a GPU, and what the host model says to wrong uses of wgmma."""
+
+import ctypes
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+
+from nvfp4_kernels.ops import _triton
+from tests.native.test_cuda import ROOT, build
+from tests.native.test_cuda import pytestmark as needs_model
+
+FAULTS = {
+    "none": None,
+    "unshown": "copies that no fence has shown",
+    "unfenced": "no fence since the last group",
+    "a_changed": "A has changed",
+    "sums_changed": "sums have changed",
+    "b_changed": "B has changed",
+    "unswizzled": "other than 128-byte swizzle",
+    "not_waited": "products that it never waited for",
+    "uneven": "lanes with different operands",
+}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    build(library, "tests/native/wgmma_faults.cu", flags=("-Wall", "-Wextra", "-Werror"))
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_model_tells_of(faults, fault):
+    for mark in needs_model:
+        if mark.args[0]:
+            pytest.skip(mark.kwargs["reason"])
+    x, out = torch.ones(128, 64, dtype=torch.bfloat16), torch.zeros(128)
+    parameters = struct.pack("QQq", x.data_ptr(), out.data_ptr(), list(FAULTS).index(fault))
+    message = ctypes.create_string_buffer(256)
+    status = faults.nvfp4_model_launch(
+        b"product_with_fault",
+        (ctypes.c_uint * 3)(1, 1, 1),
+        ctypes.c_uint(128),
+        ctypes.c_size_t((16 << 10) + 1024),
+        parameters,
+        ctypes.c_size_t(len(parameters)),
+        ctypes.c_uint64(1),
+        message,
+    )
+    if FAULTS[fault] is None:
+        assert status == 0 and (out == 32).all()  # ones times ones, 16 deep, twice
+    else:
+        assert status and FAULTS[fault] in message.value.decode()
+
+
+@pytest.fixture(scope="module")
+def resources():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    if _triton.triton is None:
+        pytest.skip("no Triton, whose package has the tools that read what was compiled")
+    from benchmarks import cuda_resources
+
+    return cuda_resources
+
+
+def test_compiled(resources, tmp_path):
+    """No spills, no product that waits for the one before, operand A in registers, and the tensor cores' time not filled by
+    other instructions: they leave 8 thread-instructions a weight."""
+    cubin = tmp_path / "matmul.cubin"
+    resources.built(ROOT / "csrc" / "matmul" / "cuda.cu", "90a", cubin)
+    usage, sass = (
+        resources.tool("cuobjdump", "--dump-resource-usage", str(cubin)),
+        resources.tool("nvdisasm", "-c", str(cubin)),
+    )
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
+    assert len(code) == 9 and set(re.findall(r"STACK:(\d+)", usage)) == {"0"}
+    for slabs, rows in ((1, 128), (2, 256)):
+        kernel = code[f"weight_only_tiles_{rows}"]
+        found = re.findall(r"HGMMA\.(\S+) R\d+, (\S+), gdesc\[UR\d+\], R\d+", kernel)
+        # eight k-steps, each with operand A in four registers
+        assert len(found) == 8 * slabs and all(form == "64x128x16.F32.BF16" and a[0] == "R" for form, a in found)
+        assert len({a for _, a in found}) >= 4 * slabs  # of the products on their way and of the next
+        assert 0 < resources.slots(f"weight_only_tiles_{rows}", kernel)["slots_a_weight"] < 6.5
+
+
+def test_serialized_products_are_told_of(resources, tmp_path):
+    """The kernel with a sum touched while products are on their way: ptxas only informs of it."""
+    folder = tmp_path / "matmul"
+    shutil.copytree(ROOT / "csrc" / "matmul", folder)
+    kernel = (folder / "sm90.cuh").read_text()
+    assert kernel.count("    wait_products<1>();") == 1
+    kernel = kernel.replace("    wait_products<1>();", "    sums[0][3] *= 1.5f;\n    wait_products<1>();")
+    (folder / "sm90.cuh").write_text(kernel)
+    with pytest.raises(RuntimeError, match="wgmma.mma_async instructions are serialized"):
+        resources.built(folder / "cuda.cu", "90a", tmp_path / "matmul.cubin")

@@ -1,0 +1,34 @@
+"""What ops/_library.py gives every differentiable op."""
+
+import pytest
+import torch
+
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.relu2.op import relu2
+from nvfp4_kernels.ops.route.op import route
+from nvfp4_kernels.ops.selective_scan.op import selective_scan
+
+
+def scan(x):
+    B = torch.ones(*x.shape[:2], 1, 16)
+    return selective_scan(x.unflatten(-1, (2, 4)), torch.zeros(*x.shape[:2], 2), -torch.ones(2), B, B)
+
+
+OPS = {
+    "relu2": relu2,
+    "gated_rms_norm": lambda x: gated_rms_norm(x, None, torch.ones(8)),
+    "causal_conv1d": lambda x: causal_conv1d(x, torch.ones(8, 4)),
+    "selective_scan": scan,
+    "route": lambda x: route(x[0], None, 2).weights,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_refused(backend, op):
+    """And not left out: torch goes on without them, with a warning at most, and the sum is short of a part."""
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(OPS[op](x).square().sum(), x, create_graph=True)
+    assert torch.isfinite(dx).all() and dx.any()
+    with pytest.raises(RuntimeError, match=f"nk.{op}: got a second derivative"):
+        torch.autograd.grad(dx.square().sum() + x.sum(), x)
