@@ -9,7 +9,7 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.quantize import _cuda as cuda
-from nvfp4_kernels.ops.quantize.forms import check_ascending, empty_forms
+from nvfp4_kernels.ops.quantize._forms import check_ascending, empty_forms
 
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}

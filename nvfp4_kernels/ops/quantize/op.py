@@ -11,7 +11,7 @@ from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.quantize.forms import empty_forms
+from nvfp4_kernels.ops.quantize._forms import empty_forms
 
 Quantized = NVFP4Tensor | MXFP8Tensor
 

@@ -12,7 +12,7 @@ from nvfp4_kernels.formats import e2m1, e4m3, philox
 from nvfp4_kernels.formats.layout import ceil_to, pad_last
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops.hadamard import reference as hadamard
-from nvfp4_kernels.ops.quantize.forms import check_ascending, empty_forms
+from nvfp4_kernels.ops.quantize._forms import check_ascending, empty_forms
 
 FLT_MAX = torch.finfo(torch.float32).max
 

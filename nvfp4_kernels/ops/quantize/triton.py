@@ -17,9 +17,9 @@ from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
+from nvfp4_kernels.ops.quantize._forms import empty_forms
 from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
-from nvfp4_kernels.ops.quantize.forms import empty_forms
 
 
 def refuses(
