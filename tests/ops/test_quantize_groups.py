@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.groups import group_starts, most_runs
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 
 LOADS = {
@@ -199,6 +201,17 @@ def test_errors():
 def test_offsets_that_do_not_fit(name, wrong):
     with nk.backend(name), pytest.raises(ValueError, match="offsets: got .*ascending numbers from 0 to 8"):
         nk.quantize_groups(drawn(8, 16), torch.tensor(wrong), ROW, COLS["nearest"])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+@pytest.mark.parametrize("wrong", [[0, 90, 10, 96], [-5, 40, 200], [96, 0, 96], [1 << 40, -(1 << 40), 0]])
+def test_wrong_offsets_reach_nothing_outside(wrong):
+    """Reads and writes a terabyte away, as these offsets say, would end the process."""
+    x = drawn(96, 24)
+    starts = group_starts(torch.tensor(wrong), 16)
+    for begins in (starts, torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
+        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, torch.tensor(wrong), begins)
+        assert parts_[4].shape == (24, most_runs(96, len(wrong) - 1, 16))
 
 
 def test_opcheck():
