@@ -66,7 +66,9 @@ def test_a_bad_value_stays_in_its_group():
         assert global_scales.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("wrong", [[0, 90, 10, 96], [-5, 40, 200], [96, 0, 96], [1 << 40, (1 << 40) + 96, 96], [5, 5, 5]])
+@pytest.mark.parametrize(
+    "wrong", [[0, 90, 10, 96], [-5, 40, 200], [96, 0, 96], [1 << 40, (1 << 40) + 96, 96], [5, 5, 5]]
+)
 def test_wrong_offsets_reach_nothing_outside(wrong):
     """The sanitizer looks on; what is written is anybody's guess."""
     offsets = torch.tensor(wrong)
