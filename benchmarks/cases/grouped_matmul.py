@@ -43,7 +43,7 @@ def quantized_training(kind: str, rows: int, experts: int, width: int, size: int
     length = most_runs(rows, experts, 32) * 32
     dy, x = (Columns(*quantized(kind, n, length, groups=experts)[:3], offsets) for n in (width, size))
     triton.run(dy, x, offsets, torch.float32)
-    triton.run(dy, Stack(empty(size, rows)), offsets, torch.float32)
+    triton.run(dy, Stack(empty(rows, size).t()), offsets, torch.float32)
 
 
 def decoding(rows: int, experts: int, width: int, size: int):

@@ -8,7 +8,8 @@
 //   tensor memory     begins as 0xA5, must be allocated, and freed before the block ends
 //   tensor_load       leaves NaN, and the values at tensor_loaded
 //
-// Fences are not modelled: here everybody sees what has been written.
+//   fences            a thread needs one between a barrier and its next tensor operation, one between its tensor_load and its
+//                     next arrival, and one between a barrier's init and the first copy that counts there
 #pragma once
 #include <deque>
 #include <functional>
@@ -59,6 +60,7 @@ public:
     }
     void init(u32 address, u32 count) {
         if (address % 8) host_model::fail("mbarrier.init: the address is no multiple of 8");
+        made = false;
         std::memset(at(address), 0, 8);
         barriers[address] = {count, count, 0, 0};
     }
@@ -75,9 +77,26 @@ public:
     void wait(u32 address, u32 parity) {
         Barrier& b = barrier(address);
         host_model::rest_until([&b, parity] { return b.phase != parity; });
+        after[threadIdx.x] = true;
+    }
+    void arrive_from_thread(u32 address, i64 bytes) {
+        if (before[threadIdx.x]) host_model::fail("an arrival after tcgen05.ld, no fence between");
+        arrive(address, 1, bytes);
+    }
+
+    // fences
+    void fence_barriers() { made = true; }
+    void fence_before() { before[threadIdx.x] = false; }
+    void fence_after() { after[threadIdx.x] = false; }
+    void tensor_operation() {
+        if (after[threadIdx.x]) host_model::fail("a tensor operation after a barrier, no fence between");
     }
 
     // copies
+    void counts(u32 barrier_at) {
+        barrier(barrier_at);
+        if (!made) host_model::fail("a copy that counts at a barrier no fence has made known");
+    }
     static void aligned(u64 value, u64 to, const char* what) {
         if (value % to) host_model::fail(what);
     }
@@ -88,7 +107,7 @@ public:
         aligned(reinterpret_cast<u64>(m.base), 16, "tensor map: a matrix that begins at no multiple of 16");
         aligned(m.pitch, 16, "tensor map: rows that begin at no multiple of 16");
         if (m.box_width != 128 || m.box_rows > 256) host_model::fail("tensor map: a box that 128-byte swizzle does not fit");
-        barrier(barrier_at);
+        counts(barrier_at);
         std::memset(at(to), 0xA5, 128 * m.box_rows);
         host_model::later(host_model::any_order, [=, this] {
             for (u32 i = 0; i < 128 * m.box_rows; ++i) {
@@ -101,7 +120,7 @@ public:
     }
     void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier_at) {
         aligned(to | bytes | reinterpret_cast<u64>(from), 16, "cp.async.bulk: an address or size that is no multiple of 16");
-        barrier(barrier_at);
+        counts(barrier_at);
         std::memset(at(to), 0xA5, bytes);
         host_model::later(host_model::any_order, [=, this] {
             std::memcpy(at(to), from, bytes);
@@ -140,6 +159,7 @@ public:
         return *at(swizzled(start + row / 8 * eight_rows + row % 8 * 128 + byte));
     }
     void copy_to_tensor(u32 tensor, u64 matrix) {
+        tensor_operation();
         copies.push_back([=, this] {
             if (tensor >> 16) host_model::fail("tcgen05.cp: a lane other than 0");
             for (u32 row = 0; row < 32; ++row) {
@@ -173,6 +193,7 @@ public:
         }
     }
     void multiply(u32 d, u64 a, u64 b, u32 kind, u32 a_scales, u32 b_scales, bool add) {
+        tensor_operation();
         host_model::later(tensor_order, [=, this, told = copies_told] {
             copy_until(told);
             const u32 m = (kind >> 24 & 31u) * 16, n = (kind >> 17 & 63u) * 8;
@@ -214,6 +235,8 @@ public:
         });
     }
     void load(u32 tensor, float* v) {
+        tensor_operation();
+        before[threadIdx.x] = true;
         host_model::exchange("tcgen05.ld", &tensor, sizeof tensor);
         const u32 mine = 32 * (threadIdx.x / 32 % 4);
         if (tensor >> 16 != mine) host_model::fail("tcgen05.ld: a warp reads the 32 lanes of its own alone");
@@ -233,7 +256,8 @@ private:
     u64 copies_told = 0, copies_done = 0;
     std::map<u32, Barrier> barriers;
     std::map<unsigned, u32> loads;  // by thread: on its way
-    bool allocated = false;
+    std::map<unsigned, bool> before, after;  // by thread: a fence is due
+    bool made = false, allocated = false;
     u32 memory[lanes][columns];
 };
 
@@ -242,9 +266,11 @@ static inline bool elected() {
     return host_model::lane() == 0;
 }
 static inline void barrier_init(u32 barrier, u32 count) { Sm100::here().init(barrier, count); }
-static inline void barriers_made() {}
-static inline void barrier_arrive(u32 barrier) { Sm100::here().arrive(barrier, 1, 0); }
-static inline void barrier_expect(u32 barrier, u32 bytes) { Sm100::here().arrive(barrier, 1, static_cast<i64>(bytes)); }
+static inline void barriers_made() { Sm100::here().fence_barriers(); }
+static inline void barrier_arrive(u32 barrier) { Sm100::here().arrive_from_thread(barrier, 0); }
+static inline void barrier_expect(u32 barrier, u32 bytes) {
+    Sm100::here().arrive_from_thread(barrier, static_cast<i64>(bytes));
+}
 static inline void barrier_wait(u32 barrier, u32 parity) { Sm100::here().wait(barrier, parity); }
 static inline void copy_box(u32 to, const TensorMap* map, i32 x, i32 y, u32 barrier) {
     Sm100::here().copy_box(to, map, x, y, barrier);
@@ -260,8 +286,8 @@ static inline void tensor_free(u32) {
     host_model::exchange("tcgen05.dealloc", "", 1);
     if (host_model::lane() == 0) Sm100::here().free();
 }
-static inline void tensor_fence_before() {}
-static inline void tensor_fence_after() {}
+static inline void tensor_fence_before() { Sm100::here().fence_before(); }
+static inline void tensor_fence_after() { Sm100::here().fence_after(); }
 static inline void tensor_copy(u32 tensor, u64 matrix) { Sm100::here().copy_to_tensor(tensor, matrix); }
 static inline void tensor_multiply(u32 d, u64 a, u64 b, u32 kind, u32 a_scales, u32 b_scales, bool add) {
     Sm100::here().multiply(d, a, b, kind, a_scales, b_scales, add);

@@ -15,7 +15,7 @@ constexpr int product_tokens = 128;  // columns of a product, 64 rows high and 1
 // are exchanged by the row's number modulo 8; the first eight begin at a multiple of 1,024 (PTX ISA, wgmma, "Matrix
 // Descriptor Format", "Strides": swizzle mode 1, 128 bytes; stride 1,024; K-major, for which the leading stride means nothing).
 static __device__ __forceinline__ u64 swizzled_rows(u32 address) {
-    return (address & 0x3FFFFu) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+    return (address & 0x3FFFFu) >> 4 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
 #if defined(__CUDACC__)
@@ -83,7 +83,7 @@ static inline void keep_in_register(u32&) {}
 
 namespace hopper_model {
 
-constexpr int columns = product_tokens / 4;  // of a lane
+constexpr u32 columns = product_tokens / 4;  // of a lane
 using Columns = Chunk[columns][2];           // their 16 values of k
 constexpr u32 spoilt = 0x7FA5A5A5u;          // a NaN that no product makes
 
@@ -114,15 +114,16 @@ static inline Products& products() {
     return static_cast<Products&>(*kept);
 }
 
-static inline void read_columns(u64 b, Columns& to) {
+__attribute__((optimize("O3"))) static inline void read_columns(u64 b, Columns& to) {
     if (b >> 62 != 1 || (b >> 49 & 7)) host_model::fail("wgmma: a descriptor of other than 128-byte swizzle without offset");
     const u32 start = static_cast<u32>(b & 0x3FFFu) << 4, apart = static_cast<u32>(b >> 32 & 0x3FFFu) << 4;
     const auto* memory = static_cast<const unsigned char*>(host_model::dynamic_shared());
-    for (int i = 0; i < columns; ++i) {
-        const u32 row = 8 * (i / 2) + 2 * (host_model::lane() % 4) + i % 2;
+    const u32 first = shared_address(memory), lane = static_cast<u32>(host_model::lane());
+    for (u32 i = 0; i < columns; ++i) {
+        const u32 row = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
         for (u32 chunk = 0; chunk < 2; ++chunk) {
             const u32 at = start + row / 8 * apart + row % 8 * 128 + chunk * 16;
-            std::memcpy(&to[i][chunk], memory + ((at ^ (at >> 7 & 7) << 4) - shared_address(memory)), 16);
+            to[i][chunk] = *reinterpret_cast<const Chunk*>(memory + ((at ^ (at >> 7 & 7) << 4) - first));
         }
     }
 }
@@ -139,7 +140,7 @@ __attribute__((optimize("O3"))) static inline void add_product(const Product& p,
     for (int k = 0; k < 16; ++k) {  // k 0..7 lies in the first registers, 8..15 in the others; row 8 in the odd ones
         for (int row = 0; row < 2; ++row) left[row][k] = bf16_half(p.rows[k % 8 / 2][row + k / 8 * 2], k % 2);
     }
-    for (int i = 0; i < columns; ++i) {
+    for (u32 i = 0; i < columns; ++i) {
         const u32* words = &p.right[i][0].x;
         for (int k = 0; k < 16; ++k) right[k] = bf16_half(words[k / 2], k % 2);
         for (int row = 0; row < 2; ++row) {
@@ -184,6 +185,7 @@ static inline void multiply_async(float (&d)[64], const u32 (&a)[4], u64 b, bool
     } given = {{a[0], a[1], a[2], a[3]}, b, add};
     const auto* all = host_model::exchange("wgmma.mma_async", &given, sizeof given);
     Products& mine = products();
+    mine.open.reserve(8);  // of a kilobyte each
     if (!mine.fenced) host_model::fail("wgmma: no fence since the last group");
     if (!host_model::copies_shown()) host_model::fail("wgmma: copies that no fence has shown to the tensor cores");
     Product p;

@@ -62,7 +62,7 @@ struct alignas(8) Pair {
 static __device__ __forceinline__ int code_place(int row, int chunk) { return row * row_bytes + ((chunk ^ (row >> 1 & 3)) << 4); }
 static constexpr __device__ __forceinline__ int scale_place(int row) { return (row ^ (row >> 1 & 4)) * scale_bytes; }
 // Sixteen lanes load 8 bytes at once, of rows g and g + 8, in 32 banks of 4.
-constexpr bool meet_each_bank_once(int first_lane) {
+static constexpr __device__ bool meet_each_bank_once(int first_lane) {
     unsigned banks = 0;
     for (int lane = first_lane; lane < first_lane + 16; ++lane) banks |= 3u << scale_place(lane / 4 + 8 * (lane & 1)) / 4 % 32;
     return banks == 0x33333333u;
@@ -78,16 +78,16 @@ struct Loader {
     static constexpr int rows_apart = threads / 4;
     const unsigned char *codes, *scales;
     u32 stride, scale_stride;  // bytes
-    int rows, to, scales_to;  // of the operand in this tile; where the thread's go
+    int rows, to, scales_to;   // of the operand in this tile; where the thread's go
 
-    __device__ __forceinline__ Loader(const unsigned char* codes_, const unsigned char* scales_, i64 length, i64 first, i64 rows_,
-                                      bool permuted, int operand) {
+    __device__ __forceinline__ Loader(const unsigned char* all_codes, const unsigned char* all_scales, i64 length, i64 first,
+                                      i64 all_rows, bool permuted, int operand) {
         const int thread = static_cast<int>(threadIdx.x), row = thread / 4, chunk = thread & 3;
-        const i64 left = rows_ - first;
+        const i64 left = all_rows - first;
         stride = static_cast<u32>(length / 2);
         scale_stride = static_cast<u32>(length / 16);
-        codes = codes_ + first * stride + static_cast<u64>(static_cast<u32>(row)) * stride + chunk * 16;
-        scales = scales_ + first * scale_stride + static_cast<u64>(threadIdx.x) * scale_stride;
+        codes = all_codes + first * stride + static_cast<u64>(static_cast<u32>(row)) * stride + chunk * 16;
+        scales = all_scales + first * scale_stride + static_cast<u64>(threadIdx.x) * scale_stride;
         rows = static_cast<int>(left < side ? left : side);
         to = operand * operand_bytes + code_place(permuted ? column_place(row) : row, chunk);
         scales_to = operand * side * scale_bytes + scale_place(permuted ? column_place(thread) : thread);

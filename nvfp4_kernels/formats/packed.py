@@ -1,5 +1,5 @@
-"""PackedNVFP4Tensor: a weight as the kernels for few tokens read it. Packed once, when a model is loaded; unpacking gives the
-same bytes back.
+"""PackedNVFP4Tensor: a weight as the CUDA kernels for bf16 tokens read it. Packed once, when a model is loaded; unpacking
+gives the same bytes back.
 
 A word holds the eight codes that a lane of a warp multiplies in one tensor-core instruction, four pairs of neighbours along
 the row, their bits where a shift and a mask make bf16 of a pair (csrc/matmul/decode.cuh):

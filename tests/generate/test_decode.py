@@ -10,7 +10,7 @@ import nvfp4_kernels as nk
 from nvfp4_kernels.generate import decode, graph, state
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.sample import Form, Sampling
-from nvfp4_kernels.generate.state import Pool
+from nvfp4_kernels.generate.state import Pool, cache_scales
 from nvfp4_kernels.generate.weights import serving
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
@@ -119,16 +119,32 @@ def test_rows_without_a_sequence_leave_no_trace(build, graphs):
     engine.step()
     engine.add([2] * 12, None, 4)
     engine.step()
-    before = [
-        (t, t.clone()) for layer in engine.pool.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)
-    ]
+
+    def tensors():
+        return [t for layer in engine.pool.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+
+    before = [t.clone() for t in tensors()]
     engine.decoder(engine.running[:1])
+    after = [t.clone() for t in tensors()]
+    assert all(torch.equal(now[1:], then[1:]) for now, then in zip(after, before, strict=True))
+    assert not any(torch.equal(now[0], then[0]) for now, then in zip(after, before, strict=True))
     engine.decoder._steps.clear()
-    step = engine.decoder._prepare(decode.Shape(4, 512, True, Form.of([Sampling()])))
-    step.graph.replay()
-    for now, then in before:
-        assert torch.equal(now[1:], then[1:]) and now.isfinite().all()
-    assert any(not torch.equal(now[0], then[0]) for now, then in before)
+    for leading in (True, False):  # and a step in which no row has one
+        engine.decoder._prepare(decode.Shape(4, 512, leading, Form.of([Sampling()]))).graph.replay()
+        assert all(torch.equal(now, then) for now, then in zip(tensors(), after, strict=True))
+
+
+def test_graphs_go_when_keys_move(build, graphs, monkeypatch):
+    """A long sequence between two short ones, which one shape serves."""
+    for module in (state, decode):
+        monkeypatch.setattr(module, "PAGE", 8)
+    engine, said = Engine(build("**"), slots=1), []
+    for length in (2, 30, 2):
+        request = engine.add(list(range(1, 1 + length)), None, 5)
+        for _ in engine.run():
+            pass
+        said.append(request.tokens)
+    assert said[0] == said[2] != said[1] and len(graphs) == 4
 
 
 def test_old_graphs_go_and_a_device_that_cannot_record_decodes_without(build, graphs, monkeypatch):
@@ -189,7 +205,8 @@ def test_the_step_reads_nothing_on_the_host_and_sends_nothing(noisy, quantized):
     if quantized:
         quantize_on_meta(model)
     model = serving(model.bfloat16())
-    pool = Pool(model.backbone.layers, 4, torch.bfloat16, torch.float16 if noisy else torch.float32, "meta")
+    blocks, states = model.backbone.layers, torch.float16 if noisy else torch.float32
+    pool = Pool(blocks, 4, torch.bfloat16, states, "meta", cache_scales(blocks, "meta") if quantized else None)
     for form, leading in ((Form.of(MIXED), False), (Form.of([Sampling()] * 4), True)):
         step = decode.Step(model, pool, decode.Shape(4, 512, leading, form), True, noisy)
         with NoHost():

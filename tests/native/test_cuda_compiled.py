@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _cuda, _nvrtc, _triton
+from nvfp4_kernels.ops.matmul import native as matmul_native
 
 ARCHS = ("80", "90a", "100a", "103a", "120f")
 # What a change of any kind would show in: an op's compilation takes some 7 seconds an architecture. NVFP4_CUDA=1, as for
@@ -188,3 +190,19 @@ def test_nvrtc(op, arch):
     if _nvrtc.missing():
         pytest.skip(_nvrtc.missing())
     assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
+
+
+def test_products_that_no_chip_has_proven_are_for_those_who_ask(monkeypatch):
+    """NVFP4 times NVFP4 on Blackwell goes to Triton first; named, or in the host model, the handwritten kernel takes it."""
+    kernels = SimpleNamespace(refuses=lambda *arguments: None)
+    monkeypatch.setattr(matmul_native, "_on_gpu", lambda a, b: True)
+    monkeypatch.setattr(matmul_native, "_cuda_kernels", lambda a, b: kernels)
+    arguments = nk.quantize(torch.ones(1, 16)), nk.quantize(torch.ones(1, 16)), None, torch.float32, None, False
+    assert "not yet run on such a chip" in matmul_native.refuses(*arguments)
+    with nk.backend("native", "triton"):
+        assert matmul_native.refuses(*arguments) is None
+    monkeypatch.setattr(_cuda, "_model", print)
+    assert matmul_native.refuses(*arguments) is None
+    monkeypatch.setattr(_cuda, "_model", None)
+    kernels.refuses = lambda *arguments: "a reason of its own"
+    assert matmul_native.refuses(*arguments) == "a reason of its own"

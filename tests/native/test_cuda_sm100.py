@@ -2,18 +2,25 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from nvfp4_kernels.ops import _triton
+from nvfp4_kernels.formats.layout import swizzle_128x4
+from nvfp4_kernels.formats.tensor import NVFP4Tensor
+from nvfp4_kernels.ops import _tensor_map, _triton
 from nvfp4_kernels.ops.matmul import _cuda_sm100
+from tests.native.test_cuda import build
 
 ROOT = Path(__file__).parent.parent.parent
+FAULTS_SOURCE = Path(__file__).parent / "tcgen05_faults.cu"
 SOURCE = """
 #include "arch/ptx_sm100.cuh"
 extern "C" unsigned long long codes(unsigned at) { return nvfp4::shared_matrix(at, 1024, nvfp4::swizzle_128); }
@@ -130,3 +137,68 @@ def test_compiled():
             assert row["instructions"]["UTCOMMA"] >= 4 and row["instructions"]["UTMALDG"] >= 2
             assert not row["spills"] and row["warps"] == 6
             assert _cuda_sm100.shared_bytes(width) < row["shared"] <= 228 << 10  # 1 KB of which every block has
+
+
+FAULTS = re.findall(r"\w+", re.search(r"enum Fault : i64 \{(.*?)\}", FAULTS_SOURCE.read_text(), re.S)[1])
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """Runs the two products of tcgen05_faults.cu on the model with a fault; (result, what it must be), or RuntimeError."""
+    if shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no g++, or fibers for another machine")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    build(library, str(FAULTS_SOURCE.relative_to(ROOT)))
+    launch = ctypes.CDLL(str(library)).nvfp4_model_launch
+    generator = torch.Generator().manual_seed(1)
+    sides = [torch.randint(0, 256, (128, 64), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    scales = [torch.randint(40, 80, (128, 8), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    quantized = [
+        NVFP4Tensor(x, s.view(torch.float8_e4m3fn), torch.tensor(1.0), (128, 128))
+        for x, s in zip(sides, scales, strict=True)
+    ]
+    left, right = (x.dequantize(torch.float32).double() for x in quantized)
+    expected = left @ right.t()
+    swizzled = [swizzle_128x4(s) for s in scales]
+
+    def run(fault, seed):
+        out = torch.full((128, 128), float("nan"))
+        maps = [_tensor_map.MODEL.pack(x.data_ptr(), 64, 128, 64, 128, 128).ljust(128, b"\0") for x in sides]
+        pointers = struct.pack("QQQq", *(s.data_ptr() for s in swizzled), out.data_ptr(), FAULTS.index(fault))
+        block, message = b"".join(maps) + pointers.ljust(64, b"\0"), ctypes.create_string_buffer(256)
+        one = (ctypes.c_uint * 3)(1, 1, 1)
+        shared = ctypes.c_size_t(1024 + 2 * 128 * 128 + 2048 + 32)
+        arguments = (
+            one,
+            ctypes.c_uint(128),
+            shared,
+            block,
+            ctypes.c_size_t(len(block)),
+            ctypes.c_uint64(seed),
+            message,
+        )
+        if launch(b"faulty_products", *arguments):
+            raise RuntimeError(message.value.decode())
+        return out, expected
+
+    return run
+
+
+def test_products_without_a_fault(faulty):
+    for seed in range(4):
+        out, expected = faulty("none", seed)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("fault", FAULTS[1:])
+def test_no_fault_passes(faulty, fault):
+    """In one order of threads and units at least; in the first, units come as late as they can."""
+
+    def shows(seed):
+        try:
+            out, expected = faulty(fault, seed)
+        except RuntimeError:
+            return True
+        return not torch.allclose(out.double(), expected, rtol=1e-3, atol=1e-1)
+
+    assert any(map(shows, range(8)))

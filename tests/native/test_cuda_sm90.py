@@ -1,9 +1,12 @@
 """Hopper's kernels as nvcc compiles them, without a GPU, and what the host model says to wrong uses of wgmma."""
 
 import ctypes
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +57,21 @@ def test_the_model_tells_of(faults, fault):
         assert status == 0 and (out == 32).all()  # ones times ones, 16 deep, twice
     else:
         assert status and FAULTS[fault] in message.value.decode()
+
+
+def test_descriptor_is_that_of_triton(faults):
+    """What Triton's compiler adds to the address of B for the same instruction and layout."""
+    if _triton.triton is None:
+        pytest.skip("no Triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "oracles" / "triton_sm90.py")]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 4
+    faults.nvfp4_swizzled_rows.restype = ctypes.c_uint64
+    assert {int(found) for found in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (\d+);", ptx)} == {
+        faults.nvfp4_swizzled_rows(0)
+    }
+    assert faults.nvfp4_swizzled_rows(0x12340) == faults.nvfp4_swizzled_rows(0) + 0x1234
 
 
 @pytest.fixture(scope="module")

@@ -42,4 +42,6 @@ NVFP4_KERNEL(product_with_fault, 128, 1, FaultLaunch) {
     p.out[thread] = sums[0];
 }
 
+extern "C" u64 nvfp4_swizzled_rows(u32 address) { return swizzled_rows(address); }
+
 }  // namespace nvfp4

@@ -87,6 +87,10 @@ def test_native_takes_no_rows_out_of_range(routing):
                 permute(torch.zeros(9, 4), wrong)
             with pytest.raises(ValueError, match="routing: got rows out of range"):
                 unpermute(torch.zeros(27, 4), wrong)
+            y = torch.zeros(27, 4, requires_grad=True)
+            out = unpermute(y, Routing(*list(vars(routing).values())[:4], wrong.order), torch.ones(9, 3))
+            with pytest.raises(ValueError, match="routing: got rows out of range"):
+                out.sum().backward()
 
 
 def test_errors_name_the_argument(routing):

@@ -123,7 +123,7 @@ def test_native_gradient_against_fp64(isa):
 
 def test_ties_go_by_index_and_nan_comes_first(backend, isa):
     logits = torch.zeros(3, 40)
-    logits[1, [5, 30]], logits[2, [7, 9]] = 1.0, float("nan")
+    logits[1, [5, 30]], logits[2, [7, 9]] = 1.0, torch.tensor([-math.nan, math.nan])  # of either sign
     routing = route(logits, None, 4)
     assert routing.indices.tolist() == [[0, 1, 2, 3], [5, 30, 0, 1], [7, 9, 0, 1]]
     assert routing.weights[:2].isfinite().all() and routing.weights[2].isnan().all()
@@ -142,6 +142,12 @@ def test_threads_change_nothing(isa):
         torch.set_num_threads(before)
     for name in ("indices", "weights", "offsets", "inverse", "order"):
         assert all(torch.equal(getattr(results[0], name), getattr(other, name)) for other in results[1:])
+
+
+def test_no_tokens_in_groups(backend):
+    routing = route(torch.randn(0, 8, requires_grad=True), torch.randn(8), 3, n_group=4, topk_group=2)
+    assert routing.indices.shape == routing.inverse.shape == (0, 3) and routing.offsets.tolist() == [0] * 9
+    routing.weights.sum().backward()
 
 
 def test_registered_op_is_sound():

@@ -91,6 +91,23 @@ def test_odd_head_and_state_sizes(head_dim, state):
     compare(inputs(batch=1, length=9, heads=2, groups=1, head_dim=head_dim, state=state), chunk_size=4)
 
 
+@pytest.mark.parametrize("sizes", [dict(), dict(state=1), dict(head_dim=1)])
+def test_axes_in_the_opposite_order(backend, sizes):
+    arguments = inputs(batch=1, length=11, dtype=torch.float32, **sizes)
+    turned = {name: t.detach().permute(*reversed(range(t.dim()))).contiguous() for name, t in arguments.items()}
+    turned = {name: t.permute(*reversed(range(t.dim()))).requires_grad_() for name, t in turned.items()}
+    assert all(t.is_contiguous() for t in selective_scan(**turned, return_state=True, chunk_size=4))
+    compare(turned, 1e-4, chunk_size=4)
+
+
+def test_no_rows(backend):
+    arguments = inputs(batch=0, dtype=torch.float32)
+    y, state = selective_scan(**arguments, return_state=True)
+    assert y.shape == (0, 21, 4, 6) and state.shape == (0, 4, 6, 5)
+    (y.sum() + state.sum()).backward()
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in arguments.values())
+
+
 def test_one_skip_weight_for_each_channel():
     arguments = inputs()
     D = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

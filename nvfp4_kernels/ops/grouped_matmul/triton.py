@@ -1,9 +1,8 @@
 """Groups of products in Triton, one launch for all groups: on FP4 tensor cores where both operands are NVFP4 and the device has
 them (ops/matmul/_triton_block_scaled.py), of decoded operands everywhere else (ops/matmul/_triton_decoded.py).
 
-Where the groups' rows begin is on the device and stays there: as many programs start as the rows could need in the worst case,
-a tile more for each group than for rows without groups, and each finds its group, or that there is nothing left for it, from
-the offsets. Sums that are divided among groups run from one offset to the next, a program a tile of one group.
+Each program finds its tile of rows from the offsets (ops/_triton_groups.py). Sums that are divided among groups run from one
+offset to the next, a program a tile of one group.
 """
 
 from dataclasses import dataclass
@@ -14,28 +13,19 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
-from nvfp4_kernels.ops.matmul._triton_tiles import write
+from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
+
+SMALL = Tile(
+    64, 64, 32, 4, 2, 1
+)  # where codes meet a plain operand whose columns lie apart: addresses take the registers
 
 
 def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
     return "float64" if torch.float64 in (a.values.dtype, b.values.dtype, out_dtype) else refuses_device(a.values)
-
-
-@jit
-def find(offsets_ptr, groups, place, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """(group, first row of the tile, end of the group's rows) of the place-th tile of rows; beyond the last, group `groups`."""
-    group = tl.arange(0, BLOCK_G)
-    start = tl.load(offsets_ptr + group, group < groups, 0)
-    end = tl.load(offsets_ptr + group + 1, group < groups, 0)
-    tiles = tl.cdiv(end - start, BLOCK_M)
-    last = tl.cumsum(tiles, 0)
-    mine = tl.sum(((last <= place) & (group < groups)).to(tl.int32), 0)
-    picked = group == mine
-    row = tl.sum(tl.where(picked, start + (place - (last - tiles)) * BLOCK_M, 0), 0)
-    return mine, row, tl.sum(tl.where(picked, end, 0), 0)
 
 
 @jit
@@ -65,7 +55,7 @@ def rows_kernel(
     PRECISION: tl.constexpr, FINISH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    group, first, end = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
+    group, _, end, first = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
         row, col = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
@@ -84,13 +74,13 @@ def rows_kernel(
 @jit
 def sums_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_row_stride, a_step, a_starts_ptr,
-    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, out_ptr, M, N,
+    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, longest_ptr, out_ptr, M, N,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BLOCK_N)
     m, n = tl.program_id(0) // across * BLOCK_M, tl.program_id(0) % across * BLOCK_N
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.load(longest_ptr + tl.program_id(1))
     row, col = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     a_first, a_end = tl.load(a_starts_ptr + group), tl.load(a_starts_ptr + group + 1)
     b_first, b_end = tl.load(b_starts_ptr + group), tl.load(b_starts_ptr + group + 1)
@@ -172,22 +162,23 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
     if 0 in (a.values.shape[1], b.values.shape[1]):
         return torch.zeros(groups, M, N, dtype=out_dtype, device=a.values.device)
     y = torch.empty(groups, M, N, dtype=out_dtype, device=a.values.device)
-    mixed = (a.scales is None) != (b.scales is None)  # which leaves registers for small tiles alone
-    t, sides, constants = _form(min(M, 64) if mixed else M, N, a, b, (16,))  # groups begin at any block
+    mixed = (a.scales is None) != (b.scales is None)
+    t, sides, constants = _form(M, N, a, b, (16,), SMALL if mixed else None)  # groups begin at any block
     arguments = []
     for x, side in zip((a, b), sides, strict=True):
         starts = x.starts if isinstance(x, Columns) else offsets
         arguments += *side.places, *side.strides(x.values), starts
+    longest = offsets.diff().argsort(descending=True)  # first, so that no long sum begins when the others are over
     launch(
         sums_kernel,
         (-(-M // t.m) * -(-N // t.n), groups),
-        *(*arguments, portable(y), M, N),
+        *(*arguments, longest, portable(y), M, N),
         **constants,
     )
     return y
 
 
-def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...]):
+def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None):
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
     bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
     formats, device = (_format(a), _format(b)), a.values.device
@@ -198,7 +189,7 @@ def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[i
         dtype, precision = torch.float32, "ieee"
     if cores:
         t = fp4.tile(M, N, b.values.shape[-1], cores)
-    else:
+    elif t is None:
         most = M if a.scales is None or b.scales is None else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
     left, right = sides = [_side(x, bool(cores), units if cores else units[-2:], t.k) for x in (a, b)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops import _cuda, _device
+from nvfp4_kernels.ops import _cuda, _device, _dispatch
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.matmul import _cuda as packed
 from nvfp4_kernels.ops.matmul import _cuda_sm100, _cuda_sm120
@@ -15,6 +15,10 @@ Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 # Kernels for NVFP4 times NVFP4, by the instruction of the device's FP4 tensor cores.
 BLOCK_SCALED = {"tcgen05": _cuda_sm100, "mma.sync": _cuda_sm120}
+# They have run in the host model alone. Of two that nobody has measured, Triton's comes first: its compiler has run elsewhere.
+UNPROVEN = (
+    "not yet run on such a chip: NVFP4_BACKEND=native,triton,reference takes it, nvfp4 check tells whether it is right"
+)
 
 
 def _cuda_kernels(a: Operand, b: Operand):
@@ -31,7 +35,9 @@ def refuses(
     a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool
 ) -> str | None:
     if _on_gpu(a, b):
-        return _cuda_kernels(a, b).refuses(a, b, bias, out_dtype, out, accumulate)
+        kernels = _cuda_kernels(a, b)
+        unproven = kernels is not packed and _cuda.on_a_chip() and not _dispatch.forced("native")
+        return kernels.refuses(a, b, bias, out_dtype, out, accumulate) or (UNPROVEN if unproven else None)
     return refuses_device(a if isinstance(a, Tensor) else a.codes)
 
 

@@ -24,8 +24,8 @@ def matmul(
     """y = a @ b.T + bias, products exact, summed in fp32, rounded once to `out_dtype`.
 
     a: [..., M, K] (leading axes count as rows), b: [N, K]; each an NVFP4Tensor, an MXFP8Tensor or a bf16, fp16 or fp32
-        tensor of any strides; b a PackedNVFP4Tensor too, which the kernels for few rows of bf16 read and which is unpacked
-        for all others. Operands that went through the Hadamard transform must share its signs.
+        tensor of any strides; b a PackedNVFP4Tensor too, which CUDA's kernels for bf16 read in place and which is unpacked for
+        all others. Operands that went through the Hadamard transform must share its signs.
     out_dtype: bfloat16, float16 or float32; by default out's dtype, else that of a plain operand, else bfloat16.
     bias: [N], bf16, fp16 or fp32, or None.
     out: a contiguous tensor [..., M, N] to write to; it must not share memory with an operand.

@@ -48,7 +48,7 @@ def backward(
 def choose(scores: Tensor, top_k: int, n_group: int, topk_group: int) -> Tensor:
     """The experts with the best scores, best first; with groups, only from the topk_group best of them."""
     if n_group > 1:
-        groups = scores.view(scores.shape[0], n_group, -1)
+        groups = scores.unflatten(1, (n_group, scores.shape[1] // n_group))
         best = _best(groups.topk(min(2, groups.shape[2]), dim=2).values.sum(2), topk_group)
         allowed = torch.zeros(groups.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
         scores = groups.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)

@@ -64,10 +64,10 @@ def run(
     for xs, ss, bs, cs, state in _sequences(cu_seqlens, initial_state, x, step, B, C):
         folded = _fold_all(xs, ss, A, bs, cs, chunk_size)
         states, last = _states(folded, _first(xs, bs, state))
-        y = _unfold(_outputs(folded, states), xs)
+        y = _unfold(_outputs(folded, states), xs, B.shape[2])
         ys.append((y if D is None else y + xs * _per_channel(D)).to(x.dtype))
-        lasts.append(last.view(xs.shape[0], *xs.shape[2:], B.shape[3]))
-    return torch.cat(ys, 1).view(x.shape), torch.cat(lasts)
+        lasts.append(last.reshape(xs.shape[0], *xs.shape[2:], B.shape[3]))
+    return torch.cat(ys, 1).reshape(x.shape).contiguous(), torch.cat(lasts).contiguous()
 
 
 def backward(
@@ -84,11 +84,11 @@ def backward(
         dlast = torch.zeros_like(first) if dlast is None else dlast.to(first.dtype).reshape(first.shape)
         *grads, dfirst = _gradients(folded, states, dys_folded, dlast)
         parts.append(
-            [_unfold(g, t) for g, t in zip(grads, (xs, ss, ss, bs, cs), strict=True)]
-            + [dfirst.view(xs.shape[0], *xs.shape[2:], B.shape[3])]
+            [_unfold(g, t, B.shape[2]) for g, t in zip(grads, (xs, ss, ss, bs, cs), strict=True)]
+            + [dfirst.reshape(xs.shape[0], *xs.shape[2:], B.shape[3])]
         )
     dx, dstep, drate, dB, dC = (
-        torch.cat(t, 1).view(like.shape)
+        torch.cat(t, 1).reshape(like.shape)
         for t, like in zip(list(zip(*parts, strict=True))[:5], (x, dt, dt, B, C), strict=True)
     )
     dinitial = None if initial_state is None else torch.cat([p[5] for p in parts]).to(initial_state.dtype)
@@ -125,10 +125,10 @@ def _fold(t: Tensor, groups: int, chunk_size: int) -> Tensor:
     return t.movedim(3, 1).flatten(0, 1)
 
 
-def _unfold(t: Tensor, like: Tensor) -> Tensor:
+def _unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
     """The inverse of _fold, for a tensor whose shape begins as that of `like`."""
     batch, length = like.shape[:2]
-    t = t.unflatten(0, (batch, -1)).movedim(1, 3).flatten(3, 4).flatten(1, 2)
+    t = t.unflatten(0, (batch, groups)).movedim(1, 3).flatten(3, 4).flatten(1, 2)
     return t[:, :length]
 
 

@@ -51,12 +51,12 @@ def test_sizes(model, monkeypatch, tile, tokens, rows, cols):
 
 @pytest.mark.parametrize("tile", [128, 256])
 def test_parts_add_up_in_order(model, monkeypatch, tile):
-    """Five blocks share six tiles, or four, of eleven steps: runs that begin and end anywhere, the same bits each time."""
+    """Five blocks share six tiles, or four, of six steps: runs that begin and end anywhere, the same bits each time."""
     monkeypatch.setattr(_cuda_sm90, "PROCESSORS", 5)
     tile_of(monkeypatch, tile)
-    packed, w = weight(272, 1408)
-    assert _cuda_sm90.plan(129, 272, 1408) == (tile, 6 if tile == 128 else 4, 5)
-    a = torch.randn(129, 1408).bfloat16()
+    packed, w = weight(272, 768)
+    assert _cuda_sm90.plan(129, 272, 768) == (tile, 6 if tile == 128 else 4, 5)
+    a = torch.randn(129, 768).bfloat16()
     made = []
     for seed in (None, 2, 3):  # odd seeds run the blocks from the last to the first
         model.seed = seed
@@ -66,15 +66,19 @@ def test_parts_add_up_in_order(model, monkeypatch, tile):
     check(made[0], a, w)
 
 
-@pytest.mark.parametrize("cols", [640, 2048])
-def test_a_row_of_x_is_on_its_own(cols):
+@pytest.mark.parametrize("cols, parts", [(384, 1), (512, 2)])
+def test_a_row_of_x_is_on_its_own(monkeypatch, model, cols, parts):
     """Bits of a row depend on no other row, nor on how many there are, as long as they take as many tiles of 128."""
+    monkeypatch.setattr(_cuda_sm90, "LEAST_STEPS", 3 - parts)
+    monkeypatch.setattr(_cuda_sm90, "PROCESSORS", 2 * parts)
+    tile_of(monkeypatch, 128)
     packed, _ = weight(144, cols)
     a = torch.randn(128, cols).bfloat16()
     whole = nk.matmul(a, packed, torch.float32)
     assert torch.equal(nk.matmul(a[:65], packed, torch.float32), whole[:65])
     order = torch.randperm(128)
     assert torch.equal(nk.matmul(a[order], packed, torch.float32), whole[order])
+    assert ("weight_only_parts_128" in model.kernels) == (parts > 1)
 
 
 @pytest.mark.parametrize("many", ["tiles", "parts", "slabs"])
@@ -83,7 +87,9 @@ def test_results(model, monkeypatch, request, many, dtype):
     """Bias, accumulation and each dtype, rounded once."""
     if many == "slabs":
         request.getfixturevalue("slabs")
-    rows, cols = 144, 1024 if many == "parts" else 256
+    rows, cols = 144, 256
+    if many == "parts":  # of a step each
+        monkeypatch.setattr(_cuda_sm90, "LEAST_STEPS", 1)
     packed, w = weight(rows, cols)
     a, bias = torch.randn(70, cols).bfloat16(), torch.randn(rows).to(dtype)
     plain = nk.matmul(a, packed, torch.float32)
