@@ -123,6 +123,11 @@ static inline unsigned atomicAdd(unsigned* at, unsigned value) {
     *at = before + value;
     return before;
 }
+static inline unsigned atomicMax(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = before > value ? before : value;
+    return before;
+}
 
 // Shared memory of fixed type: a name for it. And the kernel itself: extern "C", one parameter block `p`.
 #define NVFP4_SHARED(Type, name)  \

@@ -10,18 +10,24 @@ namespace nvfp4 {
 
 struct Target {
     const FormLaunch& f;
-    i64 lines, runs;
+    const i64 &lines, &runs, &first;  // of what is wanted; blocks that the form has before it
 
+    // The number of a block in the form.
+    __device__ __forceinline__ i64 at(i64 line, i64 run) const { return first + line * f.runs + run; }
+    // Whether `count` blocks from `run`, a multiple of it, exist and lie at a multiple of it.
+    __device__ __forceinline__ bool whole(i64 run, int count) const {
+        return ((first | f.runs) & (count - 1)) == 0 && run + count <= runs;
+    }
     // Eight bytes of codes; nothing outside the matrix.
     __device__ __forceinline__ void store_codes(i64 line, i64 run, const u32* word) const {
         if (line >= lines || run >= runs) return;
-        *reinterpret_cast<u64*>(f.codes + (line * runs + run) * 8) = word[0] | static_cast<u64>(word[1]) << 32;
+        *reinterpret_cast<u64*>(f.codes + at(line, run) * 8) = word[0] | static_cast<u64>(word[1]) << 32;
     }
     // Four scales, those of the runs that exist.
     __device__ __forceinline__ void store_scales(i64 line, i64 run, u32 four) const {
         if (line >= lines || run >= runs) return;
-        u8* to = f.scales + line * runs + run;
-        if (runs % 4 == 0) {
+        u8* to = f.scales + at(line, run);
+        if (whole(run, 4)) {
             *reinterpret_cast<u32*>(to) = four;
             return;
         }
@@ -61,8 +67,8 @@ static __device__ __forceinline__ void write_cols(const Target& to, const Encode
     const u32 words[4] = {static_cast<u32>(codes[0]), static_cast<u32>(codes[0] >> 32), static_cast<u32>(codes[1]),
                           static_cast<u32>(codes[1] >> 32)};
     const i64 run = block + 2 * half;
-    if (to.runs % 2 == 0 && col + c < to.lines && run < to.runs) {
-        *reinterpret_cast<Chunk*>(to.f.codes + ((col + c) * to.runs + run) * 8) = {words[0], words[1], words[2], words[3]};
+    if (col + c < to.lines && to.whole(run, 2)) {
+        *reinterpret_cast<Chunk*>(to.f.codes + to.at(col + c, run) * 8) = {words[0], words[1], words[2], words[3]};
     } else {
         to.store_codes(col + c, run, words);
         to.store_codes(col + c, run + 1, words + 2);
@@ -70,23 +76,35 @@ static __device__ __forceinline__ void write_cols(const Target& to, const Encode
     if (thread < tile_side) to.store_scales(col + thread, block, *reinterpret_cast<const u32*>(staged.scales[thread]));
 }
 
-// The tensor's amax and what follows from it; `bad` when x holds a NaN or an infinity: then every code and scale is 0 and
-// the global scale NaN.
+// Of all that the pass before found.
+static __device__ __forceinline__ u32 largest(const u32* found, i64 count) {
+    u32 most = 0;
+    for (i64 i = threadIdx.x; i < count; i += tile_threads) most = found[i] > most ? found[i] : most;
+    return block_largest<tile_threads / 32>(most);
+}
+
+// What follows from the amax of the values and of their transform; with a NaN or an infinity among the values every code and
+// scale is 0 and the global scale NaN. The scale is written by whoever is given a place for it.
 template <int known>
-static __device__ __forceinline__ TensorScale form_scale(const QuantizeLaunch& p, Options<known> o, int turned, u32 values, bool first) {
-    u32 most = values;
-    if (o.is_rotated()) {
-        most = 0;
-        for (i64 i = threadIdx.x; i < p.programs; i += tile_threads) {
-            const u32 found = p.amax[turned * p.programs + i];
-            most = found > most ? found : most;
-        }
-        most = block_largest<tile_threads / 32>(most);
-    }
+static __device__ __forceinline__ TensorScale form_scale(Options<known> o, u32 values, u32 turned, float* out) {
     const bool bad = values >= 0x7F800000u;
+    const u32 most = o.is_rotated() ? turned : values;
     const TensorScale s = tensor_scale(bad ? 0.0f : real(U32x1(most)).v, o.chooses() ? 256.0f : 448.0f);
-    if (first) *o.f.global_scale = bad ? real(U32x1(0x7FC00000u)).v : s.g_dec;
+    if (out != nullptr) *out = bad ? real(U32x1(0x7FC00000u)).v : s.g_dec;
     return s;
+}
+
+// Zeros for the blocks of each line beyond the last group's, of which there is less than one for each block of the grid.
+static __device__ __forceinline__ void clear_rest(const QuantizeLaunch& p, i64 left) {
+    const i64 last = p.starts[p.groups] / 16, line = left + threadIdx.x;
+    const i64 first = 0;
+    const Target to{p.col, p.cols, p.col.runs, first};
+    const u32 nothing[2] = {0, 0};
+    if (threadIdx.x >= tile_side || line >= p.cols) return;
+    for (i64 run = (last < 0 ? 0 : last) + blockIdx.y; run < p.col.runs; run += gridDim.y) {
+        to.store_codes(line, run, nothing);
+        p.col.scales[to.at(line, run)] = 0;
+    }
 }
 
 static __device__ __forceinline__ void zero(F32x1 (&v)[2][16]) {
@@ -100,23 +118,37 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
     NVFP4_SHARED(Staged, staged);
     const Options<row_known> row{p.row};
     const Options<col_known> col{p.col};
-    const Target rows{p.row, p.rows, (p.cols + 15) / 16}, cols{p.col, p.cols, (p.rows + 15) / 16};
+    NVFP4_SHARED(Part, part);
+    find_part(p, sizeof(typename T::Raw), part);
+    const Target rows{p.row, part.rows, p.row.runs, part.row_first}, cols{p.col, p.cols, part.col_runs, part.col_first};
+    const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
 
-    u32 values = 0;
-    for (i64 i = threadIdx.x; i < p.programs; i += tile_threads) values = p.amax[i] > values ? p.amax[i] : values;
-    values = block_largest<tile_threads / 32>(values);
-    const bool bad = values >= 0x7F800000u, first = blockIdx.x + blockIdx.y + threadIdx.x == 0;
+    const u32* const amax = p.amax + part.matrix * 3 * p.programs;
+    const bool first = blockIdx.x + threadIdx.x == 0;
+    u32 values = largest(amax, p.programs), col_values = values;
     TensorScale row_scale = {}, col_scale = {};
-    if (row.is_present()) row_scale = form_scale(p, row, 1, values, first);
-    if (col.is_present()) col_scale = form_scale(p, col, 2, values, first);
+    if (row.is_present()) {
+        const u32 turned = row.is_rotated() ? largest(amax + p.programs, p.programs) : 0;
+        row_scale = form_scale(row, values, turned, first && blockIdx.y == 0 ? p.row.global_scale + part.matrix : nullptr);
+    }
+    if (col.is_present() && p.offsets == nullptr) {
+        const u32 turned = col.is_rotated() ? largest(amax + 2 * p.programs, p.programs) : 0;
+        col_scale = form_scale(col, values, turned, first && blockIdx.y == 0 ? p.col.global_scale + part.matrix : nullptr);
+    } else if (col.is_present()) {
+        clear_rest(p, left);
+        if (part.group < 0) return;
+        col_values = amax[part.group];
+        float* const out = first && part.tile == 0 ? p.col.global_scale + part.group : nullptr;
+        col_scale = form_scale(col, col_values, amax[2 * p.groups + part.group], out);
+    }
+    const bool bad = values >= 0x7F800000u, col_bad = col_values >= 0x7F800000u;
     u64 seed = 0, offset = 0;
     if (row.is_stochastic() || col.is_stochastic()) {
         seed = p.noise[0];
         offset = p.noise[1];
     }
 
-    const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
-    const TileRing<T> ring{p, memory, left};
+    const TileRing<T> ring{p, memory, left, part};
     ring.walk([&](const unsigned char* tile, i64 top) {
         const int lane = lane_index(), warp = warp_index();
         F32x1 v[2][16];
@@ -124,15 +156,15 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
             row_blocks<T>(tile, v);
             if (bad) zero(v);
             const i64 line = top + 16 * warp + (lane & 7), block = left / 16 + (lane >> 3);
-            const i64 index[2] = {line * rows.runs + block, (line + 8) * rows.runs + block};
+            const i64 index[2] = {rows.at(line, block), rows.at(line + 8, block)};
             const Encoded made = encode<row_known, false>(row, row_scale, v, index, seed, offset + static_cast<u64>(p.row.advance));
             write_rows<row_known>(rows, made, top, left / 16);
         }
         if (col.is_present()) {
             col_blocks<T>(tile, v);
-            if (bad) zero(v);
+            if (col_bad) zero(v);
             const i64 line = left + 2 * lane, block = top / 16 + warp;
-            const i64 index[2] = {line * cols.runs + block, (line + 1) * cols.runs + block};
+            const i64 index[2] = {cols.at(line, block), cols.at(line + 1, block)};
             const Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
             write_cols(cols, made, staged, left, top / 16);
         }
@@ -148,7 +180,7 @@ static __device__ __forceinline__ void amax_of_values(const QuantizeLaunch& p) {
     using Raw = typename T::Raw;
     constexpr int values = 16 / sizeof(Raw);
     constexpr i64 piece = static_cast<i64>(amax_threads) * amax_loads * values;
-    const auto* x = static_cast<const Raw*>(p.x);
+    const auto* x = static_cast<const Raw*>(p.x) + blockIdx.z * p.matrix_stride;
     const i64 pieces = (p.cols + piece - 1) / piece;
     u32 most = 0;
     for (i64 at = blockIdx.x; at < p.rows * pieces; at += gridDim.x) {
@@ -169,13 +201,16 @@ static __device__ __forceinline__ void amax_of_values(const QuantizeLaunch& p) {
         for (i64 j = begin + threadIdx.x; j < end; j += amax_threads) most = T::largest(line[j], most);
     }
     most = block_largest<amax_threads / 32>(most);
-    if (threadIdx.x == 0) p.amax[blockIdx.x] = most;
+    if (threadIdx.x == 0) p.amax[blockIdx.z * 3 * p.programs + blockIdx.x] = most;
 }
 
-// Of the values and of the transforms of those forms that have one.
+// Of the values and of the transforms of those forms that have one; of each group by itself, in whatever order its blocks come:
+// the largest of them is the same.
 template <class T>
 static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& p) {
     NVFP4_DYNAMIC_SHARED(memory);
+    NVFP4_SHARED(Part, part);
+    find_part(p, sizeof(typename T::Raw), part);
     u32 values = 0, turned[2] = {0, 0};
     const auto turn = [&](const F32x1* given, i32 signs, u32& most) {
         F32x1 v[16];
@@ -184,14 +219,15 @@ static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& 
             v[j] = given[j];
             values = Single::largest(bits(v[j]).v, values);
         }
+        if (signs < 0) return;
         hadamard16(v, static_cast<u32>(signs));
         NVFP4_UNROLL
         for (int j = 0; j < 16; ++j) most = Single::largest(bits(v[j]).v, most);
     };
-    const TileRing<T> ring{p, memory, static_cast<i64>(blockIdx.x) * tile_side};
+    const TileRing<T> ring{p, memory, static_cast<i64>(blockIdx.x) * tile_side, part};
     ring.walk([&](const unsigned char* tile, i64) {
         F32x1 v[2][16];
-        if (p.row.hadamard >= 0) {
+        if (p.row.hadamard >= 0 || p.col.hadamard < 0) {
             row_blocks<T>(tile, v);
             NVFP4_UNROLL
             for (int half = 0; half < 2; ++half) turn(v[half], p.row.hadamard, turned[0]);
@@ -202,14 +238,19 @@ static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& 
             for (int half = 0; half < 2; ++half) turn(v[half], p.col.hadamard, turned[1]);
         }
     });
-    const i64 at = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
     values = block_largest<tile_threads / 32>(values);
     NVFP4_UNROLL
     for (int form = 0; form < 2; ++form) turned[form] = block_largest<tile_threads / 32>(turned[form]);
-    if (threadIdx.x == 0) {
-        p.amax[at] = values;
-        p.amax[p.programs + at] = turned[0];
-        p.amax[2 * p.programs + at] = turned[1];
+    if (threadIdx.x != 0) return;
+    const u32 found[3] = {values, turned[0], turned[1]};
+    const i64 at = part.matrix * 3 * p.programs + static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+    NVFP4_UNROLL
+    for (int kind = 0; kind < 3; ++kind) {
+        if (p.offsets == nullptr) {
+            p.amax[at + kind * p.programs] = found[kind];
+        } else if (part.group >= 0) {
+            atomicMax(p.amax + kind * p.groups + part.group, found[kind]);
+        }
     }
 }
 

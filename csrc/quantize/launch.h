@@ -7,7 +7,8 @@ namespace nvfp4 {
 struct FormLaunch {
     u8* codes;            // [lines, runs, 8]; lines: rows of x for the row form, columns for the column form
     u8* scales;           // [lines, runs]
-    float* global_scale;  // [1]
+    float* global_scale;  // [1], or one for each matrix or group
+    i64 runs;             // of 16 values, from one line to the next
     i64 advance;          // of the noise's offset
     i32 block;            // Block: none, b1x16 or b16x16
     i32 stochastic;
@@ -18,12 +19,18 @@ struct FormLaunch {
 struct QuantizeLaunch {
     const void* x;
     i64 rows, cols, row_stride;  // in elements; the column stride is 1
-    u32* amax;                   // [3, programs], bits of fp32: of the values, of the row form's transform, of the column form's
-    i64 programs;
+    i64 matrix_stride;           // of a stack, whose matrices are the grid's third axis and whose forms lie one behind the other
+    u32* amax;                   // bits of fp32: of the values, of the row form's transform, of the column form's
+    i64 programs;                // amax [matrices, 3, programs], from each block of the pass before; or [3, groups], zeros before
     const u64* noise;            // (seed, offset), or null
     FormLaunch row, col;
     i64 tiles_down;              // of a block
     i64 wide;                    // whether each row of x begins at a multiple of 16 bytes
+    // Groups of rows, each a matrix to the column form alone: group e has the rows offsets[e] to offsets[e + 1], and the values
+    // from starts[e] on of each of the form's lines. Null for plain tensors and stacks.
+    const i64* offsets;
+    const i64* starts;
+    i64 groups;
 };
 
 }  // namespace nvfp4

@@ -10,6 +10,65 @@ namespace nvfp4 {
 
 constexpr int tile_side = 64, tile_threads = 128, tile_stages = 3;
 
+// What a block has of x: rows of all of it, of a matrix of a stack, or of one group. It lies in shared memory: the loop over
+// tiles has no registers left for it.
+struct Part {
+    const void* x;             // where what it is part of begins
+    i64 rows;                  // of that
+    i64 matrix, group;         // its number; 0 where there are none, group -1 for a block beyond all groups
+    i64 tile, end;             // the block's tiles
+    i64 row_first, col_first;  // blocks of 16 values that each form has before it
+    i64 col_runs;              // blocks of 16 of its rows
+};
+
+// The group that a block has a part of. With S rows a block, the first block of group e is offsets[e] / S + e: the next
+// group's is as many further as its rows need at least, so that nobody adds up groups, and rows / S + groups blocks are enough.
+// Offsets that do not ascend give wrong parts of x, and none outside it.
+static __device__ __forceinline__ void find_group(const QuantizeLaunch& p, i64 size, Part& part) {
+    const i64 height = p.tiles_down * tile_side, place = static_cast<i64>(blockIdx.y);
+    const auto offset = [&](i64 e) {
+        const i64 given = p.offsets[e];
+        return given < 0 ? 0 : given < p.rows ? given : p.rows;
+    };
+    u32 found = 0;  // groups whose first block is here or before
+    for (i64 e = threadIdx.x; e < p.groups; e += tile_threads) {
+        if (offset(e) / height + e <= place) found = static_cast<u32>(e) + 1;
+    }
+    found = block_largest<tile_threads / 32>(found);
+    if (threadIdx.x != 0) return;
+    part.group = static_cast<i64>(found) - 1;
+    if (found == 0) {
+        part.rows = part.tile = part.row_first = part.col_first = 0;
+        return;
+    }
+    const i64 begin = offset(part.group), end = offset(part.group + 1), start = p.starts[part.group] / 16;
+    const bool fits = begin < end && start >= 0 && start + (end - begin + 15) / 16 <= p.col.runs;
+    part.x = static_cast<const unsigned char*>(p.x) + begin * p.row_stride * size;
+    part.rows = fits ? end - begin : 0;
+    part.tile = (place - begin / height - part.group) * p.tiles_down;
+    part.row_first = begin * p.row.runs;
+    part.col_first = start;
+}
+
+static __device__ __forceinline__ void find_part(const QuantizeLaunch& p, i64 size, Part& part) {
+    if (threadIdx.x == 0) {
+        part.matrix = static_cast<i64>(blockIdx.z);
+        part.group = 0;
+        part.x = static_cast<const unsigned char*>(p.x) + part.matrix * p.matrix_stride * size;
+        part.rows = p.rows;
+        part.tile = static_cast<i64>(blockIdx.y) * p.tiles_down;
+        part.row_first = part.matrix * p.rows * p.row.runs;
+        part.col_first = part.matrix * p.cols * p.col.runs;
+    }
+    if (p.offsets != nullptr) find_group(p, size, part);
+    if (threadIdx.x == 0) {
+        const i64 down = (part.rows + tile_side - 1) / tile_side;
+        part.end = part.tile + p.tiles_down < down ? part.tile + p.tiles_down : down;
+        part.col_runs = (part.rows + 15) / 16;
+    }
+    __syncthreads();
+}
+
 template <class T>
 struct TileRing {
     static constexpr int size = sizeof(typename T::Raw);
@@ -19,37 +78,37 @@ struct TileRing {
     const QuantizeLaunch& p;
     unsigned char* memory;
     i64 col;
+    const Part& part;
 
     static __device__ __forceinline__ int place(int row, int chunk) { return row * row_bytes + ((chunk ^ (row & 7)) << 4); }
 
     // Starts the loads of the tile whose first row is `row`, to stage `to`; zeros outside x.
     __device__ __forceinline__ void load(i64 row, int to) const {
         unsigned char* tile = memory + to * bytes;
-        const auto* x = static_cast<const typename T::Raw*>(p.x);
+        const auto* x = static_cast<const typename T::Raw*>(part.x);
         const int thread = static_cast<int>(threadIdx.x);
         if (p.wide) {
             NVFP4_UNROLL
             for (int i = 0; i < tile_side * chunks / tile_threads; ++i) {
                 const int at = thread + i * tile_threads, r = at / chunks, c = at % chunks;
                 const i64 left = (p.cols - col) * size - c * 16;
-                const int inside = row + r < p.rows && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
+                const int inside = row + r < part.rows && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
                 copy_async16(tile + place(r, c), inside ? x + (row + r) * p.row_stride + col + c * (16 / size) : x, inside);
             }
             return;
         }
         for (int at = thread; at < tile_side * tile_side; at += tile_threads) {
             const int r = at / tile_side, c = at % tile_side;
-            const bool inside = row + r < p.rows && col + c < p.cols;
+            const bool inside = row + r < part.rows && col + c < p.cols;
             auto* to_element = reinterpret_cast<typename T::Raw*>(tile + place(r, c * size / 16) + c * size % 16);
             *to_element = inside ? x[(row + r) * p.row_stride + col + c] : static_cast<typename T::Raw>(0);
         }
     }
 
-    // Calls work(tile, first row) for each tile of this block's part of the strip. Every tile begins with a barrier.
+    // Calls work(tile, first row of it in the part) for each tile of the block. Every tile begins with a barrier.
     template <class Work>
     __device__ __forceinline__ void walk(Work work) const {
-        const i64 down = (p.rows + tile_side - 1) / tile_side, first = static_cast<i64>(blockIdx.y) * p.tiles_down;
-        const i64 end = first + p.tiles_down < down ? first + p.tiles_down : down;
+        const i64 first = part.tile, end = part.end;
         for (int i = 0; i < tile_stages - 1; ++i) {
             if (first + i < end) load((first + i) * tile_side, i);
             commit_copies();

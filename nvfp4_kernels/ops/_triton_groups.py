@@ -8,14 +8,15 @@ from nvfp4_kernels.ops._triton import jit, tl
 
 
 @jit
-def find(offsets_ptr, groups, place, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def find(offsets_ptr, groups, rows, place, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """(group, where its rows begin and end, first row of the tile) of the place-th tile of rows; beyond the last, `groups`.
 
-    GROUPS: a power of two from `groups` up.
+    Offsets that do not ascend to `rows` give tiles that nobody asked for, and none outside the rows. GROUPS: a power of two
+    from `groups` up.
     """
     group = tl.arange(0, GROUPS)
-    start = tl.load(offsets_ptr + group, group < groups, 0)
-    end = tl.load(offsets_ptr + group + 1, group < groups, 0)
+    start = tl.minimum(tl.maximum(tl.load(offsets_ptr + group, group < groups, 0), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(offsets_ptr + group + 1, group < groups, 0), start), rows)
     tiles = tl.cdiv(end - start, ROWS)
     last = tl.cumsum(tiles, 0)
     mine = tl.sum(((last <= place) & (group < groups)).to(tl.int32), 0)

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.groups import group_starts
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 
 LOADS = {
@@ -184,6 +186,7 @@ def test_errors():
         (dict(offsets=o.int()), TypeError, "offsets: got torch.int32"),
         (dict(offsets=o[None]), ValueError, "offsets: got shape"),
         (dict(col=QuantSpec("16x16")), ValueError, "col: got block 16x16"),
+        (dict(row=QuantSpec("16x16")), ValueError, "row: got block 16x16"),
         (dict(x=x[None]), ValueError, "x: got 3 dimensions"),
     ):
         given_ = dict(x=x, offsets=o, row=ROW, col=COLS["nearest"]) | wrong
@@ -198,6 +201,17 @@ def test_errors():
 def test_offsets_that_do_not_fit(name, wrong):
     with nk.backend(name), pytest.raises(ValueError, match="offsets: got .*ascending numbers from 0 to 8"):
         nk.quantize_groups(drawn(8, 16), torch.tensor(wrong), ROW, COLS["nearest"])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+@pytest.mark.parametrize("wrong", [[0, 90, 10, 96], [-5, 40, 200], [150, 200, 96], [1 << 40, (1 << 40) + 96, 96]])
+def test_wrong_offsets_reach_nothing_outside(wrong):
+    """NaN lies around x: whoever reads there says so."""
+    offsets_, around = torch.tensor(wrong), torch.full((400, 24), float("nan")).bfloat16()
+    x = around[100:196].copy_(drawn(96, 24))
+    for starts in (group_starts(offsets_, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
+        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, offsets_, starts)
+        assert parts_[2].isfinite() and parts_[5].isfinite().all()
 
 
 def test_opcheck():

@@ -13,9 +13,9 @@ SIDE, THREADS, STAGES = 64, 128, 3  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
 BLOCKS_PER_PROCESSOR = 8
 
-FORM = struct.Struct("QQQqiiii")  # csrc/quantize/launch.h
-HEAD, TAIL = struct.Struct("QqqqQqQ"), struct.Struct("qq")
-NOTHING = FORM.pack(0, 0, 0, 0, 0, 0, 0, -1)
+FORM = struct.Struct("QQQqqiiii")  # csrc/quantize/launch.h
+HEAD, TAIL = struct.Struct("QqqqqQqQ"), struct.Struct("qqQQq")
+NOTHING = FORM.pack(0, 0, 0, 0, 0, 0, 0, 0, -1)
 BLOCKS, CHOICES = {"1x16": 1, "16x16": 2}, {None: 0, "mae": 1, "mse": 2}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -44,9 +44,9 @@ def kernel(dtype: torch.dtype, row: QuantSpec | None, col: QuantSpec | None) -> 
     return f"quantize_{known or f'any_{NAMES[dtype]}'}"
 
 
-def tiles_down(rows: int, cols: int, processors: int) -> int:
+def tiles_down(rows: int, cols: int, processors: int, matrices: int = 1) -> int:
     """Tiles that a block walks down: as many as leave one wave of blocks, whose first loads alone nothing covers."""
-    down, across = -(-rows // SIDE), -(-cols // SIDE)
+    down, across = -(-rows // SIDE), -(-cols // SIDE) * matrices
     return max(1, min(down, -(-down * across // (BLOCKS_PER_PROCESSOR * processors))))
 
 
@@ -55,36 +55,52 @@ def shared_bytes(itemsize: int) -> int:
     return STAGES * SIDE * SIDE * itemsize
 
 
-def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
-    """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead)."""
-    if x.stride(1) != 1 and x.stride(0) == 1:  # column-major: the transpose is row-major, and its forms change places
-        x, row, col = x.t(), col, row
-    if x.stride(1) != 1 and x.shape[1] > 1:
+def run(
+    x: Tensor, row: tuple, col: tuple, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
+) -> None:
+    """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead).
+
+    x: a matrix, a stack [groups, rows, cols], or with `offsets` groups of rows, whose column forms begin at `starts`.
+    """
+    grouped = offsets is not None
+    if x.stride(-1) != 1 and x.stride(-2) == 1 and not grouped:
+        x, row, col = x.mT, col, row  # column-major: the transpose is row-major, and its forms change places
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
+    rows, cols = x.shape[-2:]
+    matrices, stride = (1, 0) if x.dim() == 2 else (x.shape[0], x.stride(0))
+    if matrices == 0:
+        return
     processors = _device.multiprocessors(x.device)
-    rows, cols = x.shape
-    down = tiles_down(rows, cols, processors)
-    grid = max(1, -(-cols // SIDE)), max(1, -(-rows // (SIDE * down)))
+    down = tiles_down(rows, cols, processors, matrices)
+    # a group's last block may have less to do than the others: a block more for each (csrc/quantize/tiles.cuh)
+    groups = len(offsets) - 1 if grouped else 0
+    parts = rows // (SIDE * down) + groups if grouped else -(-rows // (SIDE * down))
+    grid = max(1, -(-cols // SIDE)), max(1, parts), matrices
     shared = shared_bytes(x.element_size())
     name, forms = NAMES[x.dtype], (_form(*row), _form(*col))
+    aligned = _cuda.aligned(x[0] if x.dim() == 3 else x) and stride * x.element_size() % 16 == 0
+    places = (address(offsets), address(starts), groups) if grouped else (0, 0, 0)
 
-    def parameters(rows: int, cols: int, found: Tensor) -> bytes:
-        head = HEAD.pack(x.data_ptr(), rows, cols, x.stride(0), found.data_ptr(), found.shape[1], address(noise))
-        return head + forms[0] + forms[1] + TAIL.pack(down, _cuda.aligned(x))
+    def parameters(rows: int, cols: int, row_stride: int, found: Tensor) -> bytes:
+        head = (x.data_ptr(), rows, cols, row_stride, stride, found.data_ptr(), found.shape[-1], address(noise))
+        return HEAD.pack(*head) + forms[0] + forms[1] + TAIL.pack(down, aligned, *places)
 
-    if any(spec is not None and spec.hadamard is not None for spec, *_ in (row, col)):
-        found = torch.empty(3, grid[0] * grid[1], dtype=torch.int32, device=x.device)
-        given = parameters(rows, cols, found)
+    def amaxes(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device=x.device)
+
+    transforms = any(spec is not None and spec.hadamard is not None for spec, *_ in (row, col))
+    if grouped or transforms:
+        found = amaxes(3, groups).zero_() if grouped else amaxes(matrices, 3, grid[0] * grid[1])
+        given = parameters(rows, cols, x.stride(-2), found)
         _cuda.launch("quantize", f"amax_transforms_{name}", grid, THREADS, shared, given, x)
     else:
-        lines, length = (1, rows * cols) if x.is_contiguous() else (rows, cols)
+        lines, length = (1, rows * cols) if x.stride(-2) == cols else (rows, cols)
         pieces = lines * -(-length * x.element_size() // AMAX_BYTES)
-        found = torch.empty(
-            1, max(1, min(pieces, BLOCKS_PER_PROCESSOR * processors)), dtype=torch.int32, device=x.device
-        )
-        given = parameters(lines, length, found)
-        _cuda.launch("quantize", f"amax_values_{name}", (found.shape[1],), AMAX_THREADS, 0, given, x)
-    given = parameters(rows, cols, found)
+        found = amaxes(matrices, 3, max(1, min(pieces, -(-BLOCKS_PER_PROCESSOR * processors // matrices))))
+        given = parameters(lines, length, x.stride(-2), found)
+        _cuda.launch("quantize", f"amax_values_{name}", (found.shape[2], 1, matrices), AMAX_THREADS, 0, given, x)
+    given = parameters(rows, cols, x.stride(-2), found)
     _cuda.launch("quantize", kernel(x.dtype, row[0], col[0]), grid, THREADS, shared, given, x)
 
 
@@ -97,4 +113,4 @@ def _form(spec: QuantSpec | None, parts: tuple[Tensor, ...], advance: int) -> by
         CHOICES[spec.four_over_six],
         -1 if spec.hadamard is None else spec.hadamard,
     )
-    return FORM.pack(*(part.data_ptr() for part in parts), advance, *options)
+    return FORM.pack(*(part.data_ptr() for part in parts), parts[1].shape[-1], advance, *options)

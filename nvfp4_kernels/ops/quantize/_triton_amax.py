@@ -33,11 +33,11 @@ def values_kernel(x_ptr, amax_ptr, lines, length, line_stride, step, LINES: tl.c
 
 @jit
 def groups_kernel(
-    x_ptr, amax_ptr, offsets_ptr, groups, cols, row_stride, col_stride,
+    x_ptr, amax_ptr, offsets_ptr, groups, rows, cols, row_stride, col_stride,
     ROW: tl.constexpr, COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """For each group of rows what turned_kernel leaves of the whole: the largest of amax_ptr [3, groups] and the group's."""
-    group, begin, end, row = find(offsets_ptr, groups, tl.program_id(1), ROWS, GROUPS)
+    group, begin, end, row = find(offsets_ptr, groups, rows, tl.program_id(1), ROWS, GROUPS)
     if group < groups:
         col, at = tl.program_id(0) * COLS, amax_ptr + group
         x_ptr += begin * row_stride
@@ -137,7 +137,7 @@ def group_amaxes(x: Tensor, row: QuantSpec | None, col: QuantSpec, offsets: Tens
     launch(
         groups_kernel,
         (-(-cols // 128), -(-rows // 64) + groups),
-        *(x, found, offsets, groups, cols, *x.stride()),
+        *(x, found, offsets, groups, rows, cols, *x.stride()),
         **dict(ROW=None if row is None else row.hadamard, COL=col.hadamard),
         **dict(ROWS=64, COLS=128, GROUPS=next_power_of_2(max(groups, 1))),
         num_warps=8,

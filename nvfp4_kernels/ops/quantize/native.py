@@ -27,7 +27,7 @@ def refuses(
 ) -> str | None:
     if not _cuda.takes(x):
         return refuses_device(x)
-    return "groups and stacks" if offsets is not None or x.dim() == 3 else cuda.refuses(x, row, col)
+    return cuda.refuses(x, row, col)
 
 
 def run(
@@ -46,7 +46,8 @@ def run(
     row_parts, col_parts = empty_forms(x, row, col, offsets)
     noise = None if noise is None else noise.contiguous()
     if _cuda.takes(x):
-        cuda.run(x, (row, row_parts, 0), (col, col_parts, int(row is not None and row.stochastic)), noise)
+        advance = int(row is not None and row.stochastic)
+        cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, offsets, starts)
         return (*row_parts, *col_parts)
     status = native.quantize(
         x.data_ptr(),

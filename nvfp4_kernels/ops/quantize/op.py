@@ -96,6 +96,9 @@ def quantize_groups(
     require(col is None or col.block != "16x16", "col", "block 16x16", "1x16 or 1x32: tiles would span groups")
     if col is None:
         return quantize_pair(x, row, None, noise)
+    require(
+        row is None or row.block != "16x16", "row", "block 16x16", "1x16 or 1x32 beside groups: tiles would span them"
+    )
     starts = group_starts(offsets, col.run)
     stochastic = col.stochastic or (row is not None and row.stochastic)
     parts = _call(x, row, col, _noise(x, noise, stochastic), (offsets.contiguous(), starts))

@@ -134,7 +134,7 @@ def quantize_kernel(
         seed, offset = tl.load(noise_ptr), tl.load(noise_ptr + 1)
     col = tl.program_id(0) * COLS
     if GROUPED:
-        group, begin, end, row = find(offsets_ptr, programs, tl.program_id(1), ROWS, PROGRAMS)
+        group, begin, end, row = find(offsets_ptr, programs, rows, tl.program_id(1), ROWS, PROGRAMS)
         if group < programs:
             if COL.block != "1x32":
                 raw, turned = tl.load(amax_ptr + group), tl.load(amax_ptr + 2 * programs + group)
@@ -147,11 +147,12 @@ def quantize_kernel(
                 )  # fmt: skip
             line = col + tl.arange(0, COLS)
             block = (row - begin).to(tl.int32) // 16 + tl.arange(0, ROWS // 16)
-            form(
-                x_ptr + begin * row_stride, col_codes_ptr, col_scales_ptr, line, block, cols, end - begin, col_stride,
-                row_stride, tl.load(starts_ptr + group) // 16, col_runs, col_scale, seed, offset + COL_ADVANCE, COL, False,
-                CONVERTS,
-            )  # fmt: skip
+            before = tl.load(starts_ptr + group) // 16
+            if (before >= 0) & (before + tl.cdiv(end - begin, COL.run) * (COL.run // 16) <= col_runs):
+                form(
+                    x_ptr + begin * row_stride, col_codes_ptr, col_scales_ptr, line, block, cols, end - begin, col_stride,
+                    row_stride, before, col_runs, col_scale, seed, offset + COL_ADVANCE, COL, False, CONVERTS,
+                )  # fmt: skip
     else:
         for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
             row = down * ROWS

@@ -1,0 +1,97 @@
+"""quantize over groups of rows and over stacks in CUDA, on the host model, against the reference bit for bit."""
+
+import pytest
+import torch
+
+from nvfp4_kernels.formats.groups import group_starts
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops._dispatch import implementation
+from nvfp4_kernels.ops.quantize import _cuda, reference
+from tests.ops.quantize_checks import NOISE, same_bytes
+
+PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
+TURNED, TURNED_SR = QuantSpec(hadamard=DEFAULT_SIGNS), QuantSpec(rounding="stochastic", hadamard=DEFAULT_SIGNS)
+CHOOSING = QuantSpec(four_over_six="mse")
+LOADS = ([5, 0, 33, 16, 1, 0, 17], [0, 0, 70, 0], [200], [0, 1, 0], [0, 0, 0], [64, 128, 65], [])
+run = implementation("quantize", "native").run
+
+
+def drawn(*shape, dtype=torch.bfloat16):
+    x = torch.randn(shape) * torch.exp(torch.randn(shape))
+    return (x * torch.linspace(0.1, 30, shape[-2])[:, None]).to(dtype)  # groups differ in size
+
+
+def places(sizes, run=16):
+    offsets = torch.tensor([0, *torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()])
+    return offsets, group_starts(offsets, run)
+
+
+def assert_same(x, row, col, *groups):
+    wanted, found = reference.run(x, row, col, NOISE, *groups), run(x, row, col, NOISE, *groups)
+    for part, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} {groups}"
+
+
+@pytest.mark.parametrize("sizes", LOADS, ids=str)
+def test_groups(model, sizes):
+    """The recipe's activation and gradient, one form alone, and a choice of scales; 100 columns: no multiple of a tile."""
+    groups = places(sizes)
+    x = drawn(sum(sizes), 100)
+    for row, col in ((PLAIN, TURNED), (SR, TURNED_SR), (None, PLAIN), (TURNED, CHOOSING)):
+        assert_same(x, row, col, *groups)
+    assert [kernel for kernel in model.kernels if "values" in kernel] == []
+    assert_same(x[:, :40].float(), PLAIN, TURNED, *groups)
+    assert_same(x.t().contiguous().t(), PLAIN, TURNED, *groups)
+
+
+@pytest.mark.parametrize("down", [1, 3])
+def test_blocks_of_several_tiles(monkeypatch, down):
+    monkeypatch.setattr(_cuda, "tiles_down", lambda *_: down)
+    for sizes in ([63, 64, 65, 0, 191, 192, 193, 1], [400, 7]):
+        assert_same(drawn(sum(sizes), 40), PLAIN, TURNED_SR, *places(sizes))
+
+
+def test_more_groups_than_threads():
+    sizes = [(7 * e) % 5 for e in range(150)]
+    assert_same(drawn(sum(sizes), 20), SR, TURNED_SR, *places(sizes))
+
+
+def test_a_bad_value_stays_in_its_group():
+    for bad in ("nan", "inf"):
+        x = drawn(48, 32)
+        x[20, 3] = float(bad)
+        for col in (TURNED, PLAIN):
+            assert_same(x, PLAIN, col, *places([16, 16, 16]))
+        global_scales = run(x, None, TURNED, None, *places([16, 16, 16]))[5]
+        assert global_scales.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0, 90, 10, 96], [-5, 40, 200], [96, 0, 96], [1 << 40, (1 << 40) + 96, 96], [5, 5, 5]]
+)
+def test_wrong_offsets_reach_nothing_outside(wrong):
+    """The sanitizer looks on; what is written is anybody's guess."""
+    offsets = torch.tensor(wrong)
+    for starts in (group_starts(offsets, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
+        run(drawn(96, 24), SR, TURNED_SR, NOISE, offsets, starts)
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 80), (2, 17, 40), (1, 1, 1), (0, 8, 8), (2, 0, 16)])
+def test_stacks(shape):
+    for row, col in ((TILES, TILES), (SR, TURNED_SR), (PLAIN, None), (None, CHOOSING)):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert_same(drawn(*shape, dtype=dtype), row, col)
+
+
+def test_views_of_stacks():
+    w = drawn(4, 48, 64)
+    for x in (w.mT, w[1:, 3:20, 8:50], w[::2], w.transpose(0, 1), w[:, :, ::3], w[:1].expand(3, 48, 64)):
+        for row, col in ((TILES, TILES), (PLAIN, TURNED_SR)):
+            assert_same(x, row, col)
+
+
+def test_a_bad_value_stays_in_its_matrix():
+    w = drawn(3, 32, 32)
+    w[1, 4, 5] = float("nan")
+    assert_same(w, TILES, TILES)
+    assert_same(w, PLAIN, TURNED)
