@@ -115,8 +115,8 @@ class Run:
         self.trainer = Trainer(model, data, optimizer, Schedule(settings.lr, None), *options)
         if found:
             self.trainer.load(found.state["trainer"], found.tensors)
-        if found and not settings.steps and found.state["minutes"] == settings.minutes:
-            self.fix_steps(found.state["steps"], found.state["decay"])
+        if found and not settings.steps and found.state.get("minutes") == settings.minutes:
+            self.fix_steps(found.state["steps"], found.state.get("decay"))
         else:  # other --steps or --minutes than the run had
             self.fix_steps(settings.steps)
         prepare_folder(self.out, settings, config)
