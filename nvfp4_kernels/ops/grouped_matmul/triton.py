@@ -50,12 +50,12 @@ def step(
 def rows_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_width, a_row_stride, a_step,
     b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
-    offsets_ptr, out_ptr, groups, N, K,
+    offsets_ptr, out_ptr, groups, rows, N, K,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, FINISH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    group, _, end, first = find(offsets_ptr, groups, tl.program_id(0), BLOCK_M, BLOCK_G)
+    group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
         row, col = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
@@ -150,7 +150,7 @@ def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor
         *(*left.places, left.width // left.unit, *left.strides(a.values)),
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
-        *(offsets, portable(y), groups, N, min(left.width, right.width)),
+        *(offsets, portable(y), groups, rows, N, min(left.width, right.width)),
         **constants,
         BLOCK_G=next_power_of_2(groups),
     )
