@@ -30,7 +30,7 @@ def groups(name: str, rows: int, cols: int, count: int):
     def run():
         x = torch.empty(rows, cols, dtype=torch.bfloat16, device="meta")
         noise, index = (torch.empty(n, dtype=torch.int64, device="meta") for n in (2, count + 1))
-        triton.run(x, *FORMS[name], noise, index, index)
+        triton.run(x, *FORMS[name], noise, (index, index))
 
     return run
 

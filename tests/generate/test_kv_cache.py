@@ -5,7 +5,7 @@ import torch
 
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.state import Pool, cache_scales
-from tests.generate.test_state import feed
+from tests.generate.test_state import check_readings, feed
 from tests.oracles.nvfp4_brute import e4m3_value
 
 FINITE = sorted({e4m3_value(byte) for byte in range(256) if byte & 0x7F != 0x7F})
@@ -56,13 +56,7 @@ def test_every_way_to_read_a_text_gives_the_same(build):
     model = scaled(build("M*E*"))
     ids = torch.randint(0, 40, (21,))
     whole = feed(model, pool_of(model, 3), [1], [ids])[0]
-    for pieces in ([7, 13, 1], [1] * 21):
-        pool = pool_of(model, 3)
-        got = torch.cat([feed(model, pool, [1], [piece])[0] for piece in ids.split(pieces)])
-        torch.testing.assert_close(got, whole, atol=1e-4, rtol=1e-4)
-    pool = pool_of(model, 3)
-    steps = [model(token.view(1, 1), state=pool.begin([2], [1]))[0] for token in ids]
-    torch.testing.assert_close(torch.cat(steps), whole, atol=1e-4, rtol=1e-4)
+    check_readings(model, pool_of, ids, whole)
 
 
 @torch.no_grad()

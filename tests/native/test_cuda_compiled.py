@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.ops import _cuda, _nvrtc, _triton
+from nvfp4_kernels.ops import _cuda, _nvrtc
 from nvfp4_kernels.ops.matmul import native as matmul_native
 
 ARCHS = ("80", "90a", "100a", "103a", "120f")
@@ -24,16 +24,10 @@ TASKS = ALL if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else CHOSEN
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(resources):
     """{(op, arch): {kernel: row}}"""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    if _triton.triton is None:
-        pytest.skip("no Triton, whose package has the tools that read what was compiled")
-    from benchmarks import cuda_resources
-
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda task: {row["kernel"]: row for row in cuda_resources.rows(*task)}, TASKS)
+        made = pool.map(lambda task: {row["kernel"]: row for row in resources.rows(*task)}, TASKS)
         return dict(zip(TASKS, made, strict=True))
 
 

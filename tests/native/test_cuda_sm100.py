@@ -122,14 +122,10 @@ def test_scales(ours, theirs):
         assert held.value(a)[1] == first + 4 * i and held.value(b)[1] == first + 16 + 4 * atoms * i
 
 
-def test_compiled():
+def test_compiled(resources):
     """For both chips that have the instructions: products and copies on the units of their own, no spills."""
-    if shutil.which("nvcc") is None or _triton.triton is None:
-        pytest.skip("no nvcc, or no Triton, whose package has the tools that read what was compiled")
-    from benchmarks import cuda_resources
-
     for arch in ("100a", "103a") if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else ("100a",):
-        rows = {row["kernel"]: row for row in cuda_resources.rows("matmul", arch)}
+        rows = {row["kernel"]: row for row in resources.rows("matmul", arch)}
         assert not rows["swizzle_scales"]["spills"]
         for width in _cuda_sm100.WIDTHS:
             row = rows[f"tcgen05_{width}"]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -24,13 +23,8 @@ print(json.dumps([made["ptx"], made["ttgir"]]))
 needs_triton = pytest.mark.skipif(_triton.triton is None, reason="no Triton")
 
 
-@needs_triton
-def test_as_compiled():
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    from benchmarks import cuda_resources
-
-    row = next(row for row in cuda_resources.rows("matmul", "120f") if row["kernel"] == "block_scaled")
+def test_as_compiled(resources):
+    row = next(row for row in resources.rows("matmul", "120f") if row["kernel"] == "block_scaled")
     assert row["spills"] == 0 and row["registers"] * 32 * row["warps"] * 2 <= 65536
     assert 2 * row["shared"] <= 100 << 10  # two blocks a processor; counted with the kilobyte that each takes besides
     # a stage's mmas of a warp; its eight copies of codes, one or four of scales for each operand, before the loop and in it

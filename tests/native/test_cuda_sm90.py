@@ -74,17 +74,6 @@ def test_descriptor_is_that_of_triton(faults):
     assert faults.nvfp4_swizzled_rows(0x12340) == faults.nvfp4_swizzled_rows(0) + 0x1234
 
 
-@pytest.fixture(scope="module")
-def resources():
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    if _triton.triton is None:
-        pytest.skip("no Triton, whose package has the tools that read what was compiled")
-    from benchmarks import cuda_resources
-
-    return cuda_resources
-
-
 def test_compiled(resources, tmp_path):
     """No spills, no product that waits for the one before, operand A in registers, and the tensor cores' time not filled by
     other instructions: they leave 8 thread-instructions a weight."""

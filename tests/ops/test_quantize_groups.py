@@ -210,7 +210,7 @@ def test_wrong_offsets_reach_nothing_outside(wrong):
     offsets_, around = torch.tensor(wrong), torch.full((400, 24), float("nan")).bfloat16()
     x = around[100:196].copy_(drawn(96, 24))
     for starts in (group_starts(offsets_, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
-        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, offsets_, starts)
+        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, (offsets_, starts))
         assert parts_[2].isfinite() and parts_[5].isfinite().all()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._cuda import address
+from nvfp4_kernels.ops.quantize._forms import Groups
 
 SIDE, THREADS, STAGES = 64, 128, 3  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
@@ -55,15 +56,12 @@ def shared_bytes(itemsize: int) -> int:
     return STAGES * SIDE * SIDE * itemsize
 
 
-def run(
-    x: Tensor, row: tuple, col: tuple, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
-) -> None:
+def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups | None = None) -> None:
     """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead).
 
-    x: a matrix, a stack [groups, rows, cols], or with `offsets` groups of rows, whose column forms begin at `starts`.
+    x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows.
     """
-    grouped = offsets is not None
-    if x.stride(-1) != 1 and x.stride(-2) == 1 and not grouped:
+    if x.stride(-1) != 1 and x.stride(-2) == 1 and groups is None:
         x, row, col = x.mT, col, row  # column-major: the transpose is row-major, and its forms change places
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
@@ -74,13 +72,13 @@ def run(
     processors = _device.multiprocessors(x.device)
     down = tiles_down(rows, cols, processors, matrices)
     # a group's last block may have less to do than the others: a block more for each (csrc/quantize/tiles.cuh)
-    groups = len(offsets) - 1 if grouped else 0
-    parts = rows // (SIDE * down) + groups if grouped else -(-rows // (SIDE * down))
+    count = 0 if groups is None else len(groups[0]) - 1
+    parts = -(-rows // (SIDE * down)) if groups is None else rows // (SIDE * down) + count
     grid = max(1, -(-cols // SIDE)), max(1, parts), matrices
     shared = shared_bytes(x.element_size())
     name, forms = NAMES[x.dtype], (_form(*row), _form(*col))
     aligned = _cuda.aligned(x[0] if x.dim() == 3 else x) and stride * x.element_size() % 16 == 0
-    places = (address(offsets), address(starts), groups) if grouped else (0, 0, 0)
+    places = (0, 0, 0) if groups is None else (*map(address, groups), count)
 
     def parameters(rows: int, cols: int, row_stride: int, found: Tensor) -> bytes:
         head = (x.data_ptr(), rows, cols, row_stride, stride, found.data_ptr(), found.shape[-1], address(noise))
@@ -90,8 +88,8 @@ def run(
         return torch.empty(*shape, dtype=torch.int32, device=x.device)
 
     transforms = any(spec is not None and spec.hadamard is not None for spec, *_ in (row, col))
-    if grouped or transforms:
-        found = amaxes(3, groups).zero_() if grouped else amaxes(matrices, 3, grid[0] * grid[1])
+    if groups is not None or transforms:
+        found = amaxes(matrices, 3, grid[0] * grid[1]) if groups is None else amaxes(3, count).zero_()
         given = parameters(rows, cols, x.stride(-2), found)
         _cuda.launch("quantize", f"amax_transforms_{name}", grid, THREADS, shared, given, x)
     else:

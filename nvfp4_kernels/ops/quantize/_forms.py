@@ -8,22 +8,26 @@ from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops._check import require
 
+Spec = QuantSpec | None
+# Where groups of rows begin, in x and in the lines of the column form: int64 [groups + 1].
+Groups = tuple[Tensor, Tensor]
+
 
 def empty_forms(
-    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, offsets: Tensor | None
+    x: Tensor, row: Spec, col: Spec, groups: Groups | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Codes, scales and global scale of each form, not yet filled; all three empty for a form that is not asked for.
 
-    x [rows, cols] (with `offsets` the column form's rows are groups), or a stack [groups, rows, cols].
+    x [rows, cols] (with `groups` the column form's are groups of rows), or a stack [groups, rows, cols].
     """
     rows, cols = x.shape[-2:]
-    lead, groups = x.shape[:-2], x.shape[:-2]
+    lead = matrices = x.shape[:-2]
     runs = 0 if col is None else ceil_to(rows, col.run) // col.run
-    if offsets is not None:
-        groups = (offsets.shape[0] - 1,)
-        runs = most_runs(rows, groups[0], col.run)
+    if groups is not None:
+        matrices = (groups[0].shape[0] - 1,)
+        runs = most_runs(rows, matrices[0], col.run)
 
-    def form(spec: QuantSpec | None, lines: int, runs: int, groups) -> tuple[Tensor, Tensor, Tensor]:
+    def form(spec: Spec, lines: int, runs: int, matrices) -> tuple[Tensor, Tensor, Tensor]:
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return x.new_empty(shape, dtype=dtype)
 
@@ -33,10 +37,10 @@ def empty_forms(
             codes, scales = empty(torch.float8_e4m3fn, *lead, lines, 32 * runs), empty(torch.uint8, *lead, lines, runs)
             return codes, scales, empty(torch.float32, 0)
         codes, scales = empty(torch.uint8, *lead, lines, 8 * runs), empty(torch.float8_e4m3fn, *lead, lines, runs)
-        return codes, scales, empty(torch.float32, *groups)
+        return codes, scales, empty(torch.float32, *matrices)
 
     row_runs = 0 if row is None else ceil_to(cols, row.run) // row.run
-    return form(row, rows, row_runs, lead), form(col, cols, runs, groups)
+    return form(row, rows, row_runs, lead), form(col, cols, runs, matrices)
 
 
 def check_ascending(offsets: Tensor, rows: int) -> None:

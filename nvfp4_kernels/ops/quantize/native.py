@@ -9,7 +9,7 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 from nvfp4_kernels.ops.quantize import _cuda as cuda
-from nvfp4_kernels.ops.quantize._forms import check_ascending, empty_forms
+from nvfp4_kernels.ops.quantize._forms import Groups, Spec, check_ascending, empty_forms
 
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}
@@ -17,37 +17,21 @@ NONE = (0, False, 0, -1, 0, 0, 0)
 NO_GROUPS = (0, 0, 0, 0)
 
 
-def refuses(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> str | None:
-    if not _cuda.takes(x):
-        return refuses_device(x)
-    return cuda.refuses(x, row, col)
+def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
+    return cuda.refuses(x, row, col) if _cuda.takes(x) else refuses_device(x)
 
 
-def run(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
-    x may be a stack [groups, rows, cols]; with `offsets` each group of rows is a matrix to the column form, from `starts` on.
+    x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
     """
     rows, cols = x.shape[-2:]
-    row_parts, col_parts = empty_forms(x, row, col, offsets)
+    row_parts, col_parts = empty_forms(x, row, col, groups)
     noise = None if noise is None else noise.contiguous()
     if _cuda.takes(x):
         advance = int(row is not None and row.stochastic)
-        cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, offsets, starts)
+        cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups)
         return (*row_parts, *col_parts)
     status = native.quantize(
         x.data_ptr(),
@@ -56,16 +40,14 @@ def run(
         cols,
         *x.stride()[-2:],
         (len(x), x.stride(0)) if x.dim() == 3 else (1, 0),
-        NO_GROUPS
-        if offsets is None
-        else (offsets.data_ptr(), starts.data_ptr(), len(offsets) - 1, col_parts[1].shape[1]),
+        NO_GROUPS if groups is None else (*(t.data_ptr() for t in groups), len(groups[0]) - 1, col_parts[1].shape[1]),
         _form(row, row_parts),
         _form(col, col_parts),
         0 if noise is None else noise.data_ptr(),
         torch.get_num_threads(),
     )
     if status == 2:
-        check_ascending(offsets, rows)
+        check_ascending(groups[0], rows)
     check(status)
     return (*row_parts, *col_parts)
 

@@ -183,14 +183,14 @@ def _parse(row: str, col: str) -> tuple[QuantSpec | None, QuantSpec | None]:
 def _run(
     x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    arguments = (x, *_parse(row, col), noise, offsets, starts)
+    arguments = (x, *_parse(row, col), noise, None if offsets is None else (offsets, starts))
     return select("quantize", *arguments).run(*arguments)
 
 
 def _fake(
     x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    row_parts, col_parts = empty_forms(x, *_parse(row, col), offsets)
+    row_parts, col_parts = empty_forms(x, *_parse(row, col), None if offsets is None else (offsets, starts))
     return (*row_parts, *col_parts)
 
 

@@ -12,45 +12,32 @@ from nvfp4_kernels.formats import e2m1, e4m3, philox
 from nvfp4_kernels.formats.layout import ceil_to, pad_last
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops.hadamard import reference as hadamard
-from nvfp4_kernels.ops.quantize._forms import check_ascending, empty_forms
+from nvfp4_kernels.ops.quantize._forms import Groups, Spec, check_ascending, empty_forms
 
 FLT_MAX = torch.finfo(torch.float32).max
 
 
-def refuses(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> str | None:
+def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
     return None
 
 
-def run(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
-    x may be a stack [groups, rows, cols]; with `offsets` each group of rows is a matrix to the column form, from `starts` on.
+    x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
     """
-    row_parts, col_parts = empty_forms(x, row, col, offsets)
+    row_parts, col_parts = empty_forms(x, row, col, groups)
     if row is not None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
             _write(row_parts, x[index], row, noise, 0, index)
     advance = int(row is not None and row.stochastic)
     if col is None:
         return (*row_parts, *col_parts)
-    if offsets is None:
+    if groups is None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
             _write(col_parts, x[index].t(), col, noise, advance, index)
         return (*row_parts, *col_parts)
+    offsets, starts = groups
     check_ascending(offsets, len(x))
     for part in col_parts:
         part.view(torch.uint8).zero_()  # what no group has

@@ -17,19 +17,12 @@ from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
-from nvfp4_kernels.ops.quantize._forms import empty_forms
+from nvfp4_kernels.ops.quantize._forms import Groups, Spec, empty_forms
 from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
 
 
-def refuses(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> str | None:
+def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
     return refuses_device(x)
 
 
@@ -172,24 +165,17 @@ def quantize_kernel(
                 )  # fmt: skip
 
 
-def run(
-    x: Tensor,
-    row: QuantSpec | None,
-    col: QuantSpec | None,
-    noise: Tensor | None,
-    offsets: Tensor | None = None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
-    x may be a stack [groups, rows, cols]; with `offsets` each group of rows is a matrix to the column form, from `starts` on.
+    x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
     """
-    row_parts, col_parts = empty_forms(x, row, col, offsets)
+    row_parts, col_parts = empty_forms(x, row, col, groups)
     advance = int(row is not None and row.stochastic)
-    if offsets is not None:
+    if groups is not None:
         for part in col_parts:
             part.view(torch.uint8).zero_()  # what no group has
-        _launch_groups(x, (row, row_parts, 0), (col, col_parts, advance), noise, offsets, starts)
+        _launch_groups(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups)
     elif x.dim() == 2:
         _launch(x, (row, row_parts, 0, 0), (col, col_parts, advance, 0), noise)
     else:
@@ -229,21 +215,21 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     )
 
 
-def _launch_groups(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, offsets: Tensor, starts: Tensor) -> None:
-    (rows, cols), groups = x.shape, len(offsets) - 1
+def _launch_groups(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups) -> None:
+    (rows, cols), (offsets, starts), count = x.shape, groups, len(groups[0]) - 1
     words, x = wide(x), readable(x)
     scaled = [spec for spec in (row[0], col[0]) if spec is not None and spec.format == "nvfp4"]
     found = group_amaxes(x, row[0], col[0], offsets) if scaled else x
     tall, broad, warps = tile(rows, cols, row[0], col[0])
     launch(
         quantize_kernel,
-        (max(1, -(-cols // broad)), max(1, -(-rows // tall) + groups)),
+        (max(1, -(-cols // broad)), max(1, -(-rows // tall) + count)),
         *(x, found, found if noise is None else noise.contiguous()),
         *_pointers(row[0], row[1], found),
         *_pointers(col[0], col[1], found),
-        *(rows, cols, *x.stride(), 0, 0, groups, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
+        *(rows, cols, *x.stride(), 0, 0, count, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
         **_constants(x, row, col, words),
-        **dict(PROGRAMS=next_power_of_2(max(groups, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
+        **dict(PROGRAMS=next_power_of_2(max(count, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
         num_warps=warps,
         fusion=False,
     )
