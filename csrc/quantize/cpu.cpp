@@ -299,7 +299,7 @@ const void* at(const QuantizeParams& p, i64 elements) {
     return static_cast<const char*>(p.x) + elements * (p.dtype == fp32 ? 4 : 2);
 }
 
-// The form `blocks` blocks further, of the next matrix or group but `index`.
+// The form of matrix or group `index`, whose first block is so many blocks further.
 QuantizeForm moved(QuantizeForm form, i64 blocks, i64 index) {
     form.codes += blocks * (form.block == Block::b1x32 ? 32 : 8);
     form.scales += blocks;
