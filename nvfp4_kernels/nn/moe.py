@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
@@ -14,6 +13,7 @@ from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.permute.op import unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
 
 
@@ -47,12 +47,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
-        self.served: nn.Module | None = None  # gives the logits in place of F.linear where a model is served
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        logits = F.linear(wide, self.weight.to(wide.dtype)) if self.served is None else self.served(wide)
+        logits = router_logits(x, self.weight)
         return route(logits, self.e_score_correction_bias, *self.options), logits
 
     @torch.no_grad()
