@@ -108,7 +108,10 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
             _matrices(quantize_experts(weight, recipe, noise)[0], weight.shape) if recipe.quantized else weight
         )
     if all(_kept(stack[0]) for stack in stacks):
-        return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
+        made = QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
+        made.up_proj.pack(dtype)
+        made.down_proj.pack(dtype)
+        return made
     ups, downs = (
         _plain(stack, dtype)
         if isinstance(stack, Tensor)

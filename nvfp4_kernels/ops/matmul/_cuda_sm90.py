@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops.matmul import _cuda_launch
@@ -64,7 +65,8 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     tile, tiles, blocks = plan(a.shape[0], w.codes.shape[0] * 16, steps * STEP)
     whole = tiles == blocks  # each block has a tile
     partial = None if whole else torch.empty(2 * blocks * tile * TOKENS, dtype=torch.float32, device=a.device)
-    parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, blocks, partial)
+    weight = Stack(w.codes, w.scales, w.global_scale)
+    parameters = _cuda_launch.weight_only(a, weight, bias, out, accumulate, blocks, partial)
     launch = functools.partial(_cuda.launch, "matmul", threads=THREADS, parameters=parameters, x=a)
     launch(f"weight_only_tiles_{tile}", (blocks,), shared=shared_bytes(tile))
     if not whole:

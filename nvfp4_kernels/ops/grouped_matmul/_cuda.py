@@ -1,0 +1,20 @@
+"""Rows of bf16, sorted by group, times a packed stack: one launch of csrc/matmul/cuda.cu for all groups, of whatever sizes."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.ops import _cuda
+from nvfp4_kernels.ops.matmul import _cuda as matmul
+from nvfp4_kernels.ops.matmul._cuda_launch import Groups
+
+
+def refuses(a: Stack | Columns, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+    if a.values.dtype != torch.bfloat16:
+        return "packed weights are multiplied by rows of bfloat16"
+    return _cuda.refuses_device("matmul", a.values)
+
+
+def run(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    out = torch.empty(len(a.values), b.rows, dtype=out_dtype, device=a.values.device)
+    return matmul.run_groups(a.values, b, Groups(offsets), out)
