@@ -1,14 +1,14 @@
 """Packed experts in CUDA: two launches of csrc/matmul/cuda.cu, the first of which reads the tokens where they lie and squares
-what it writes, then the sum over each token's choices. The host reads nothing of the routing back."""
+what it writes, then the sum over each token's choices, in Triton or else in torch. The host reads nothing back."""
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops import _cuda
-from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops.matmul._cuda import run_groups
 from nvfp4_kernels.ops.matmul._cuda_launch import Groups
+from nvfp4_kernels.ops.permute import reference, triton
 
 
 def refuses(
@@ -27,4 +27,4 @@ def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Ten
     run_groups(x, up, Groups(offsets, order, inverse.shape[1]), hidden, relu2=True)
     y = torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device)
     run_groups(hidden, down, Groups(offsets), y)
-    return select("permute", y).combine(y, order, inverse, weights).to(x.dtype)
+    return (reference if triton.refuses(y) else triton).combine(y, order, inverse, weights, x.dtype)

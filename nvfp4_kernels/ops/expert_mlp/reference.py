@@ -16,4 +16,4 @@ def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Ten
     rows = permute.run(x, order, inverse)
     hidden = grouped_matmul.run(Stack(rows), up, offsets, torch.float32).relu_().square_().to(x.dtype)
     y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
-    return permute.combine(y, order, inverse, weights).to(x.dtype)
+    return permute.combine(y, order, inverse, weights, x.dtype)

@@ -211,7 +211,7 @@ def unpacked(stack: Stack, cols: int) -> Stack:
 
 
 def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, out_dtype: str) -> Tensor:
-    shape = (a.shape[0], Stack(b).rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+    shape = (a.shape[0], Stack(b, b_scales).rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
