@@ -6,6 +6,9 @@ activations / (6 * 448), for FP8 / 448) is kept for others: here activations sta
 Gradients pass through to the inputs.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -133,12 +136,29 @@ class NVFP4Weight(QuantizedWeight):
     def unpack(self) -> None:
         """Hold the weight as a checkpoint does; the same bytes as before `pack`."""
         if self.is_packed:
-            self._buffers = self._plain_buffers()
+            self._buffers = self._with(self._unpacked())
             self._non_persistent_buffers_set -= {"packed_codes", "packed_scales"}
 
-    def _plain_buffers(self) -> dict[str, Tensor | None]:
-        parts = dict(zip(self.FORMS, unpack(self.packed_codes, self.packed_scales, self.in_features), strict=True))
-        return parts | {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
+    @contextlib.contextmanager
+    def without_values(self) -> Iterator[None]:
+        """While it lasts, what is packed is there as a checkpoint has it, but on the meta device, where it takes no memory."""
+        held = self._buffers
+        if self.is_packed:
+            forms, lead = self._forms(), self.packed_codes.shape[:-4]
+            parts = [(forms[name][0], (*lead, *forms[name][1])) for name in self.FORMS]
+            self._buffers = self._with(torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in parts)
+        try:
+            yield
+        finally:
+            self._buffers = held
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        return unpack(self.packed_codes, self.packed_scales, self.in_features)
+
+    def _with(self, parts: Iterable[Tensor]) -> dict[str, Tensor | None]:
+        """The buffers with these in the place of the packed ones."""
+        rest = {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
+        return dict(zip(self.FORMS, parts, strict=True)) | rest
 
     def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""
@@ -154,12 +174,12 @@ class NVFP4Weight(QuantizedWeight):
 
     def __getattr__(self, name: str):
         if name in self.FORMS and "packed_codes" in self.__dict__.get("_buffers", {}):
-            return unpack(self.packed_codes, self.packed_scales, self.in_features)[self.FORMS.index(name)]
+            return self._unpacked()[self.FORMS.index(name)]
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         held = self._buffers
-        self._buffers = self._plain_buffers() if self.is_packed else held
+        self._buffers = self._with(self._unpacked()) if self.is_packed else held
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.packed import unpack
 from nvfp4_kernels.generate.weights import ServedLinear, serving
+from nvfp4_kernels.nn import quantized
 from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops import _cuda
@@ -96,7 +98,7 @@ def test_served_where_the_kernels_refuse(kernels, cols):
     torch.testing.assert_close(packed(x), x @ weight.dequantize().t() + bias, rtol=1e-5, atol=1e-3)
 
 
-def test_a_served_model_holds_its_weights_once_and_saves_the_same_files(kernels, tmp_path):
+def test_a_served_model_holds_its_weights_once_and_saves_the_same_files(kernels, tmp_path, monkeypatch):
     config = nk.preset("tiny", hybrid_override_pattern="M-E*", torch_dtype="bfloat16")
     model = nk.HybridModel(config)
     for name, module in list(model.named_modules()):
@@ -118,7 +120,10 @@ def test_a_served_model_holds_its_weights_once_and_saves_the_same_files(kernels,
         held = served.get_submodule(name)
         codes = held.packed_codes if layer.experts else held.weight.codes
         assert codes.data_ptr() == layer.packed_codes.data_ptr() and "weight" not in layer._buffers
+    at_once = []
+    monkeypatch.setattr(quantized, "unpack", lambda *parts: at_once.append(parts) or unpack(*parts))
     model.save_pretrained(tmp_path / "b", "modelopt")
+    assert len(at_once) == 2 * len(packed)  # a weight and its scales, however many experts have a part of them
     for path in (tmp_path / "a").iterdir():
         assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
 
