@@ -24,6 +24,18 @@ def same_device(argument: str, x: Tensor, device: torch.device) -> None:
     require(x.device == device, argument, f"device {x.device}", f"{device}, where the other operands are")
 
 
+def boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """`cu_seqlens` read to the host; its values must ascend from 0 to `tokens`."""
+    bounds = cu_seqlens.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == tokens and bounds == sorted(bounds),
+        "cu_seqlens",
+        bounds if len(bounds) < 10 else "other bounds",
+        f"ascending from 0 to {tokens}",
+    )
+    return bounds
+
+
 def no_grad(argument: str, x: Tensor, instead: str) -> None:
     """`x` must not ask for a gradient that the op would silently drop."""
     wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.requires_grad

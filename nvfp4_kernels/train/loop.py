@@ -123,7 +123,7 @@ class Trainer:
     def accumulate_gradients(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Gradients of the mean loss over the targets of all micro-batches; also the buffers as they were before."""
         before = changing_buffers(self.model)
-        targets = sum(batch.targets for batch in batches)
+        targets = max(sum(batch.targets for batch in batches), 1)  # without any, losses and gradients are 0
         sums: dict[str, float] = {}
         for batch in batches:
             share = batch.targets / targets  # micro-batches with fewer targets weigh less, as in one large batch

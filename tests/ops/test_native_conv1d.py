@@ -177,11 +177,12 @@ def test_a_state_of_another_dtype(isa):
 
 
 @pytest.mark.parametrize("bounds", [[0, 40, 30, 82], [0, 81], [1, 82], [0, -1, 82], [0, 90, 82]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # fp64: the reference
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_bounds_that_do_not_ascend(bounds, index):
-    arguments = inputs(without=("initial_state",))
+def test_bounds_that_do_not_ascend(bounds, index, dtype):
+    arguments = inputs(dtype=dtype, without=("initial_state",))
     with pytest.raises(ValueError, match="cu_seqlens: got"):
-        convolution(**arguments, cu_seqlens=torch.tensor(bounds, dtype=index))
+        causal_conv1d(**arguments, cu_seqlens=torch.tensor(bounds, dtype=index))
 
 
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])

@@ -37,7 +37,8 @@ class StandIn(nn.Module):
 
     def loss(self, ids, labels, cu_seqlens=None):
         logits = self.forward(ids).float()
-        lm = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        lm = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        lm = lm / (labels != -100).sum().clamp(min=1)
         return SimpleNamespace(total=lm + 0.0, lm=lm, mtp=None, balance=None)
 
     def update_router_bias(self):

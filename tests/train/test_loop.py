@@ -34,6 +34,16 @@ def test_accumulation_equals_one_large_batch(make_trainer):
     torch.testing.assert_close(small.model.lm_head.weight.grad, large.model.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_batches_without_targets_teach_nothing(make_trainer):
+    """As where every document is one token long."""
+    trainer = make_trainer(accumulate=2)
+    batches = [next(trainer.data) for _ in range(2)]
+    for batch in batches:
+        batch.labels.fill_(-100)
+    sums, _ = trainer.accumulate_gradients(batches)
+    assert sums["total"] == 0 and all(not p.grad.any() for p in trainer.parameters)
+
+
 def test_clipping_and_learning_rate(make_trainer):
     trainer = make_trainer(clip=1e-3)
     seen = []

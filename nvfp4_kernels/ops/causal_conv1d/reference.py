@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvfp4_kernels.ops._check import boundaries
+
 
 def refuses(*arguments) -> str | None:
     return None
@@ -61,7 +63,8 @@ def _sequences(cu_seqlens: Tensor | None, states: Tensor | None, x: Tensor):
     if cu_seqlens is None:
         yield x, states
         return
-    bounds, flat = cu_seqlens.tolist(), x.reshape(1, -1, x.shape[2])
+    flat = x.reshape(1, -1, x.shape[2])
+    bounds = boundaries(cu_seqlens, flat.shape[1])
     for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         yield flat[:, start:end], None if states is None else states[i : i + 1]
 

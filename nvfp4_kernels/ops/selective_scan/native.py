@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import boundaries
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
 
 
@@ -65,13 +65,7 @@ def _sequences(cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor:
     """int64 [sequences, 4]: row, first token in it, tokens, place; the longest come first."""
     if cu_seqlens is None:
         return torch.tensor([(row, 0, length, row) for row in range(batch)], dtype=torch.int64).view(-1, 4)
-    bounds = cu_seqlens.tolist()
-    require(
-        bounds[0] == 0 and bounds[-1] == batch * length and bounds == sorted(bounds),
-        "cu_seqlens",
-        bounds if len(bounds) < 10 else "other bounds",
-        f"ascending from 0 to {batch * length}",
-    )
+    bounds = boundaries(cu_seqlens, batch * length)
     found = [(0, start, end - start, i) for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]
     return torch.tensor(sorted(found, key=lambda s: -s[2]), dtype=torch.int64)
 

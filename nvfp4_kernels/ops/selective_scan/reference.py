@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvfp4_kernels.ops._check import boundaries
+
 
 def refuses(*arguments) -> str | None:
     return None
@@ -110,8 +112,8 @@ def _sequences(cu_seqlens: Tensor | None, states: Tensor | None, *tensors: Tenso
     if cu_seqlens is None:
         yield (*tensors, states)
         return
-    bounds = cu_seqlens.tolist()
     flat = [t.reshape(1, -1, *t.shape[2:]) for t in tensors]
+    bounds = boundaries(cu_seqlens, flat[0].shape[1])
     for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         yield (*(t[:, start:end] for t in flat), None if states is None else states[i : i + 1])
 
