@@ -10,7 +10,7 @@
 // asks for are not read. The grid's axes: slots of tokens, splits of k, tiles of rows. So the slots of a large group, which
 // read the same tile, are neighbours.
 // Bytes: 0.5625 a weight; x comes from the L2 cache once for each 128 rows. SASS instructions a weight in the loop (sm_90):
-// 2.6 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
+// 2.7 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
 #include "epilogue.cuh"
 #include "parts.cuh"
 #include "sm120.cuh"
