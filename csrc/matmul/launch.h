@@ -24,8 +24,8 @@ struct WeightOnlyLaunch {
     i32 bias_dtype, out_dtype;  // 0 fp32, 1 fp16, 2 bf16
     i32 accumulate;             // add to out, which is fp32
     i32 relu2;                  // y, with its bias: max(y, 0)^2
-    const i64* offsets;  // group e has the tokens offsets[e] to offsets[e + 1]; null: one group of all. sm90.cuh: null, as order
-    const i64* order;    // token t reads row order[t] / top_k of x; null: row t
+    const i64* offsets;  // group e has the tokens offsets[e] to offsets[e + 1]; null: one group of all
+    const i64* order;    // token t reads row order[t] / top_k of x; null: row t. sm90.cuh: null
     i64 groups, top_k;   // top_k divides tokens
 };
 

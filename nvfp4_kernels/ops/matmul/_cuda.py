@@ -47,8 +47,12 @@ def splits(most: int, tiles: int, length: int) -> int:
 def slots(tokens: int, groups: int) -> tuple[int, int]:
     """(tokens of a slot, slots) that serve so many tokens in so many groups, of whose sizes the host knows nothing. A slot has
     room for twice a group's mean: few groups need a second, which takes the weight from the L2 cache once more."""
-    most = kernel(min(2 * -(-tokens // max(groups, 1)), tokens, TOKENS[-1]))
+    most = kernel(min(_twice_the_mean(tokens, groups), tokens, TOKENS[-1]))
     return most, most_runs(tokens, groups, most)
+
+
+def _twice_the_mean(tokens: int, groups: int) -> int:
+    return 2 * -(-tokens // max(groups, 1))
 
 
 def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> Tensor:
@@ -67,7 +71,10 @@ def run_groups(a: Tensor, w: Stack, groups: Groups, out: Tensor, relu2: bool = F
     """out [tokens, rows] = a @ w[group].T for each group of tokens, w packed; relu2: with negative values as 0, and squared."""
     if not out.numel():
         return out
-    most, count = slots(len(out), len(groups.offsets) - 1)
+    tokens, count = len(out), len(groups.offsets) - 1
+    if _twice_the_mean(tokens, count) > TOKENS[-1] and not _cuda.refuses_arch(_cuda_sm90.ARCH, a):
+        return _cuda_sm90.run_groups(a, w, groups, out, relu2)
+    most, count = slots(tokens, count)
     return _launch(_cuda_launch.lined_up(a), w, None, out, False, most, count, groups, relu2)
 
 

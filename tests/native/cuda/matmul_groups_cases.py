@@ -67,7 +67,7 @@ def test_every_kernel_and_its_splits(model, monkeypatch, most):
     """Groups that need several slots; whichever split ends last, the same bits, and counters back at zero."""
     zeros = []
     monkeypatch.setattr(_cuda, "zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
-    sizes = [0, 2 * most + 1, 1, most, 0, 0, 0, 0] if most < 64 else [0, 65, 1, 64]
+    sizes = [0, 2 * most + 1, 1, most, 0, 0, 0, 0] if most < 64 else [0, 65, 0, 60]
     a, (packed, w) = torch.randn(sum(sizes), 1024).bfloat16(), stacked(len(sizes), 16, 1024)
     made = []
     for seed in (None, 2, 3):  # odd seeds run the blocks from the last to the first
@@ -78,11 +78,21 @@ def test_every_kernel_and_its_splits(model, monkeypatch, most):
     assert len(zeros) == 3 and not torch.cat(zeros).any()
 
 
-def test_empty_groups_are_not_read():
+@pytest.mark.parametrize("rows, tile", [(16, 128), (144, 256), (272, 128)])
+def test_large_groups(model, rows, tile):
+    """More than fit a slot: the Hopper kernel, in whole tiles."""
+    sizes = [1, 0, 130, 40]
+    a, (packed, w) = torch.randn(171, 272).bfloat16(), stacked(4, rows, 272)
+    y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
+    assert model.kernels == [f"weight_only_tiles_{tile}"] and within(y, a, w, sizes)
+    assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
+
+
+@pytest.mark.parametrize("sizes", [[4, 0, 3, *[0] * 500], [70, 0, 30]])
+def test_empty_groups_are_not_read(sizes):
     """There is memory for the first matrices alone; the sanitizer looks on."""
-    sizes = [4, 0, 3, *[0] * 500]
-    a, (packed, w) = torch.randn(7, 128).bfloat16(), stacked(3, 16, 128)
-    out = torch.empty(7, 16)
+    a, (packed, w) = torch.randn(sum(sizes), 128).bfloat16(), stacked(3, 16, 128)
+    out = torch.empty(len(a), 16)
     _cuda.run_groups(a, packed, Groups(offsets(sizes)), out)
     assert within(out, a, w, sizes[:3])
 
@@ -103,6 +113,7 @@ def test_wrong_routing_reaches_nothing_outside(wrong):
         (17, 8, 3, 48, 80),
         (9, 4, 4, 48, 80),
         (64, 16, 2, 48, 80),
+        (70, 4, 2, 48, 80),
         (2, 4, 1, 1856, 48),
         (0, 4, 2, 16, 16),
     ],
