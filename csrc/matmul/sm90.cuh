@@ -11,7 +11,7 @@
 // parts go to `partial`, and a second kernel adds them in the order of k: the same bits on every run.
 // Of large groups each block has a tile of one, whole (parts.cuh), on a grid of slots and tiles of rows.
 // A step of 256 rows and 128 tokens takes the tensor cores 2,048 clocks; loads are 50 KB of L2 traffic in them. SASS
-// instructions a weight in the loop: 4.6 with 256 rows, 5.9 with 128, where the tensor cores' time has room for 8.
+// instructions a weight in the loop: 4.7 with 256 rows, 5.9 with 128, where the tensor cores' time has room for 8.
 #pragma once
 #include "arch/ptx_sm90.cuh"
 #include "epilogue.cuh"
@@ -34,7 +34,7 @@ struct Tile {
     static_assert(stages == 4 && bytes % 1024 == 0 && row_stride * tokens * 4 <= stages * bytes, "");
 };
 
-// How blocks share the work. Tiles of the same rows of the weight follow one another. Of groups those of a slot share its tiles.
+// How blocks share the work. Tiles of the same rows of the weight follow one another. Of groups: the blocks of a slot.
 struct Work {
     i64 steps, token_tiles, units, blocks;
 

@@ -257,6 +257,15 @@ class QuantizedExperts(nn.Module):
         rows, offsets = sorted_rows(x, groups)
         return self.down_proj(relu2(self.up_proj(rows, offsets), weights), offsets)
 
+    def pack(self, dtype: torch.dtype) -> None:
+        """As NVFP4Weight.pack, of both or neither: nk.expert_mlp reads them alike."""
+        parts = [part for part in (self.up_proj, self.down_proj) if isinstance(part, NVFP4Weight)]
+        for part in parts:
+            part.pack(dtype)
+        if not all(part.is_packed for part in parts):
+            for part in parts:
+                part.unpack()
+
     def stacks(self) -> tuple[Stack, Stack] | None:
         """Both as nk.expert_mlp takes them, or None where it does not take their format."""
         parts = self.up_proj, self.down_proj

@@ -82,6 +82,10 @@ def test_what_stays_as_it_is(kernels, monkeypatch):
     layer.weight_scale.view(torch.uint8)[3, 1] = 128  # -0, which a checkpoint may have
     layer.pack(BF16)
     assert not layer.is_packed
+    parts = layer_of(32, 96, experts=2), layer_of(96, 32, experts=2)
+    parts[1].weight_scale.view(torch.uint8)[1, 3, 1] = 128
+    QuantizedExperts(*parts).pack(BF16)
+    assert not parts[0].is_packed and not parts[1].is_packed
     with nk.backend("reference"):
         (other := layer_of()).pack(BF16)
     assert not other.is_packed

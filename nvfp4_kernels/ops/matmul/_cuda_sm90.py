@@ -1,5 +1,5 @@
-"""65 to 1,024 rows times a packed weight on Hopper through csrc/matmul/sm90.cuh: which tile, how many blocks share the work; and
-groups of more than 32 rows on average."""
+"""65 to 1,024 rows times a packed weight on Hopper through csrc/matmul/sm90.cuh: which tile, how many blocks share the work.
+And groups of more than 32 rows on average."""
 
 import functools
 
