@@ -12,6 +12,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._dispatch import backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
@@ -284,6 +285,21 @@ def _selective_scan() -> Iterator[Case]:
         yield Case("selective_scan", f"{str(dtype)[6:]} {name}", make, run, tolerance)
 
 
+def _conv_scan() -> Iterator[Case]:
+    # with many multiprocessors longer sequences than 1,024 tokens are cut into segments
+    for dtype, length, tolerance in ((FP32, 17, 2e-5), (BF16, 1100, 2e-2)):
+
+        def make(dtype=dtype, length=length) -> Inputs:
+            given = _scan_inputs(1, length, 2, 64, 1, 128, dtype)
+            xBC = torch.cat([given[name].flatten(2) for name in "xBC"], -1)
+            taps = {"conv_weight": drawn(384, 4, scale=0.5, seed=9), "conv_bias": drawn(384, seed=10)}
+            return {name: given[name] for name in ("dt", "A", "D", "dt_bias", "dy")} | {"xBC": xBC} | taps
+
+        op = lambda **given: conv_scan(**given, groups=1, state=128)[0]  # noqa: E731
+        run = partial(_with_gradients, op, "xBC", "dt", "conv_weight", "conv_bias", "A", "D", "dt_bias")
+        yield Case("conv_scan", f"{str(dtype)[6:]} {length} tokens", make, run, tolerance)
+
+
 def _state_update() -> Iterator[Case]:
     for dtype, stochastic, tolerance in ((FP32, False, 1e-5), (BF16, False, 1e-2), (FP16, True, 2e-3)):
 
@@ -347,6 +363,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
     "selective_scan": _selective_scan,
+    "conv_scan": _conv_scan,
     "state_update": _state_update,
     "mixer_step": _mixer_step,
 }
