@@ -2,22 +2,22 @@
 
 import torch
 
-from nvfp4_kernels.ops.conv_scan import triton
+from nvfp4_kernels.ops.conv_scan._in_turn import split
+from nvfp4_kernels.ops.conv_scan._triton_segments import convolved
+from nvfp4_kernels.ops.selective_scan._triton_call import prepare
 
 
 def nano(packed: bool = False):
     tokens, heads, head_dim, groups, state = 8192, 64, 64, 8, 128
-    inner, shared = heads * head_dim, groups * state
-    channels = inner + 2 * shared
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
     half = dict(dtype=torch.bfloat16, device="meta")
-    projected = torch.empty(1, tokens, inner + channels + heads, **half)
-    _, xBC, dt = projected.split((inner, channels, heads), -1)
-    weight, bias = torch.empty(channels, 4, device="meta"), torch.empty(channels, device="meta")
+    _, xBC, dt = torch.empty(1, tokens, inner + channels + heads, **half).split((inner, channels, heads), -1)
+    x, B, C = split(xBC, heads, groups, state)
     A, D, dt_bias = torch.empty(3, heads, device="meta")
-    conv_state = torch.empty(8, channels, 3, **half) if packed else None
     cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
-    rules = groups, state, 0.0, float("inf"), 128
-    triton.run(xBC, dt, weight, bias, A, D, dt_bias, conv_state, None, cu_seqlens, *rules)
+    call = prepare(x, dt, A, B, C, D, dt_bias, None, cu_seqlens, True, 0.0, float("inf"), 128, passes=1)
+    a, weight, bias = (torch.empty(*shape, device="meta") for shape in ((heads, 2, tokens), (inner, 4), (inner,)))
+    convolved(call, a, weight, bias, torch.empty(8, inner, 3, **half) if packed else None, call.new_states())
 
 
 CASES = {"Nano": nano, "Nano, packed, from states": lambda: nano(True)}
