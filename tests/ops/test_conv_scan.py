@@ -135,7 +135,7 @@ def test_segments_convolved_on_the_way(monkeypatch, bounds, stated, width, head_
     monkeypatch.setattr(_device, "multiprocessors", lambda device: 1000)
     passes = []
     monkeypatch.setattr(triton, "convolved", lambda *given, plain=triton.convolved: passes.append(1) or plain(*given))
-    heads, groups, state, length = 2, 1 if head_dim == 80 else 2, 17, 160 if bounds else 128
+    heads, groups, state, length = 2, 1 if head_dim == 80 else 2, 33, 160 if bounds else 128
     inner, shared, sequences = heads * head_dim, groups * state, len(bounds) - 1 if bounds else 1
     channels = inner + 2 * shared
     xBC, dt = torch.randn(1, length, channels + heads).to(dtype).split((channels, heads), -1)
