@@ -14,7 +14,7 @@ from nvfp4_kernels.ops.selective_scan import _triton_plan
 HEADS, HEAD_DIM, GROUPS, STATE = 4, 16, 2, 12
 INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
 STATES = HEADS, HEAD_DIM, STATE
-BOUNDS = [0, 64, 65, 65, 67, 90, 160, 160]
+BOUNDS = [0, 64, 65, 65, 67, 137, 137]
 
 
 def inputs(dtype, batch=2, length=37, sequences=None):
@@ -135,7 +135,7 @@ def test_segments_convolved_on_the_way(monkeypatch, bounds, stated, width, head_
     monkeypatch.setattr(_device, "multiprocessors", lambda device: 1000)
     passes = []
     monkeypatch.setattr(triton, "convolved", lambda *given, plain=triton.convolved: passes.append(1) or plain(*given))
-    heads, groups, state, length = 2, 1 if head_dim == 80 else 2, 33, 160 if bounds else 128
+    heads, groups, state, length = 2, 1 if head_dim == 80 else 2, 33, 137 if bounds else 128
     inner, shared, sequences = heads * head_dim, groups * state, len(bounds) - 1 if bounds else 1
     channels = inner + 2 * shared
     xBC, dt = torch.randn(1, length, channels + heads).to(dtype).split((channels, heads), -1)
