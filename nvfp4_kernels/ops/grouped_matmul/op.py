@@ -14,7 +14,11 @@ Rows = Tensor | NVFP4Tensor | MXFP8Tensor
 
 
 def grouped_matmul(
-    a: Rows | Columns, b: Tensor | Stack | Columns, offsets: Tensor, out_dtype: torch.dtype | None = None
+    a: Rows | Columns,
+    b: Tensor | Stack | Columns,
+    offsets: Tensor,
+    out_dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """y = a @ b.T for each group by itself, summed in fp32, rounded once; group e has the rows offsets[e] to offsets[e + 1].
 
@@ -25,10 +29,14 @@ def grouped_matmul(
         of the groups; y is [rows, N].
     b a plain matrix [N, rows] or Columns of N lines: a is [M, rows] or Columns of M lines, and the sum is divided; y is
         [groups, M, N], zero for a group without rows.
+    rows: int64 [rows] on a's device, or None. The rows are gathered as they are read: beside a stack row r is row rows[r] of
+        a, beside a plain matrix [N, tokens] it is column rows[r] of b. The bits are those of a product after a gather. Numbers
+        out of range are an error on the CPU; on a GPU, which would have to report them to the host, they read zeros.
 
     For a layer y = x w^T of each expert: forward grouped_matmul(x, w, o), the gradient of x
-    grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o). Operands that went through the
-    Hadamard transform must share its signs. A global scale that is not finite makes its products NaN.
+    grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o); with x not sorted by expert the first
+    and the last take rows. Operands that went through the Hadamard transform must share its signs. A global scale that is not
+    finite makes its products NaN.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     signs_a, signs_b = (getattr(x, "hadamard", None) for x in (a, b))
@@ -36,7 +44,10 @@ def grouped_matmul(
     left, right = as_parts(a), as_parts(b)
     require(left.values.dim() == 2, "a", f"{left.values.dim()} dimensions", "2, [rows, K], or [M, rows] where b has 2")
     check_stack("a", left, left.values.device)
-    _check_offsets(offsets, left.values.device)
+    _check_index("offsets", offsets, left.values.device)
+    require(offsets.numel() >= 1, "offsets", "no numbers", "[groups + 1]")
+    if rows is not None:
+        _check_index("rows", rows, left.values.device)
     check_stack("b", right, left.values.device)
     plain = [x.values.dtype for x in (left, right) if x.scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
@@ -44,25 +55,28 @@ def grouped_matmul(
     types = {*plain, out_dtype}
     mixed = torch.float64 in types and len(types) > 1
     require(not mixed, "a, b and out_dtype", ", ".join(sorted(map(str, types))), "float64 for all or none", TypeError)
-    groups = offsets.numel() - 1
+    groups, depth = offsets.numel() - 1, length(right)
     if right.values.dim() == 3:
         require(
             not isinstance(a, Columns), "a", "Columns with a stack of matrices", "Columns beside a matrix or Columns"
         )
         require(right.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(right.values) + 1}")
         k = a.shape[1] if isinstance(a, Rows) else length(left)
-        fits = ceil_to(k, run_of(right)) == length(right)
+        fits = ceil_to(k, run_of(right)) == depth
     else:
         require(isinstance(a, (Tensor, Columns)), "a", type(a).__name__, "a plain matrix or Columns, as b", TypeError)
         for name, x in (("a", a), ("b", b)):
             if isinstance(x, Columns):
                 _check_starts(name, x.starts, offsets)
+        if rows is not None:
+            require(right.scales is None, "b", "a quantized matrix with rows", "a stack or a plain matrix")
+            depth = len(rows)
         k = length(left)
-        fits = isinstance(a, Columns) or isinstance(b, Columns) or k == length(right)
-    require(fits, "a and b", f"K = {k} and K = {length(right)}", "equal K, the last axis of both")
+        fits = isinstance(a, Columns) or isinstance(b, Columns) or k == depth
+    require(fits, "a and b", f"K = {k} and K = {depth}", "equal K, the last axis of both")
     return torch.ops.nvfp4.grouped_matmul(
         *plain_parts(left), getattr(a, "starts", None), *plain_parts(right), getattr(b, "starts", None),
-        offsets, str(out_dtype)[6:],
+        offsets, rows, str(out_dtype)[6:],
     )  # fmt: skip
 
 
@@ -149,11 +163,11 @@ def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | No
     return Stack(values, scales.view(torch.float8_e4m3fn), global_scales)
 
 
-def _check_offsets(offsets: Tensor, device: torch.device) -> None:
-    require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
-    require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
-    require(offsets.is_contiguous(), "offsets", f"strides {offsets.stride()}", "contiguous memory")
-    same_device("offsets", offsets, device)
+def _check_index(name: str, index: Tensor, device: torch.device) -> None:
+    require(index.dtype == torch.int64, name, index.dtype, "int64", TypeError)
+    require(index.dim() == 1, name, f"shape {list(index.shape)}", "one dimension")
+    require(index.is_contiguous(), name, f"strides {index.stride()}", "contiguous memory")
+    same_device(name, index, device)
 
 
 def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
@@ -168,16 +182,20 @@ def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None
     return parts if starts is None else Columns(*parts[:3], starts)
 
 
-def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets: Tensor, out_dtype: str) -> Tensor:
+def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
     left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts)
-    arguments = (left, right, offsets, getattr(torch, out_dtype))
+    if rows is not None and rows.device.type == "cpu" and rows.numel():
+        (low, high), count = (int(x) for x in rows.aminmax()), a.shape[0] if b.dim() == 3 else b.shape[1]
+        require(0 <= low and high < count, "rows", f"{low} to {high}", f"0 to {count - 1}, the rows there are")
+    arguments = (left, right, offsets, getattr(torch, out_dtype), rows)
     return select("grouped_matmul", *arguments).run(*arguments)
 
 
-def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, out_dtype: str) -> Tensor:
-    shape = (a.shape[0], b.shape[-2]) if b.dim() == 3 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
+    count = (a if rows is None else rows).shape[0]
+    shape = (count, b.shape[-2]) if b.dim() == 3 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
 _OPERANDS = ", ".join(f"Tensor {x}, Tensor? {x}_scales, Tensor? {x}_global, Tensor? {x}_starts" for x in "ab")
-register(f"grouped_matmul({_OPERANDS}, Tensor offsets, str out_dtype) -> Tensor", _run, _fake)
+register(f"grouped_matmul({_OPERANDS}, Tensor offsets, Tensor? rows, str out_dtype) -> Tensor", _run, _fake)
