@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._dispatch import backend
@@ -134,6 +135,9 @@ def _matmul() -> Iterator[Case]:
             return {"y": matmul(a, b, FP32), "y + bias": matmul(a, b, FP32, bias=bias), "accumulated": added}
 
         yield Case("matmul", f"{title}, {m}x{n}x{k}", make, run, 1e-5)
+        if a_spec is None:
+            run_packed = lambda a, b, **rest: run(a, PackedNVFP4Tensor.pack(b), **rest)  # noqa: E731
+            yield Case("matmul", f"{title} packed, {m}x{n}x{k}", make, run_packed, 1e-5)
 
 
 def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
@@ -141,6 +145,10 @@ def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
     forms = [_on_cpu(drawn(rows, cols, seed=seed + g), QuantSpec("16x16")) for g in range(groups)]
     parts = {part: torch.stack([getattr(f, part) for f in forms]) for part in ("codes", "scales", "global_scale")}
     return parts | {"scales": parts["scales"].view(torch.uint8)}
+
+
+def _packed(codes: Tensor, scales: Tensor, global_scale: Tensor) -> Stack:
+    return Stack(*pack(codes, scales), global_scale)
 
 
 def _grouped_matmul() -> Iterator[Case]:
@@ -163,7 +171,11 @@ def _grouped_matmul() -> Iterator[Case]:
                 "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
             }
 
+        def run_packed(x, dy, w, offsets, **stack) -> dict:
+            return {"y": grouped_matmul(x, _packed(**stack), offsets, FP32)}
+
         yield Case("grouped_matmul", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+        yield Case("grouped_matmul", f"{sizes} rows, {n}x{k} packed", make, run_packed, 1e-5)
 
 
 def _expert_mlp() -> Iterator[Case]:
@@ -179,7 +191,17 @@ def _expert_mlp() -> Iterator[Case]:
                 "y": expert_mlp(x, Routing(**routing), up, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale))
             }
 
-        yield Case("expert_mlp", f"{tokens} tokens, {top_k} of {experts}, {size}x{width}", make, run, 1e-2)
+        def make_packed(make=make, experts=experts, size=size, width=width) -> Inputs:
+            up = _stack(experts, width, size, 1)
+            return {name: x for name, x in make().items() if name != "up"} | {f"up_{part}": up[part] for part in up}
+
+        def run_packed(x, up_codes, up_scales, up_global_scale, codes, scales, global_scale, **routing) -> dict:
+            up, down = _packed(up_codes, up_scales, up_global_scale), _packed(codes, scales, global_scale)
+            return {"y": expert_mlp(x, Routing(**routing), up, down)}
+
+        title = f"{tokens} tokens, {top_k} of {experts}, {size}x{width}"
+        yield Case("expert_mlp", title, make, run, 1e-2)
+        yield Case("expert_mlp", f"{title} packed", make_packed, run_packed, 1e-2)
 
 
 def _route() -> Iterator[Case]:
@@ -299,18 +321,13 @@ def _selective_scan() -> Iterator[Case]:
 
 
 def _conv_scan() -> Iterator[Case]:
-    # with many multiprocessors longer sequences than 1,024 tokens are cut into segments
-    for dtype, length, tolerance in ((FP32, 17, 2e-5), (BF16, 1100, 2e-2)):
+    def op(x, B, C, z, **given) -> Tensor:
+        xBC, taps = torch.cat([t.flatten(2) for t in (x, B, C)], -1), drawn(384, 4, seed=9).to(x.device)
+        return conv_scan(xBC, conv_weight=taps, conv_bias=taps[:, 0], **given, groups=1, state=128)[0]
 
-        def make(dtype=dtype, length=length) -> Inputs:
-            given = _scan_inputs(1, length, 2, 64, 1, 128, dtype)
-            xBC = torch.cat([given[name].flatten(2) for name in "xBC"], -1)
-            taps = {"conv_weight": drawn(384, 4, scale=0.5, seed=9), "conv_bias": drawn(384, seed=10)}
-            return {name: given[name] for name in ("dt", "A", "D", "dt_bias", "dy")} | {"xBC": xBC} | taps
-
-        op = lambda **given: conv_scan(**given, groups=1, state=128)[0]  # noqa: E731
-        run = partial(_with_gradients, op, "xBC", "dt", "conv_weight", "conv_bias", "A", "D", "dt_bias")
-        yield Case("conv_scan", f"{str(dtype)[6:]} {length} tokens", make, run, tolerance)
+    run = partial(_with_gradients, op, "x", "dt", "A", "B", "C", "D", "dt_bias")
+    for sizes, tolerance in (((1, 17, 2, 64, 1, 128, FP32), 2e-5), ((1, 1100, 2, 64, 1, 128, BF16), 2e-2)):
+        yield Case("conv_scan", f"{sizes[1]} tokens", partial(_scan_inputs, *sizes), run, tolerance)
 
 
 def _state_update() -> Iterator[Case]:
