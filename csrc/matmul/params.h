@@ -13,6 +13,8 @@ struct Operand {
     const float* global_scale;  // of nvfp4, else null
     i64 rows, cols;             // cols as stored: padded to whole blocks when quantized; values beyond count as zero
     i64 row_stride, col_stride; // in values; of a quantized operand the first alone, whole blocks
+    const i64* row_index = nullptr;  // [rows]: which stored row each row is; null: itself
+    const i64* col_index = nullptr;  // [cols]: alike; of plain operands whose rows lie side by side and whose columns do not
 };
 
 struct MatmulParams {
