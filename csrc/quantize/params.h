@@ -31,6 +31,8 @@ struct QuantizeParams {
     const i64* offsets = nullptr;
     const i64* starts = nullptr;
     i64 groups = 0;
+    // [rows], of groups of a row-major x without a row form: which stored row each row is; null: itself
+    const i64* row_index = nullptr;
 };
 
 // Return 0, 1 when memory ran out, or 2 when offsets are not ascending numbers from 0 to rows.
