@@ -14,6 +14,7 @@
 #include "quantize/params.h"
 #include "relu2/params.h"
 #include "route/params.h"
+#include "router_logits/params.h"
 #include "state_update/params.h"
 
 namespace py = pybind11;
@@ -201,6 +202,30 @@ int call_relu2_backward(const py::tuple& sizes, u64 x, u64 weights, u64 dy, u64 
     return NVFP4_CALL(relu2_backward, p);
 }
 
+// x: (data, dtype, stride); sizes: (tokens, hidden, experts)
+RouterLogitsParams router(const py::tuple& x, u64 weight, const py::tuple& sizes, int threads) {
+    RouterLogitsParams p{};
+    p.x = pointer<const void>(x[0].cast<u64>()), p.dtype = x[1].cast<int>(), p.stride = x[2].cast<i64>();
+    p.weight = pointer<const float>(weight), p.threads = threads;
+    p.tokens = sizes[0].cast<i64>(), p.hidden = sizes[1].cast<i64>(), p.experts = sizes[2].cast<i64>();
+    return p;
+}
+
+int call_router_logits(const py::tuple& x, u64 weight, const py::tuple& sizes, u64 logits, int threads) {
+    RouterLogitsParams p = router(x, weight, sizes, threads);
+    p.logits = pointer<float>(logits);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(router_logits, p);
+}
+
+int call_router_logits_backward(const py::tuple& x, u64 weight, const py::tuple& sizes, u64 dlogits, u64 dx, u64 dweight,
+                                int threads) {
+    RouterLogitsParams p = router(x, weight, sizes, threads);
+    p.dlogits = pointer<const float>(dlogits), p.dx = pointer<void>(dx), p.dweight = pointer<float>(dweight);
+    const py::gil_scoped_release release;
+    return NVFP4_CALL(router_logits_backward, p);
+}
+
 // (data, dtype, row_stride, token_stride, head_stride)
 ScanView view(const py::handle& h) {
     const auto t = h.cast<py::tuple>();
@@ -352,6 +377,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("relu2_backward", &call_relu2_backward);
     m.def("route", &call_route);
     m.def("route_backward", &call_route_backward);
+    m.def("router_logits", &call_router_logits);
+    m.def("router_logits_backward", &call_router_logits_backward);
     m.def("selective_scan", &call_selective_scan);
     m.def("selective_scan_backward", &call_selective_scan_backward);
     m.def("state_update", &call_state_update);

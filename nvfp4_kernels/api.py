@@ -29,6 +29,7 @@ from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 from nvfp4_kernels.recipe import LinearRecipe, Recipe
@@ -53,6 +54,7 @@ __all__ = [
     "state_update",
     "gated_rms_norm",
     "relu2",
+    "router_logits",
     "route",
     "Routing",
     "permute",

@@ -192,3 +192,28 @@ def test_packed_weights_of_an_engine():
         pass
     assert isinstance(weight, nk.PackedNVFP4Tensor) and len(request.tokens) == 12
     assert all(step.graph is not None for step in engine.decoder._steps.values())
+
+
+@pytest.mark.parametrize("recipe", [nk.recipes.nvfp4.switch(stochastic=False), nk.recipes.bf16], ids=["nvfp4", "bf16"])
+def test_shared_experts_on_a_second_stream(recipe, monkeypatch):
+    """The bits that one stream gives, forward and backward, the memory of each step's tensors used again by the next."""
+    from nvfp4_kernels.nn import moe as module
+
+    moe = module.MoE(256, 16, 4, 128, 4096, 128).cuda().train()
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    for linear in (moe.shared_experts.up_proj, moe.shared_experts.down_proj):
+        linear.recipe = recipe.default
+    xs = [torch.randn(4, 256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def steps():
+        out = []
+        for x in xs:
+            y, _ = moe(x)
+            out += [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, *moe.shared_experts.parameters()))]
+        return out
+
+    beside = steps()
+    monkeypatch.setattr(module, "aside", lambda f, x: lambda: f(x))
+    for a, b in zip(beside, steps(), strict=True):
+        assert torch.equal(a, b)

@@ -79,7 +79,9 @@ def collect(arguments: argparse.Namespace) -> dict:
             weight = model.get_submodule(owner).get_parameter(part)
             depth = model._depth(label)
             if linear_recipe is None:
-                formats, why, backend = {name: "fp32" for name in OPERANDS}, "router", "torch"
+                formats, why = {name: "fp32" for name in OPERANDS}, "router"
+                with torch.device(default_device()):
+                    backend = _taken("router_logits", torch.empty(rows, weight.shape[1], dtype=torch.bfloat16), weight)
             else:
                 formats = {name: _format(getattr(linear_recipe, name)) for name in OPERANDS}
                 why = recipe.explain(label, depth)[1]
@@ -114,7 +116,6 @@ def _backend(recipe, rows: int, out: int, inner: int) -> str:
     import torch
 
     from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-    from nvfp4_kernels.ops import _dispatch
 
     if not recipe.quantized:
         return "torch"
@@ -137,19 +138,13 @@ def _backend(recipe, rows: int, out: int, inner: int) -> str:
             spec.hadamard,
         )
 
-    def taken(op: str, *call) -> str:
-        reasons = _dispatch.refusals(op, *call)
-        name = next((name for name, reason in reasons.items() if reason is None), "none")
-        against = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
-        return f"{name} ({against})" if against else name
-
     def pair(height: int, width: int, row, col) -> str:
         noise = torch.zeros(2, dtype=torch.int64)
-        return taken("quantize", torch.empty(height, width, dtype=torch.bfloat16), row, col, noise)
+        return _taken("quantize", torch.empty(height, width, dtype=torch.bfloat16), row, col, noise)
 
     def product(a, b, height: int, width: int, depth: int) -> str:
         operands = operand(a, height, depth), operand(b, width, depth)
-        return taken("matmul", *operands, None, torch.bfloat16, None, False)
+        return _taken("matmul", *operands, None, torch.bfloat16, None, False)
 
     pairs = {
         "x": pair(rows, inner, recipe.fprop_x, recipe.wgrad_x),
@@ -164,6 +159,15 @@ def _backend(recipe, rows: int, out: int, inner: int) -> str:
     quantize, matmul = _alike("quantize", pairs), _alike("matmul", products)
     first = pairs["x"]
     return first if {first} == {*pairs.values(), *products.values()} else f"{quantize}, {matmul}"
+
+
+def _taken(op: str, *call) -> str:
+    from nvfp4_kernels.ops import _dispatch
+
+    reasons = _dispatch.refusals(op, *call)
+    name = next((name for name, reason in reasons.items() if reason is None), "none")
+    against = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
+    return f"{name} ({against})" if against else name
 
 
 def _alike(op: str, answers: dict[str, str]) -> str:

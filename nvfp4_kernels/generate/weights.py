@@ -12,7 +12,7 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.nn.linear import Linear
-from nvfp4_kernels.nn.moe import Experts, Router
+from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops._dispatch import implementation, select
 from nvfp4_kernels.ops.hadamard.op import hadamard
@@ -80,8 +80,6 @@ def serving(model: nn.Module) -> nn.Module:
             setattr(made.get_submodule(parent), child, _linear(module, dtype))
         elif isinstance(module, NVFP4Weight) and module.experts is None:
             setattr(made.get_submodule(parent), child, ServedLinear(module.tensor(), module.bias))
-        elif isinstance(module, Router):
-            module.served = ServedLinear(module.weight.detach().to(torch.promote_types(dtype, torch.float32)), None)
         elif isinstance(module, Experts):
             setattr(made.get_submodule(parent), child, _experts(module, dtype))
     return made

@@ -161,14 +161,22 @@ class HybridModel(nn.Module):
             router.balance(self.config.router_bias_update_rate if router.weight.requires_grad else 0.0)
 
     def expert_load(self) -> dict[str, float]:
-        """Of the slots routed since the last update_router_bias: the worst router's max / mean - 1 ("max_violation"), the mean
-        of it over the routers ("mean_violation"), and the share of experts that got nothing ("idle"). Empty before any slot."""
-        loads = [router.load for router in self.routers().values() if router.load.sum() > 0]
-        if not loads:
+        """Of the slots routed since the last update_router_bias: the worst router's max / mean - 1 ("max_violation"); the mean
+        of it over the routers ("mean_violation"), and of the loads' entropy in nats ("entropy", log(experts) where even); and
+        the share of experts that got nothing ("idle"). Empty before any slot."""
+        loads = [router.load for router in self.routers().values()]
+        loads = torch.stack(loads).cpu() if loads else torch.zeros(0, 1)  # one wait for the device
+        loads = loads[loads.sum(1) > 0]
+        if not len(loads):
             return {}
-        violations = [float(load.max() / load.mean()) - 1 for load in loads]
-        idle = sum(int((load == 0).sum()) for load in loads) / sum(load.numel() for load in loads)
-        return {"max_violation": max(violations), "mean_violation": sum(violations) / len(violations), "idle": idle}
+        violations = loads.amax(1) / loads.mean(1) - 1
+        shares = loads / loads.sum(1, keepdim=True)
+        return {
+            "max_violation": float(violations.max()),
+            "mean_violation": float(violations.mean()),
+            "entropy": float(torch.special.entr(shares).sum(1).mean()),
+            "idle": float((loads == 0).float().mean()),
+        }
 
     def _hidden(
         self, ids: Tensor, cu_seqlens: Tensor | None, state: State | None = None

@@ -3,17 +3,18 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.nn.aside import aside
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.permute.op import unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
 
 
@@ -47,12 +48,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
-        self.served: nn.Module | None = None  # gives the logits in place of F.linear where a model is served
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        logits = F.linear(wide, self.weight.to(wide.dtype)) if self.served is None else self.served(wide)
+        logits = router_logits(x, self.weight)
         return route(logits, self.e_score_correction_bias, *self.options), logits
 
     @torch.no_grad()
@@ -100,7 +99,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """shared_experts(x) + fc2(sum_e w_e expert_e(fc1(x))), fc1 and fc2 only where there is a latent width.
 
-    Router and shared experts read the full width.
+    Router and shared experts read the full width; on a GPU the shared experts run beside the others, on a second stream.
     """
 
     def __init__(
@@ -129,12 +128,13 @@ class MoE(nn.Module):
 
         The balance is for training; otherwise it is None.
         """
+        shared = None if self.shared_experts is None else aside(self.shared_experts, x)
         tokens = x.flatten(0, 1)
         routing, logits = self.gate(tokens)
         inner = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
         y = self._trained(inner, routing) if self.training else self._served(inner, routing)
         y = (y if self.fc2_latent_proj is None else self.fc2_latent_proj(y)).view_as(x)
-        y = y if self.shared_experts is None else y + self.shared_experts(x)
+        y = y if shared is None else y + shared()
         if not self.training:
             return y, None
         loss = sequence_balance_loss(torch.sigmoid(logits), routing.indices, x.shape[0])

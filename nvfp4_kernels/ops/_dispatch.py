@@ -18,6 +18,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("native", "triton", "reference"),
     "expert_mlp": ("native", "triton", "reference"),
     "route": ("native", "triton", "reference"),
+    "router_logits": ("native", "reference"),
     "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "triton", "reference"),

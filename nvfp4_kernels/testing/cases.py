@@ -23,6 +23,7 @@ from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 
@@ -198,6 +199,18 @@ def _route() -> Iterator[Case]:
         yield Case("route", f"{tokens} tokens, {top_k} of {experts}, {groups} groups", make, run, 1e-6)
 
 
+def _router_logits() -> Iterator[Case]:
+    for dtype, (tokens, hidden, experts) in ((FP32, (17, 80, 8)), (BF16, (130, 1856, 128)), (FP16, (1, 48, 5))):
+
+        def make(dtype=dtype, tokens=tokens, hidden=hidden, experts=experts) -> Inputs:
+            x = drawn(tokens, hidden, dtype=dtype)
+            return {"x": x, "weight": drawn(experts, hidden, seed=1), "dy": drawn(tokens, experts, seed=2)}
+
+        title = f"{str(dtype)[6:]} {tokens}x{hidden}, {experts} experts"
+        tolerance = 2e-5 if dtype == FP32 else 1e-2
+        yield Case("router_logits", title, make, partial(_with_gradients, router_logits, "x", "weight"), tolerance)
+
+
 def _permute() -> Iterator[Case]:
     for tokens, features in ((17, 48), (1, 16), (64, 1856)):
 
@@ -342,6 +355,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "grouped_matmul": _grouped_matmul,
     "expert_mlp": _expert_mlp,
     "route": _route,
+    "router_logits": _router_logits,
     "permute": _permute,
     "relu2": _relu2,
     "causal_conv1d": _causal_conv1d,

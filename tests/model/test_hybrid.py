@@ -185,6 +185,9 @@ def test_the_bias_moves_against_the_load():
     stats = model.expert_load()
     worst = max(float(load.max() / load.mean() - 1) for load in loads)
     assert stats["max_violation"] == pytest.approx(worst) and 0 <= stats["idle"] < 1
+    shares = [[n / float(load.sum()) for n in load.tolist()] for load in loads]
+    entropies = [-sum(p * math.log(p) for p in share if p) for share in shares]
+    assert stats["entropy"] == pytest.approx(sum(entropies) / len(entropies))
     model.update_router_bias()
     for load, router in zip(loads, model.routers().values(), strict=True):
         expected = [1e-3 if n < load.mean() else -1e-3 if n > load.mean() else 0.0 for n in load]

@@ -10,6 +10,7 @@ from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 
@@ -38,6 +39,7 @@ CALLS = {
     gated_rms_norm: dict(x=ones(3, 8), z=ones(3, 8), weight=ones(8)),
     relu2: dict(x=ones(3, 8), weights=ones(3)),
     route: dict(logits=ones(4, 6), bias=ones(6)),
+    router_logits: dict(x=ones(4, 8), weight=ones(6, 8)),
     permute: dict(x=ones(4, 8), routing=routing),
     unpermute: dict(y=ones(8, 8), routing=routing, weights=ones(4, 2)),
     expert_mlp: dict(x=ones(4, 8), routing=routing, up=ones(6, 16, 8), down=ones(6, 8, 16)),

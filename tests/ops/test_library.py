@@ -7,6 +7,7 @@ from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import route
+from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 
 
@@ -20,6 +21,7 @@ OPS = {
     "gated_rms_norm": lambda x: gated_rms_norm(x, None, torch.ones(8)),
     "causal_conv1d": lambda x: causal_conv1d(x, torch.ones(8, 4)),
     "selective_scan": scan,
+    "router_logits": lambda x: router_logits(x[0], torch.ones(5, 8)),
     "route": lambda x: route(x[0], None, 2).weights,
 }
 
