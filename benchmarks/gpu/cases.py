@@ -14,11 +14,14 @@ import torch.nn.functional as F
 import nvfp4_kernels as nk
 from benchmarks.bench_causal_conv1d import plain as plain_conv1d
 from benchmarks.bench_selective_scan import listing
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.layout import swizzle_128x4
+from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import NVFP4Tensor, QuantizedTensor
 from nvfp4_kernels.nn.moe import MoE
 from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688))  # rows, columns, length
@@ -328,7 +331,37 @@ def _grouped(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Callable:
     return run
 
 
-GROUPS = (quantize, decoding, matmul, linear, selective_scan, state_update, neighbours, moe)
+def moe_decode(device: str, small: bool) -> Iterator[Case]:
+    """Routed experts of a decoded batch, from the routing to the weighted sum, over packed NVFP4 stacks. Bytes: of the experts
+    that the batch asks for, each once; stacks larger than the L2 cache together."""
+    sizes = {"tiny": (48, 4, 2, 80, (1, 5))} if small else {
+        "Nano": (2688, 128, 6, 1856, (1, 8, 64)),
+        "Super": (1024, 512, 22, 2688, (1, 8, 64)),
+    }  # fmt: skip
+    for name, (size, experts, top_k, width, batches) in sizes.items():
+        plain = [_stack(experts, *shape, device) for shape in ((width, size), (size, width))]
+        packed = [Stack(*pack(*stack[:2]), stack.global_scales) for stack in plain]
+        for tokens in batches:
+            routing = nk.route(draw(tokens, experts, dtype=FP32, device=device), None, top_k)
+            x, touched = draw(tokens, size, device=device), int((routing.offsets.diff() > 0).sum())
+            about = dict(dtype="bf16", bytes=touched * 2 * size * width * 9 // 16, limit="copy")
+            ours = lambda x=x, routing=routing, stacks=packed: expert_mlp(x, routing, *stacks)  # noqa: E731
+            theirs = {
+                "Triton, unpacked stacks": _by(
+                    "triton", lambda x=x, routing=routing, stacks=plain: expert_mlp(x, routing, *stacks)
+                )
+            }
+            yield Case("moe decode", f"{name}, {tokens} tokens, {touched} experts", ours, theirs, about, False)
+
+
+def _stack(experts: int, rows: int, cols: int, device: str) -> Stack:
+    """Random codes under scales of 0.5 to 1.9."""
+    codes = torch.randint(0, 256, (experts, rows, cols // 2), dtype=torch.uint8, device=device)
+    scales = torch.randint(48, 64, (experts, rows, cols // 16), dtype=torch.uint8, device=device)
+    return Stack(codes, scales.view(torch.float8_e4m3fn), torch.full((experts,), 0.01, device=device))
+
+
+GROUPS = (quantize, decoding, matmul, linear, selective_scan, state_update, neighbours, moe, moe_decode)
 
 
 def all_cases(device: str, small: bool = False) -> Iterator[Case]:

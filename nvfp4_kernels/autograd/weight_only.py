@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.matmul.op import matmul
@@ -32,18 +33,17 @@ def weight_only_experts(x: Tensor, weight: Stack, offsets: Tensor) -> Tensor:
 class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, offsets):
-        ctx.weight, ctx.offsets = weight, offsets
+        ctx.weight, ctx.offsets, ctx.cols = weight, offsets, x.shape[1]
         return grouped_matmul(x, weight, offsets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        codes, scales, global_scales, _ = ctx.weight
-        shape = (*codes.shape[1:-1], 2 * codes.shape[-1])
-        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], shape[1])
+        kind, shape = PackedNVFP4Tensor if ctx.weight.packed else NVFP4Tensor, (ctx.weight.rows, ctx.cols)
+        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], ctx.cols)
         for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             if start < end:
-                weight = NVFP4Tensor(codes[e], scales[e], global_scales[e], shape)
+                weight = kind(*(part[e] for part in ctx.weight[:3]), torch.Size(shape))
                 dx[start:end] = dy[start:end] @ weight.dequantize(dy.dtype)
         return dx, None, None
 

@@ -7,12 +7,25 @@ from torch import Tensor
 
 
 class Stack(NamedTuple):
-    """One matrix [rows, cols] for each group: plain values, NVFP4 with a global scale for each matrix, or MXFP8."""
+    """One matrix [rows, cols] for each group: plain values, NVFP4 with a global scale for each matrix, or MXFP8.
+
+    NVFP4 may be packed, in the layout of formats/packed.py: int32 values [groups, rows / 16, ceil128(cols) / 64, 32, 4] and
+    scales [groups, rows / 16, ceil128(cols) / 128, 32].
+    """
 
     values: Tensor  # float [groups, rows, cols]; codes uint8 [groups, rows, ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
     scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
     global_scales: Tensor | None = None  # NVFP4: fp32 [groups]
     hadamard: int | None = None  # NVFP4: the sign mask of the transform that each row went through
+
+    @property
+    def packed(self) -> bool:
+        return self.scales is not None and self.values.dtype == torch.int32
+
+    @property
+    def rows(self) -> int:
+        """Of a matrix."""
+        return self.values.shape[1] * 16 if self.packed else self.values.shape[-2]
 
 
 class Columns(NamedTuple):

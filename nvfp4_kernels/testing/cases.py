@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._dispatch import backend
@@ -133,6 +134,9 @@ def _matmul() -> Iterator[Case]:
             return {"y": matmul(a, b, FP32), "y + bias": matmul(a, b, FP32, bias=bias), "accumulated": added}
 
         yield Case("matmul", f"{title}, {m}x{n}x{k}", make, run, 1e-5)
+        if a_spec is None:
+            run_packed = lambda a, b, **rest: run(a, PackedNVFP4Tensor.pack(b), **rest)  # noqa: E731
+            yield Case("matmul", f"{title} packed, {m}x{n}x{k}", make, run_packed, 1e-5)
 
 
 def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
@@ -140,6 +144,10 @@ def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
     forms = [_on_cpu(drawn(rows, cols, seed=seed + g), QuantSpec("16x16")) for g in range(groups)]
     parts = {part: torch.stack([getattr(f, part) for f in forms]) for part in ("codes", "scales", "global_scale")}
     return parts | {"scales": parts["scales"].view(torch.uint8)}
+
+
+def _packed(codes: Tensor, scales: Tensor, global_scale: Tensor) -> Stack:
+    return Stack(*pack(codes, scales), global_scale)
 
 
 def _grouped_matmul() -> Iterator[Case]:
@@ -162,7 +170,11 @@ def _grouped_matmul() -> Iterator[Case]:
                 "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
             }
 
+        def run_packed(x, dy, w, offsets, **stack) -> dict:
+            return {"y": grouped_matmul(x, _packed(**stack), offsets, FP32)}
+
         yield Case("grouped_matmul", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+        yield Case("grouped_matmul", f"{sizes} rows, {n}x{k} packed", make, run_packed, 1e-5)
 
 
 def _expert_mlp() -> Iterator[Case]:
@@ -178,7 +190,17 @@ def _expert_mlp() -> Iterator[Case]:
                 "y": expert_mlp(x, Routing(**routing), up, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale))
             }
 
-        yield Case("expert_mlp", f"{tokens} tokens, {top_k} of {experts}, {size}x{width}", make, run, 1e-2)
+        def make_packed(make=make, experts=experts, size=size, width=width) -> Inputs:
+            up = _stack(experts, width, size, 1)
+            return {name: x for name, x in make().items() if name != "up"} | {f"up_{part}": up[part] for part in up}
+
+        def run_packed(x, up_codes, up_scales, up_global_scale, codes, scales, global_scale, **routing) -> dict:
+            up, down = _packed(up_codes, up_scales, up_global_scale), _packed(codes, scales, global_scale)
+            return {"y": expert_mlp(x, Routing(**routing), up, down)}
+
+        title = f"{tokens} tokens, {top_k} of {experts}, {size}x{width}"
+        yield Case("expert_mlp", title, make, run, 1e-2)
+        yield Case("expert_mlp", f"{title} packed", make_packed, run_packed, 1e-2)
 
 
 def _route() -> Iterator[Case]:

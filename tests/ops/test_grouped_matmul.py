@@ -5,6 +5,7 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from tests.oracles.experts_brute import decode, grouped, grouped_sums
 
@@ -22,6 +23,9 @@ SHAPES = [(48, 64), (1856, 48), (48, 1856), (17, 16), (33, 80)]  # of each matri
 
 def drawn(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype)
+
+
+PACKED = torch.zeros(2, 1, 2, 32, 4, dtype=torch.int32), torch.zeros(2, 1, 1, 32, dtype=torch.int32)
 
 
 def offsets(sizes):
@@ -199,9 +203,10 @@ def test_registered_op_is_sound():
     a, b, o = drawn(9, 32), stack(3, 5, 32), offsets([4, 0, 5])
     parts = b.values, b.scales.view(torch.uint8), b.global_scales
     checks, nothing = ("test_schema", "test_faketensor"), [None] * 3
-    torch.library.opcheck(
-        torch.ops.nvfp4.grouped_matmul, (a, *nothing, *parts, None, o, None, "bfloat16"), test_utils=checks
-    )
+    w = stack(3, 16, 32)
+    for b_parts in (parts, (*pack(*w[:2]), w.global_scales)):
+        arguments = (a, *nothing, *b_parts, None, o, None, "bfloat16")
+        torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, arguments, test_utils=checks)
     torch.library.opcheck(
         torch.ops.nvfp4.grouped_matmul, (a.t(), *nothing, a.t(), *nothing, o, None, "float32"), test_utils=checks
     )
@@ -238,6 +243,12 @@ def test_registered_op_is_sound():
             ValueError, "b: got scales",
         ),
         (dict(b=torch.zeros(2, 5, 16, requires_grad=True)), RuntimeError, "b: got a tensor that requires grad"),
+        (dict(b=Stack(PACKED[0], PACKED[1], None)), ValueError, "b: got scales None; allowed: torch.float32"),
+        (dict(b=Stack(PACKED[0], PACKED[1][:1], torch.ones(2))), ValueError, "b: got scales .* beside packed values"),
+        (dict(b=Stack(PACKED[0][:, :, :1], PACKED[1], torch.ones(2))), ValueError, "b: got packed values"),
+        (dict(b=Stack(PACKED[0].expand(2, 3, 2, 32, 4), PACKED[1].repeat(1, 3, 1, 1), torch.ones(2))),
+         ValueError, "b: got packed parts with strides"),
+        (dict(a=torch.zeros(3, 144), b=Stack(*PACKED, torch.ones(2))), ValueError, "a and b: got K = 144 and K = 128"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(change, error_type, message):

@@ -1,4 +1,5 @@
-"""One call of csrc/expert_mlp, with room for the rows sorted by expert: their tokens, the hidden values, the outputs."""
+"""One call of csrc/expert_mlp, with room for the rows sorted by expert: their tokens, the hidden values, the outputs; on GPUs
+packed experts."""
 
 import torch
 from torch import Tensor
@@ -6,16 +7,21 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops.expert_mlp import _cuda
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 
 
 def refuses(
     x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
 ) -> str | None:
+    if up.packed or down.packed:
+        return _cuda.refuses(x, weights, offsets, inverse, order, up, down)
     return refuses_float(x) or ("float64" if torch.float64 in (up.values.dtype, down.values.dtype) else None)
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
+    if up.packed:
+        return _cuda.run(x, weights, offsets, inverse, order, up, down)
     weights, up, down = weights.float().contiguous(), readable(up), readable(down)
     rows, width = inverse.numel(), up.values.shape[1]
     token, hidden = torch.empty(rows, dtype=torch.int64), torch.empty(rows, width, dtype=x.dtype)

@@ -16,4 +16,4 @@ def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Ten
     token = order // inverse.shape[1]
     hidden = grouped_matmul.run(Stack(x), up, offsets, torch.float32, token).relu_().square_().to(x.dtype)
     y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
-    return permute.combine(y, order, inverse, weights).to(x.dtype)
+    return permute.combine(y, order, inverse, weights, x.dtype)

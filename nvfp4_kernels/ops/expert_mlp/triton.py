@@ -1,4 +1,4 @@
-"""The Triton kernels of the parts, four launches and one more for 16-bit x; the host reads nothing of the routing back."""
+"""The Triton kernels of the parts, four launches; the host reads nothing of the routing back."""
 
 import torch
 from torch import Tensor
@@ -20,4 +20,4 @@ def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Ten
     token = torch.div(order, inverse.shape[1], rounding_mode="floor")
     hidden = grouped_matmul.multiply_rows(Stack(x), up, offsets, x.dtype, token, squared=True)
     y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
-    return permute.combine(y, order, inverse, weights).to(x.dtype)
+    return permute.combine(y, order, inverse, weights, x.dtype)

@@ -1,4 +1,5 @@
-"""All groups in one call of csrc/grouped_matmul, whose threads share the groups' columns by what they cost."""
+"""All groups in one call of csrc/grouped_matmul, whose threads share the groups' columns by what they cost; on GPUs bf16
+times a packed stack."""
 
 import torch
 from torch import Tensor
@@ -6,6 +7,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device, refuses_float
+from nvfp4_kernels.ops.grouped_matmul import _cuda
 
 NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 
@@ -13,6 +15,8 @@ NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 def refuses(
     a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
 ) -> str | None:
+    if isinstance(b, Stack) and b.packed:
+        return _cuda.refuses(a, b, offsets, out_dtype, rows)
     why = refuses_float(a.values) if a.scales is None else refuses_device(a.values)
     return why or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
 
@@ -20,6 +24,8 @@ def refuses(
 def run(
     a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
 ) -> Tensor:
+    if isinstance(b, Stack) and b.packed:
+        return _cuda.run(a, b, offsets, out_dtype, rows)
     a, b = readable(a), readable(b)
     sums = b.values.dim() == 2
     if sums and rows is not None and (b.values.stride(0) != 1 or b.values.stride(1) == 1):

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.layout import ceil_to
+from nvfp4_kernels.formats.packed import STEP, TILE, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, index_tensor, no_grad, require, rows_within, same_device
-from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._dispatch import candidates, implementation, select
 from nvfp4_kernels.ops._library import register
 
 Rows = Tensor | NVFP4Tensor | MXFP8Tensor
@@ -26,12 +27,13 @@ def grouped_matmul(
         default, bf16 where there is none.
     offsets: int64 [groups + 1], ascending from 0, on a's device; nothing of it is read back to the host.
     b a stack [groups, N, K], plain, NVFP4 or MXFP8: a is [rows, K], plain, NVFP4Tensor or MXFP8Tensor, its rows in the order
-        of the groups; y is [rows, N].
+        of the groups; y is [rows, N]. Packed NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
     b a plain matrix [N, rows] or Columns of N lines: a is [M, rows] or Columns of M lines, and the sum is divided; y is
         [groups, M, N], zero for a group without rows.
     rows: int64 [rows] on a's device, or None. The rows are gathered as they are read: beside a stack row r is row rows[r] of
         a, beside a plain matrix [N, tokens] it is column rows[r] of b. The bits are those of a product after a gather. Numbers
-        out of range are an error on the CPU; on a GPU, which would have to report them to the host, they read zeros.
+        out of range are an error on the CPU; on a GPU, which would have to report them to the host, they read zeros (beside
+        packed matrices some row of a).
 
     For a layer y = x w^T of each expert: forward grouped_matmul(x, w, o), the gradient of x
     grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o); with x not sorted by expert the first
@@ -56,7 +58,7 @@ def grouped_matmul(
     mixed = torch.float64 in types and len(types) > 1
     require(not mixed, "a, b and out_dtype", ", ".join(sorted(map(str, types))), "float64 for all or none", TypeError)
     groups, depth = offsets.numel() - 1, length(right)
-    if right.values.dim() == 3:
+    if right.values.dim() > 2:
         require(
             not isinstance(a, Columns), "a", "Columns with a stack of matrices", "Columns beside a matrix or Columns"
         )
@@ -102,18 +104,25 @@ def as_parts(x: Rows | Stack | Columns) -> Stack:
 
 
 def run_of(x: Stack | Columns) -> int:
-    """How many values a scale is for; 1 for plain values."""
-    return 1 if x.scales is None else 32 if x.global_scales is None else 16
+    """Values that a row has a multiple of in memory: as many as a scale is for, 128 of packed ones; 1 for plain values."""
+    if x.scales is None:
+        return 1
+    return 32 if x.global_scales is None else STEP if isinstance(x, Stack) and x.packed else 16
 
 
 def length(x: Stack | Columns) -> int:
     """Values of a row, padding included."""
+    if isinstance(x, Stack) and x.packed:
+        return x.values.shape[2] * TILE
     return x.values.shape[-1] * (2 if run_of(x) == 16 else 1)
 
 
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
     values, scales, global_scales, _ = stack
+    if stack.packed:
+        _check_packed(name, stack, device)
+        return
     require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
     if scales is None:
         _check_values(name, values)
@@ -140,6 +149,22 @@ def check_stack(name: str, stack: Stack, device: torch.device) -> None:
             same_device(name, part, device)
 
 
+def _check_packed(name: str, stack: Stack, device: torch.device) -> None:
+    values, scales, global_scales, _ = stack
+    shape = tuple(values.shape)
+    right = len(shape) == 5 and shape[2] % 2 == 0 and shape[3:] == (32, 4)
+    require(right, name, f"packed values {list(shape)}", "[groups, rows / 16, ceil128(cols) / 64, 32, 4]")
+    for part, dtype, wanted in (
+        (scales, torch.int32, (*shape[:2], shape[2] // 2, 32)),
+        (global_scales, torch.float32, shape[:1]),
+    ):
+        found = None if part is None else (part.dtype, tuple(part.shape))
+        require(found == (dtype, wanted), name, f"scales {found}", f"{dtype} {list(wanted)} beside packed values")
+    for part in stack[:3]:
+        same_device(name, part, device)
+        require(part.is_contiguous(), name, f"packed parts with strides {part.stride()}", "contiguous memory")
+
+
 def _check_values(name: str, x: Tensor) -> None:
     if not (isinstance(x, Tensor) and x.dtype == torch.float64):
         float_tensor(name, x)
@@ -149,15 +174,15 @@ def _check_values(name: str, x: Tensor) -> None:
 def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     """The three tensors, E4M3 as bytes, for which torch's tools have kernels."""
     values, scales, global_scales = stack[:3]
-    if scales is None:
-        return values, None, None
+    if scales is None or stack.packed:
+        return values, scales, global_scales
     return values.view(torch.uint8), scales.view(torch.uint8), global_scales
 
 
 def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None) -> Stack:
     """The inverse of plain_parts."""
-    if scales is None:
-        return Stack(values)
+    if scales is None or values.dtype == torch.int32:
+        return Stack(values, scales, global_scales)
     if global_scales is None:
         return Stack(values.view(torch.float8_e4m3fn), scales)
     return Stack(values, scales.view(torch.float8_e4m3fn), global_scales)
@@ -177,14 +202,26 @@ def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None
 
 def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
     left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts)
-    rows_within(rows, a.shape[0] if b.dim() == 3 else b.shape[1])
-    arguments = (left, right, offsets, getattr(torch, out_dtype), rows)
-    return select("grouped_matmul", *arguments).run(*arguments)
+    rows_within(rows, a.shape[0] if b.dim() > 2 else b.shape[1])
+    rest = offsets, getattr(torch, out_dtype), rows
+    if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
+        right = unpacked(right, length(left))
+    return select("grouped_matmul", left, right, *rest).run(left, right, *rest)
+
+
+def reads_packed(op: str, *arguments) -> bool:
+    """Whether the kernels for packed stacks serve the call."""
+    return "native" in candidates(op) and implementation(op, "native").refuses(*arguments) is None
+
+
+def unpacked(stack: Stack, cols: int) -> Stack:
+    """A packed stack of matrices of `cols` columns as it was before."""
+    return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if stack.packed else stack
 
 
 def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
     count = (a if rows is None else rows).shape[0]
-    shape = (count, b.shape[-2]) if b.dim() == 3 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+    shape = (count, Stack(b, b_scales).rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
