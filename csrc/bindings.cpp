@@ -34,8 +34,9 @@ QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
             pointer<float>(t[6].cast<u64>()), seed, offset};
 }
 
-// stack: (matrices, stride). groups: (offsets, starts, how many, blocks of a line), offsets 0: none. noise: pointer to int64
-// [2], (seed, offset), or 0. The column form's draws come after the row form's. amax: pointer to fp32, or 0.
+// stack: (matrices, stride). groups: (offsets, starts, how many, blocks of a line, which row of x each of their rows is or 0),
+// offsets 0: none. noise: pointer to int64 [2], (seed, offset), or 0. The column form's draws come after the row form's.
+// amax: pointer to fp32, or 0.
 int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, const py::tuple& stack,
                   const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, int threads) {
     const u64* state = pointer<const u64>(noise);
@@ -47,6 +48,7 @@ int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     p.offsets = pointer<const i64>(groups[0].cast<u64>()), p.starts = pointer<const i64>(groups[1].cast<u64>());
     p.groups = groups[2].cast<i64>(), p.col.line = groups[3].cast<i64>();
     p.amax = pointer<const u32>(amax);
+    p.row_index = pointer<const i64>(groups[4].cast<u64>());
     const py::gil_scoped_release release;
     return NVFP4_CALL(quantize, p);
 }

@@ -4,6 +4,7 @@ import torch
 
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops.quantize import triton
+from nvfp4_kernels.ops.quantize._forms import Groups
 
 SR = "stochastic"
 FORMS = {
@@ -26,11 +27,13 @@ def case(name: str, rows: int, cols: int, dtype: torch.dtype):
     return run
 
 
-def groups(name: str, rows: int, cols: int, count: int):
+def groups(name: str, rows: int, cols: int, count: int, tokens: int | None = None):
     def run():
-        x = torch.empty(rows, cols, dtype=torch.bfloat16, device="meta")
-        noise, index = (torch.empty(n, dtype=torch.int64, device="meta") for n in (2, count + 1))
-        triton.run(x, *FORMS[name], noise, (index, index))
+        x = torch.empty(tokens or rows, cols, dtype=torch.bfloat16, device="meta")
+        noise, places, picked = (torch.empty(n, dtype=torch.int64, device="meta") for n in (2, count + 1, rows))
+        row, col = FORMS[name]
+        picked, row = (picked, None) if tokens else (None, row)
+        triton.run(x, row, col, noise, Groups(places, places, picked))
 
     return run
 
@@ -39,3 +42,4 @@ CASES = {f"{name} 8192x4096": case(name, 8192, 4096, torch.bfloat16) for name in
 CASES |= {f"row {rows}x4096": case("row", rows, 4096, torch.bfloat16) for rows in (1, 16)}
 CASES["weight 4096x4096 fp32"] = case("weight", 4096, 4096, torch.float32)
 CASES |= {f"{name} of 128 groups, 49152x2688": groups(name, 49152, 2688, 128) for name in ("x", "dy")}
+CASES["columns of x gathered for 128 groups, 49152x2688"] = groups("x", 49152, 2688, 128, 8192)

@@ -17,23 +17,29 @@ struct Matrix {
     const void* data;
     int dtype;
     i64 rows, cols, row_stride, col_stride;  // strides in elements
+    const i64* row_index = nullptr;          // [rows]: which stored row each row is; null: itself
 };
+
+// Row `row` of x from column `col` on.
+template <class T>
+static inline const T* line_of(const Matrix& x, i64 row, i64 col) {
+    return static_cast<const T*>(x.data) + (x.row_index ? x.row_index[row] : row) * x.row_stride + col * x.col_stride;
+}
 
 // x[row .. row + 16, col .. col + 16], zero outside the matrix; t.v[i][j] = x[row + i, col + j].
 template <class T>
-static inline void load_tile(const Matrix& x, i64 row, i64 col, Tile& t) {
-    const T* from = static_cast<const T*>(x.data) + row * x.row_stride + col * x.col_stride;
+static inline void load_tile(const Matrix x, i64 row, i64 col, Tile& t) {  // by value, whose loops then need not test the index
     const i64 rows = x.rows - row, cols = x.cols - col;
     if (x.col_stride == 1 && rows >= 16 && cols >= 16) {
-        for (int i = 0; i < 16; ++i) widen16(from + i * x.row_stride, t.v[i]);
+        for (int i = 0; i < 16; ++i) widen16(line_of<T>(x, row + i, col), t.v[i]);
         return;
     }
     for (int i = 0; i < 16; ++i) {
         if (x.col_stride == 1 && i < rows && cols >= 16) {
-            widen16(from + i * x.row_stride, t.v[i]);
+            widen16(line_of<T>(x, row + i, col), t.v[i]);
         } else {
             const int count = i < rows ? static_cast<int>(cols < 16 ? cols : 16) : 0;
-            widen_some(from + (count ? i * x.row_stride : 0), x.col_stride, count, t.v[i]);
+            widen_some(count ? line_of<T>(x, row + i, col) : static_cast<const T*>(x.data), x.col_stride, count, t.v[i]);
         }
     }
 }

@@ -43,7 +43,7 @@ u32 as_fp32_bits(Half x) {
 // Largest |x| of a region as fp32 bits: magnitudes' bit patterns order as the magnitudes do, infinities and NaN above all.
 template <class T>
 u32 scan(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols) {
-    if (x.col_stride == 1 && x.row_stride == cols) {  // contiguous: one long row
+    if (x.col_stride == 1 && x.row_stride == cols && !x.row_index) {  // contiguous: one long row
         cols *= rows;
         rows = 1;
     }
@@ -51,7 +51,7 @@ u32 scan(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols) {
     constexpr Bits mask = static_cast<Bits>(~Bits(0)) >> 1;
     Bits most = 0;
     for (i64 i = 0; i < rows; ++i) {
-        const T* from = static_cast<const T*>(x.data) + (row + i) * x.row_stride + col * x.col_stride;
+        const T* from = line_of<T>(x, row + i, col);
         const i64 stride = x.col_stride;
         if (stride == 1) {  // apart, for the compiler to vectorize
             for (i64 j = 0; j < cols; ++j) {
@@ -75,9 +75,9 @@ struct Square {
     int down, across;  // tiles that hold any of the matrix: 1 or 2
 };
 
-// `next`: elements from here to a square that is wanted soon.
+// `next`: elements from here to a square that is wanted soon; of indexed rows the square below is.
 template <class T>
-void load_square(const Matrix& x, i64 row, i64 col, i64 next, Square& s) {
+void load_square(const Matrix x, i64 row, i64 col, i64 next, Square& s) {
     s.row = row;
     s.col = col;
     s.down = x.rows - row > 16 ? 2 : 1;
@@ -85,9 +85,9 @@ void load_square(const Matrix& x, i64 row, i64 col, i64 next, Square& s) {
     if (x.col_stride == 1 && x.rows - row >= 32 && x.cols - col >= 32) {
         // Whole cache lines, row by row: with a row stride of a power of two only a few lines of the 32 rows fit in their
         // set of the cache, and coming back for the second half would miss. No hardware prefetcher follows 32 streams.
-        const T* from = static_cast<const T*>(x.data) + row * x.row_stride + col;
-        for (int i = 0; i < 32; ++i, from += x.row_stride) {
-            __builtin_prefetch(from + next);
+        for (int i = 0; i < 32; ++i) {
+            const T* from = line_of<T>(x, row + i, col);
+            __builtin_prefetch(x.row_index && row + i + 32 < x.rows ? line_of<T>(x, row + i + 32, col) : from + next);
             widen16(from, s.tile[i >> 4][0].v[i & 15]);
             widen16(from + 16, s.tile[i >> 4][1].v[i & 15]);
         }
@@ -279,8 +279,9 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, cons
     parallel(threads, body);
 }
 
-void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col, const u32* amax) {
-    Matrix x{data, p.dtype, rows, p.cols, p.row_stride, p.col_stride};
+void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col, const u32* amax,
+         const i64* index = nullptr) {
+    Matrix x{data, p.dtype, rows, p.cols, p.row_stride, p.col_stride, index};
     if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places
         std::swap(x.rows, x.cols);
         std::swap(x.row_stride, x.col_stride);
@@ -333,8 +334,9 @@ void groups(const QuantizeParams& p) {
     }
     for (i64 e = 0; e < p.groups; ++e) {
         const i64 begin = p.offsets[e];
-        one(p, at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e),
-            p.amax ? p.amax + e : nullptr);
+        const i64* const index = p.row_index ? p.row_index + begin : nullptr;
+        one(p, index ? p.x : at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e),
+            p.amax ? p.amax + e : nullptr, index);
     }
     clear(moved(p.col, used, 0), p.cols, p.col.line - used, p.col.block == Block::b1x32 ? 32 : 8);
 }

@@ -32,6 +32,8 @@ struct QuantizeParams {
     const i64* starts = nullptr;
     i64 groups = 0;
     const u32* amax = nullptr;  // fp32 as bits, of x or of each group, in the place of what a read of x finds; or null
+    // [rows], of groups of a row-major x without a row form: which stored row each row is; null: itself
+    const i64* row_index = nullptr;
 };
 
 // Return 0, 1 when memory ran out, or 2 when offsets are not ascending numbers from 0 to rows.

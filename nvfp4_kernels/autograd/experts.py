@@ -15,7 +15,7 @@ from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
-from nvfp4_kernels.ops.permute.op import gather, permute, sum_slots
+from nvfp4_kernels.ops.permute.op import permute, sum_slots
 from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing
@@ -137,8 +137,8 @@ def _forms_of_x(
     x_row = quantize_pair(x, recipe.fprop_x, None, noise)[0] if recipe.fprop_x else x
     if not col:
         return x_row, x if wanted else None
-    rows = gather(x, order, inverse)
-    return x_row, quantize_groups(rows, offsets, None, col, later(noise, draws(recipe.fprop_x)))[1]
+    after_row = later(noise, draws(recipe.fprop_x))
+    return x_row, quantize_groups(x, offsets, None, col, after_row, rows=_tokens(order, inverse))[1]
 
 
 def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns | Tensor]:

@@ -24,6 +24,21 @@ def same_device(argument: str, x: Tensor, device: torch.device) -> None:
     require(x.device == device, argument, f"device {x.device}", f"{device}, where the other operands are")
 
 
+def index_tensor(argument: str, index: Tensor, device: torch.device) -> None:
+    """`index` must be an int64 vector in order in memory."""
+    require(index.dtype == torch.int64, argument, index.dtype, "int64", TypeError)
+    require(index.dim() == 1, argument, f"shape {list(index.shape)}", "one dimension")
+    require(index.is_contiguous(), argument, f"strides {index.stride()}", "contiguous memory")
+    same_device(argument, index, device)
+
+
+def rows_within(rows: Tensor | None, count: int) -> None:
+    """`rows` must name rows of `count` ones: on the CPU alone, for a GPU would have to report to the host."""
+    if rows is not None and rows.device.type == "cpu" and rows.numel():
+        low, high = (int(x) for x in rows.aminmax())
+        require(0 <= low and high < count, "rows", f"{low} to {high}", f"0 to {count - 1}, the rows there are")
+
+
 def boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
     """`cu_seqlens` read to the host; its values must ascend from 0 to `tokens`."""
     bounds = cu_seqlens.tolist()

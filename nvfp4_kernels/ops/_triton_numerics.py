@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
+from nvfp4_kernels.ops._triton_groups import picked
 
 WRITTEN_OUT = tl.constexpr(INTERPRETED)  # the interpreter runs no inline assembly
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -257,6 +258,17 @@ def values_of(word, DTYPE: tl.constexpr):
     else:
         low, high = word.to(tl.int16), (word >> 16).to(tl.int16)
         return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@jit
+def load_picked_runs(x_ptr, index_ptr, rows, line, block, lines, length, line_stride, step):
+    """As load_runs, where a line has those of its `rows` values that the index names, `length` of them."""
+    at = x_ptr + line[:, None].to(tl.int64) * line_stride
+    v = ()
+    for j in tl.static_range(16):
+        row = picked(index_ptr, block * 16 + j, length, rows)[None, :]
+        v += (as_fp32(tl.load(at + row * step, (line < lines)[:, None] & (row < rows), 0)),)
+    return v
 
 
 @jit

@@ -265,7 +265,7 @@ def test_opcheck():
         ("1x32:nearest",) * 2,
     ):
         amax = torch.ones(1) if "hadamard" in col else None
-        torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise, None, None, amax))
+        torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise, None, None, None, amax))
 
 
 def test_a_given_amax_compiles():

@@ -10,6 +10,7 @@ from nvfp4_kernels.formats.groups import group_starts
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
+from nvfp4_kernels.ops.quantize._forms import Groups
 
 LOADS = {
     "mixed": [5, 0, 33, 16, 1, 0, 17],
@@ -131,6 +132,23 @@ def test_given_amaxes(on, kind):
         same(alone.codes, row_form.codes)
 
 
+@pytest.mark.parametrize("kind", ["nearest", "mxfp8", "stochastic"])
+@pytest.mark.parametrize("load", LOADS)
+def test_rows_are_gathered_as_they_are_read(on, load, kind):
+    """The form of the gathered rows, of row-major x and of another; a token that no row reads may hold anything."""
+    col = COLS.get(kind, QuantSpec("1x16", "stochastic", DEFAULT_SIGNS))
+    rows, o = torch.randint(0, 9, (sum(LOADS[load]),)), offsets(LOADS[load])
+    x = drawn(40, 9, dtype=torch.float32).t() if kind == "nearest" else drawn(9, 40)
+    x[[token for token in range(9) if token not in rows]] = float("nan")
+    _, found = nk.quantize_groups(x, o, None, col, NOISE, rows=rows)
+    with nk.backend("reference"):
+        gathered = torch.stack([x[r] for r in rows]) if len(rows) else x[:0]
+        _, wanted = nk.quantize_groups(gathered, o, None, col, NOISE)
+    for a, b in zip(found[:4], wanted[:4], strict=True):
+        if b is not None:
+            same(a, b)
+
+
 def test_views(on):
     wide = drawn(40, 64)
     o = offsets([7, 0, 33])
@@ -204,6 +222,11 @@ def test_errors():
         (dict(row=QuantSpec("16x16")), ValueError, "row: got block 16x16"),
         (dict(x=x[None]), ValueError, "x: got 3 dimensions"),
         (dict(amax=torch.ones(3)), ValueError, r"amax: got shape \[3\]; allowed: 2 in all"),
+        (dict(rows=torch.arange(8)), ValueError, "row: got .*; allowed: None beside rows"),
+        (dict(row=None, col=None, rows=torch.arange(8)), ValueError, "col: got None; allowed: a QuantSpec beside rows"),
+        (dict(row=None, rows=torch.arange(8).int()), TypeError, "rows: got torch.int32"),
+        (dict(row=None, rows=torch.arange(8) + 1), ValueError, "rows: got 1 to 8; allowed: 0 to 7"),
+        (dict(row=None, rows=torch.arange(7)), ValueError, "offsets: got .* ascending numbers from 0 to 7"),
     ):
         given_ = dict(x=x, offsets=o, row=ROW, col=COLS["nearest"]) | wrong
         with pytest.raises(error, match=text):
@@ -226,8 +249,20 @@ def test_wrong_offsets_reach_nothing_outside(wrong):
     offsets_, around = torch.tensor(wrong), torch.full((400, 24), float("nan")).bfloat16()
     x = around[100:196].copy_(drawn(96, 24))
     for starts in (group_starts(offsets_, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
-        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, (offsets_, starts))
+        parts_ = implementation("quantize", "triton").run(x, ROW, COLS["nearest"], None, Groups(offsets_, starts))
         assert parts_[2].isfinite() and parts_[5].isfinite().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+def test_rows_out_of_range_are_zeros_where_nobody_can_say_so():
+    rows, o, x = torch.tensor([2, -1, 0, 3, 1 << 40, 1]), offsets([4, 2]), drawn(3, 24)
+    arguments, starts = (None, COLS["transform"], None), group_starts(o, 16)
+    found = implementation("quantize", "triton").run(x, *arguments, Groups(o, starts, rows))
+    gathered = torch.stack([x[r] if 0 <= r < 3 else torch.zeros_like(x[0]) for r in rows])
+    for a, b in zip(
+        found, implementation("quantize", "reference").run(gathered, *arguments, Groups(o, starts)), strict=True
+    ):
+        same(a, b)
 
 
 def test_opcheck():
@@ -235,8 +270,9 @@ def test_opcheck():
     starts = torch.tensor([0, 16, 16, 48])
     for arguments in (
         (drawn(33, 20), str(ROW), str(COLS["transform"]), None, o, starts),
-        (drawn(33, 20), str(ROW), str(COLS["nearest"]), None, o, starts, torch.ones(3)),
+        (drawn(33, 20), str(ROW), str(COLS["nearest"]), None, o, starts, None, torch.ones(3)),
         (drawn(33, 20), "", str(COLS["mxfp8"]), None, o, torch.tensor([0, 32, 32, 64])),
+        (drawn(4, 20), "", str(COLS["transform"]), None, o, starts, torch.arange(33) % 4),
         (drawn(2, 33, 20), str(QuantSpec("16x16")), str(QuantSpec("16x16")), None),
     ):
         torch.library.opcheck(torch.ops.nvfp4.quantize, arguments)

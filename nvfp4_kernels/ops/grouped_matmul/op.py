@@ -7,7 +7,7 @@ from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.packed import STEP, TILE, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
+from nvfp4_kernels.ops._check import FLOATS, float_tensor, index_tensor, no_grad, require, rows_within, same_device
 from nvfp4_kernels.ops._dispatch import candidates, implementation, select
 from nvfp4_kernels.ops._library import register
 
@@ -46,10 +46,10 @@ def grouped_matmul(
     left, right = as_parts(a), as_parts(b)
     require(left.values.dim() == 2, "a", f"{left.values.dim()} dimensions", "2, [rows, K], or [M, rows] where b has 2")
     check_stack("a", left, left.values.device)
-    _check_index("offsets", offsets, left.values.device)
+    index_tensor("offsets", offsets, left.values.device)
     require(offsets.numel() >= 1, "offsets", "no numbers", "[groups + 1]")
     if rows is not None:
-        _check_index("rows", rows, left.values.device)
+        index_tensor("rows", rows, left.values.device)
     check_stack("b", right, left.values.device)
     plain = [x.values.dtype for x in (left, right) if x.scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
@@ -188,13 +188,6 @@ def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | No
     return Stack(values, scales.view(torch.float8_e4m3fn), global_scales)
 
 
-def _check_index(name: str, index: Tensor, device: torch.device) -> None:
-    require(index.dtype == torch.int64, name, index.dtype, "int64", TypeError)
-    require(index.dim() == 1, name, f"shape {list(index.shape)}", "one dimension")
-    require(index.is_contiguous(), name, f"strides {index.stride()}", "contiguous memory")
-    same_device(name, index, device)
-
-
 def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
     found = f"starts {starts.dtype} {list(starts.shape)}"
     require(starts.dtype == torch.int64 and starts.shape == offsets.shape, name, found, f"int64 {list(offsets.shape)}")
@@ -209,9 +202,7 @@ def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None
 
 def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
     left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts)
-    if rows is not None and rows.device.type == "cpu" and rows.numel():
-        (low, high), count = (int(x) for x in rows.aminmax()), a.shape[0] if b.dim() > 2 else b.shape[1]
-        require(0 <= low and high < count, "rows", f"{low} to {high}", f"0 to {count - 1}, the rows there are")
+    rows_within(rows, a.shape[0] if b.dim() > 2 else b.shape[1])
     rest = offsets, getattr(torch, out_dtype), rows
     if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
         right = unpacked(right, length(left))

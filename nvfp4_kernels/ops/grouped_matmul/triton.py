@@ -109,7 +109,7 @@ def sums_kernel(
 def run(
     a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
 ) -> Tensor:
-    return (_rows if b.values.dim() == 3 else _sums)(a, b, offsets, out_dtype, rows)
+    return (multiply_rows if b.values.dim() == 3 else _sums)(a, b, offsets, out_dtype, rows)
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,13 @@ def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int)
     return _Side(kind, (words, scales, scales if kind == "mxfp8" else x.global_scales.contiguous()), width, unit)
 
 
-def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None) -> Tensor:
+def multiply_rows(
+    a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
+) -> Tensor:
+    """squared: relu2 of the products, in fp32 before they are rounded."""
     rows, (groups, N) = len(a.values if index is None else index), b.values.shape[:2]
     y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
-    t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16))
+    t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16), squared=squared)
     left, right = sides
     values, scales, _ = right.places
     launch(
@@ -196,7 +199,10 @@ def _sums(
     return y
 
 
-def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None):
+def _form(
+    M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None,
+    squared: bool = False,
+):  # fmt: skip
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
     bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
     formats, device = (_format(a), _format(b)), a.values.device
@@ -214,7 +220,7 @@ def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[i
     gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))
     constants |= dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)
-    constants |= dict(FINISH=(gain, left.scaled, right.scaled, False, False))
+    constants |= dict(FINISH=(gain, left.scaled, right.scaled, False, False, squared))
     return (
         t,
         sides,

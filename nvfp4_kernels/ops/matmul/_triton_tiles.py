@@ -85,8 +85,8 @@ def write(
     FINISH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The sums of a tile to `partial`, or, finished, to out. FINISH: (gain, a has a global scale, b has one, there is a bias,
-    out is added to); the gain, a power of two, and the global scales multiply the sums, a global scale that is not finite
-    makes them NaN."""
+    out is added to, relu2 is taken); the gain, a power of two, and the global scales multiply the sums, a global scale that is
+    not finite makes them NaN."""
     row, col = m + tl.arange(0, sums.shape[0]), n + tl.arange(0, sums.shape[1])
     inside = (row < M)[:, None] & (col < N)[None, :]
     at = row[:, None].to(tl.int64) * N + col[None, :]
@@ -102,6 +102,9 @@ def write(
         y = sums * FINISH[0] * g
         if FINISH[3]:
             y += as_fp32(tl.load(bias_ptr + col, col < N, 0))[None, :]
+        if FINISH[5]:
+            y = tl.where(y < 0, 0.0, y)  # NaN stays
+            y = y * y
         if FINISH[4]:
             y += tl.load(out_ptr + at, inside, 0.0)
         tl.store(out_ptr + at, rounded(y, out_ptr), inside)
@@ -133,7 +136,7 @@ def multiply_tiles(
     splits, steps = tile.splits, -(-K // tile.k)
     steps = -(-steps // splits)
     partial = torch.empty(splits, M, N, dtype=torch.float32, device=out.device) if splits > 1 else out
-    finish = (gain, a[2] is not None, b[2] is not None, bias is not None, accumulate)
+    finish = (gain, a[2] is not None, b[2] is not None, bias is not None, accumulate, False)
     a, b = ((x[0], x[1], x[1] if x[2] is None else x[2], *x[3:]) for x in (a, b))
     y = portable(out)
     bias = y if bias is None else readable(bias.contiguous())

@@ -79,13 +79,13 @@ def run(
     processors = _device.multiprocessors(x.device)
     down = tiles_down(rows, cols, processors, matrices)
     # a group's last block may have less to do than the others: a block more for each (csrc/quantize/tiles.cuh)
-    count = 0 if groups is None else len(groups[0]) - 1
+    count = 0 if groups is None else len(groups.offsets) - 1
     parts = -(-rows // (SIDE * down)) if groups is None else rows // (SIDE * down) + count
     grid = max(1, -(-cols // SIDE)), max(1, parts), matrices
     shared = shared_bytes(x.element_size())
     name, forms = NAMES[x.dtype], (_form(*row), _form(*col))
     aligned = _cuda.aligned(x[0] if x.dim() == 3 else x) and stride * x.element_size() % 16 == 0
-    places = (0, 0, 0) if groups is None else (*map(address, groups), count)
+    places = (0, 0, 0) if groups is None else (address(groups.offsets), address(groups.starts), count)
 
     def parameters(rows: int, cols: int, row_stride: int, found: Tensor) -> bytes:
         head = (x.data_ptr(), rows, cols, row_stride, stride, found.data_ptr(), found.shape[-1], address(noise))

@@ -1,5 +1,7 @@
 """What quantize's backends share: the tensors they fill, and what they say of wrong offsets."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,14 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops._check import require
 
 Spec = QuantSpec | None
-# Where groups of rows begin, in x and in the lines of the column form: int64 [groups + 1].
-Groups = tuple[Tensor, Tensor]
+
+
+class Groups(NamedTuple):
+    """Groups of rows, each a matrix to the column form."""
+
+    offsets: Tensor  # int64 [groups + 1]: where they begin
+    starts: Tensor  # int64 [groups + 1]: where they begin in the lines of the column form
+    rows: Tensor | None = None  # int64: which row of x each row is; None: itself
 
 
 def empty_forms(
@@ -24,8 +32,8 @@ def empty_forms(
     lead = matrices = x.shape[:-2]
     runs = 0 if col is None else ceil_to(rows, col.run) // col.run
     if groups is not None:
-        matrices = (groups[0].shape[0] - 1,)
-        runs = most_runs(rows, matrices[0], col.run)
+        matrices = (groups.offsets.shape[0] - 1,)
+        runs = most_runs((x if groups.rows is None else groups.rows).shape[0], matrices[0], col.run)
 
     def form(spec: Spec, lines: int, runs: int, matrices) -> tuple[Tensor, Tensor, Tensor]:
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, tl
 from nvfp4_kernels.ops._triton_groups import find
-from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, hadamard, load_runs
+from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, hadamard, load_picked_runs, load_runs
 from nvfp4_kernels.ops.quantize._forms import put_amax
 from nvfp4_kernels.ops.quantize._triton_encode import magnitudes
 
@@ -34,16 +34,20 @@ def values_kernel(x_ptr, amax_ptr, lines, length, line_stride, step, LINES: tl.c
 
 @jit
 def groups_kernel(
-    x_ptr, amax_ptr, offsets_ptr, groups, rows, cols, row_stride, col_stride,
-    ROW: tl.constexpr, COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, amax_ptr, offsets_ptr, index_ptr, tokens, groups, rows, cols, row_stride, col_stride,
+    ROW: tl.constexpr, COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """For each group of rows what turned_kernel leaves of the whole: the largest of amax_ptr [3, groups] and the group's."""
     group, begin, end, row = find(offsets_ptr, groups, rows, tl.program_id(1), ROWS, GROUPS)
     if group < groups:
         col, at = tl.program_id(0) * COLS, amax_ptr + group
-        x_ptr += begin * row_stride
         line, block = col + tl.arange(0, COLS), (row - begin).to(tl.int32) // 16 + tl.arange(0, ROWS // 16)
-        v = load_runs(x_ptr, line, block, cols, end - begin, col_stride, row_stride, False)
+        if PICKED:
+            index_ptr += begin
+            v = load_picked_runs(x_ptr, index_ptr, tokens, line, block, cols, end - begin, col_stride, row_stride)
+        else:
+            x_ptr += begin * row_stride
+            v = load_runs(x_ptr, line, block, cols, end - begin, col_stride, row_stride, False)
         most = raw_magnitudes(v, tl.zeros([COLS, ROWS // 16], tl.int32))
         tl.atomic_max(at, tl.max(tl.max(most, 1), 0), sem="relaxed")
         if COL is not None:
@@ -144,18 +148,21 @@ def _programs(rows: int, cols: int, tile_rows: int, tile_cols: int, most: int) -
     return max(1, min(most, -(-rows // tile_rows) * -(-cols // tile_cols)))
 
 
-def group_amaxes(x: Tensor, row: QuantSpec | None, col: QuantSpec, offsets: Tensor, amax: Tensor | None) -> Tensor:
+def group_amaxes(
+    x: Tensor, row: QuantSpec | None, col: QuantSpec, offsets: Tensor, index: Tensor | None, amax: Tensor | None
+) -> Tensor:
     """int32 [3, groups]: as amaxes, of each group of rows. Of integers, the largest is the same in any order of atomics."""
-    (rows, cols), groups = x.shape, len(offsets) - 1
+    (tokens, cols), groups = x.shape, len(offsets) - 1
+    rows = tokens if index is None else len(index)
     if amax is not None and col.hadamard is None and (row is None or row.hadamard is None):
         return _given(x, amax)
     found = torch.zeros(3, groups, dtype=torch.int32, device=x.device)
     launch(
         groups_kernel,
         (-(-cols // 128), -(-rows // 64) + groups),
-        *(x, found, offsets, groups, rows, cols, *x.stride()),
+        *(x, found, offsets, offsets if index is None else index, tokens, groups, rows, cols, *x.stride()),
         **dict(ROW=None if row is None else row.hadamard, COL=col.hadamard),
-        **dict(ROWS=64, COLS=128, GROUPS=next_power_of_2(max(groups, 1))),
+        **dict(ROWS=64, COLS=128, GROUPS=next_power_of_2(max(groups, 1)), PICKED=index is not None),
         num_warps=8,
         fusion=False,
     )

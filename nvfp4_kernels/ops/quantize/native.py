@@ -14,7 +14,7 @@ from nvfp4_kernels.ops.quantize._forms import Groups, Spec, check_ascending, emp
 BLOCKS = {"1x16": 1, "16x16": 2, "1x32": 3}
 CHOICES = {None: 0, "mae": 1, "mse": 2}
 NONE = (0, False, 0, -1, 0, 0, 0)
-NO_GROUPS = (0, 0, 0, 0)
+NO_GROUPS = (0, 0, 0, 0, 0)
 
 
 def refuses(
@@ -31,9 +31,12 @@ def run(
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
     amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
     """
-    rows, cols = x.shape[-2:]
     row_parts, col_parts = empty_forms(x, row, col, groups)
     noise, amax = (None if t is None else t.contiguous() for t in (noise, amax))
+    index = None if groups is None else groups.rows
+    if index is not None and (_cuda.takes(x) or x.stride(1) != 1):  # the C++ kernels gather, of rows in order in memory
+        x, index = x.index_select(0, index), None
+    rows, cols = x.shape[-2:] if index is None else (len(index), x.shape[1])
     if _cuda.takes(x):
         advance = int(row is not None and row.stochastic)
         cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups, amax)
@@ -45,16 +48,22 @@ def run(
         cols,
         *x.stride()[-2:],
         (len(x), x.stride(0)) if x.dim() == 3 else (1, 0),
-        NO_GROUPS if groups is None else (*(t.data_ptr() for t in groups), len(groups[0]) - 1, col_parts[1].shape[1]),
+        NO_GROUPS if groups is None else _groups(groups, index, col_parts[1].shape[1]),
         _form(row, row_parts),
         _form(col, col_parts),
         *(0 if t is None else t.data_ptr() for t in (noise, amax)),
         torch.get_num_threads(),
     )
     if status == 2:
-        check_ascending(groups[0], rows)
+        check_ascending(groups.offsets, rows)
     check(status)
     return (*row_parts, *col_parts)
+
+
+def _groups(groups: Groups, index: Tensor | None, line: int) -> tuple[int, ...]:
+    """What csrc/bindings.cpp calls groups; line: blocks of a line."""
+    places = groups.offsets.data_ptr(), groups.starts.data_ptr()
+    return *places, len(groups.offsets) - 1, line, 0 if index is None else index.data_ptr()
 
 
 @lru_cache

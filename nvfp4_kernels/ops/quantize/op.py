@@ -8,10 +8,10 @@ from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.signs import sign_mask
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
+from nvfp4_kernels.ops._check import float_tensor, index_tensor, no_grad, require, rows_within, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.quantize._forms import empty_forms
+from nvfp4_kernels.ops.quantize._forms import Groups, empty_forms
 
 Quantized = NVFP4Tensor | MXFP8Tensor
 
@@ -95,6 +95,7 @@ def quantize_groups(
     col: QuantSpec | None,
     noise: int | Tensor | None = None,
     amax: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Quantized | Tensor, Columns | Tensor]:
     """As quantize_pair, where each group of rows is a matrix of its own to the column form: the tokens of each expert.
 
@@ -103,6 +104,9 @@ def quantize_groups(
     row, col: QuantSpec or None; col of block "1x16" or "1x32". For None the form is x itself, or x.T as a view.
     noise: as in quantize_pair. A block draws by its place in the whole form, so that no two groups share noise.
     amax: as in quantize, but fp32 [groups], of each group's rows; the row form takes the largest.
+    rows: int64 [rows] on x's device, or None. Row r of the groups is row rows[r] of x, gathered as it is read, at the bits of a
+        form of gathered rows; for a column form alone, since quantize gives the row form of x at less work. Out of range as in
+        nk.grouped_matmul.
 
     Returns (row form [rows, cols], with one global scale; Columns, with a global scale for each group). A NaN or an infinity
     makes its own group NaN, and all of the row form. A group's values depend on no other group, but for stochastic noise.
@@ -114,6 +118,10 @@ def quantize_groups(
     same_device("offsets", offsets, x.device)
     amax = _amax(x, amax, len(offsets) - 1)
     require(col is None or col.block != "16x16", "col", "block 16x16", "1x16 or 1x32: tiles would span groups")
+    if rows is not None:
+        index_tensor("rows", rows, x.device)
+        require(row is None, "row", str(row), "None beside rows: the row form is that of x")
+        require(col is not None, "col", "None", "a QuantSpec beside rows")
     if col is None:
         return quantize_pair(x, row, None, noise, None if amax is None else amax.abs().amax())
     require(
@@ -121,7 +129,7 @@ def quantize_groups(
     )
     starts = group_starts(offsets, col.run)
     stochastic = col.stochastic or (row is not None and row.stochastic)
-    parts = _call(x, row, col, _noise(x, noise, stochastic), amax, (offsets.contiguous(), starts))
+    parts = _call(x, row, col, _noise(x, noise, stochastic), amax, (offsets.contiguous(), starts, rows))
     columns = Columns(*parts[3:5], parts[5] if col.format == "nvfp4" else None, starts, col.hadamard)
     return x if row is None else _form(parts[:3], row, x.shape), columns
 
@@ -203,13 +211,17 @@ def _call(
     col: QuantSpec | None,
     noise: Tensor | None,
     amax: Tensor | None,
-    groups: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    groups: tuple[Tensor | None, ...] = (None, None, None),
 ) -> tuple[Tensor, ...]:
     return torch.ops.nvfp4.quantize(x, str(row or ""), str(col or ""), noise, *groups, amax)
 
 
 def _parse(row: str, col: str) -> tuple[QuantSpec | None, QuantSpec | None]:
     return QuantSpec.parse(row) if row else None, QuantSpec.parse(col) if col else None
+
+
+def _groups(offsets: Tensor | None, starts: Tensor | None, rows: Tensor | None) -> Groups | None:
+    return None if offsets is None else Groups(offsets, starts, rows)
 
 
 def _run(
@@ -219,9 +231,12 @@ def _run(
     noise: Tensor | None,
     offsets: Tensor | None = None,
     starts: Tensor | None = None,
+    rows: Tensor | None = None,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    arguments = (x, *_parse(row, col), noise, None if offsets is None else (offsets, starts), amax)
+    if offsets is not None:
+        rows_within(rows, x.shape[0])
+    arguments = (x, *_parse(row, col), noise, _groups(offsets, starts, rows), amax)
     return select("quantize", *arguments).run(*arguments)
 
 
@@ -232,14 +247,16 @@ def _fake(
     noise: Tensor | None,
     offsets: Tensor | None = None,
     starts: Tensor | None = None,
+    rows: Tensor | None = None,
     amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    row_parts, col_parts = empty_forms(x, *_parse(row, col), None if offsets is None else (offsets, starts))
+    row_parts, col_parts = empty_forms(x, *_parse(row, col), _groups(offsets, starts, rows))
     return (*row_parts, *col_parts)
 
 
 register(
-    "quantize(Tensor x, str row, str col, Tensor? noise, Tensor? offsets=None, Tensor? starts=None, Tensor? amax=None)"
+    "quantize(Tensor x, str row, str col, Tensor? noise, Tensor? offsets=None, Tensor? starts=None, Tensor? rows=None, "
+    "Tensor? amax=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,

@@ -44,7 +44,8 @@ def run(
         for index in range(len(x)) if x.dim() == 3 else (...,):
             _write(col_parts, x[index].t(), col, noise, advance, index, largest)
         return (*row_parts, *col_parts)
-    offsets, starts = groups
+    offsets, starts, rows = groups
+    x = x if rows is None else x.index_select(0, rows)
     check_ascending(offsets, len(x))
     for part in col_parts:
         part.view(torch.uint8).zero_()  # what no group has

@@ -16,7 +16,15 @@ from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find
-from nvfp4_kernels.ops._triton_numerics import bf16_pair, hadamard, load_runs, readable, values_of, wide
+from nvfp4_kernels.ops._triton_numerics import (
+    bf16_pair,
+    hadamard,
+    load_picked_runs,
+    load_runs,
+    readable,
+    values_of,
+    wide,
+)
 from nvfp4_kernels.ops.quantize._forms import Groups, Spec, empty_forms
 from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
@@ -52,14 +60,13 @@ def rotate(v, SIGNS: tl.constexpr):
 
 @jit
 def form(
-    x_ptr, codes_ptr, scales_ptr, line, block, lines, length, line_stride, step, before, line_runs, scale, seed, offset,
+    v, codes_ptr, scales_ptr, line, block, lines, length, before, line_runs, scale, seed, offset,
     SPEC: tl.constexpr, WIDE: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns.
+    """Codes and scales of the blocks `block` (of 16) of the lines `line`: rows of x, or columns. v: their values.
 
     In the form they have `before` blocks before them, and lines are `line_runs` blocks long.
     """
-    v = load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE)
     if SPEC.block == "1x32":
         runs = tl.cdiv(length, 32) * 2
         low, high, exponent = encode_mxfp8(v)
@@ -100,12 +107,14 @@ def store(out_ptr, x, line, block, lines, runs, before, line_runs, WIDE: tl.cons
 def quantize_kernel(
     x_ptr, amax_ptr, noise_ptr, row_codes_ptr, row_scales_ptr, row_global_ptr, col_codes_ptr, col_scales_ptr,
     col_global_ptr, rows, cols, row_stride, col_stride, row_before, col_before, programs, offsets_ptr, starts_ptr, col_runs,
+    index_ptr, tokens,
     ROW: tl.constexpr, COL: tl.constexpr, WIDE: tl.constexpr, COL_ADVANCE: tl.constexpr, ROW_ADVANCE: tl.constexpr,
     CONVERTS: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPED: tl.constexpr,
-    STACKED: tl.constexpr,
+    STACKED: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """GROUPED: `programs` is the number of groups, for each of which amax_ptr has the largest magnitudes. STACKED: the matrix
-    has others before it, row_before and col_before blocks of them."""
+    has others before it, row_before and col_before blocks of them. PICKED: the groups' rows are those of the `tokens` rows of
+    x that the index names."""
     first = tl.program_id(0) + tl.program_id(1) == 0
     row_scale, col_scale = (0.0, 0.0, 0.0, True), (0.0, 0.0, 0.0, True)
     if ROW is not None and ROW.block != "1x32":
@@ -136,32 +145,42 @@ def quantize_kernel(
                 col_scale = scale_of(raw, turned, COL)
             if ROW is not None:
                 line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+                v = load_runs(x_ptr, line, block, end, cols, row_stride, col_stride, WIDE)
                 form(
-                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, end, cols, row_stride, col_stride, 0,
+                    v, row_codes_ptr, row_scales_ptr, line, block, end, cols, 0,
                     tl.cdiv(cols, ROW.run) * (ROW.run // 16), row_scale, seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
                 )  # fmt: skip
             line = col + tl.arange(0, COLS)
             block = (row - begin).to(tl.int32) // 16 + tl.arange(0, ROWS // 16)
             before = tl.load(starts_ptr + group) // 16
             if (before >= 0) & (before + tl.cdiv(end - begin, COL.run) * (COL.run // 16) <= col_runs):
+                length = end - begin
+                if PICKED:
+                    v = load_picked_runs(
+                        x_ptr, index_ptr + begin, tokens, line, block, cols, length, col_stride, row_stride
+                    )
+                else:
+                    v = load_runs(x_ptr + begin * row_stride, line, block, cols, length, col_stride, row_stride, False)
                 form(
-                    x_ptr + begin * row_stride, col_codes_ptr, col_scales_ptr, line, block, cols, end - begin, col_stride,
-                    row_stride, before, col_runs, col_scale, seed, offset + COL_ADVANCE, COL, False, CONVERTS,
+                    v, col_codes_ptr, col_scales_ptr, line, block, cols, length, before, col_runs, col_scale, seed,
+                    offset + COL_ADVANCE, COL, False, CONVERTS,
                 )  # fmt: skip
     else:
         for down in range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
             row = down * ROWS
             if ROW is not None:
                 line, block = row + tl.arange(0, ROWS), col // 16 + tl.arange(0, COLS // 16)
+                v = load_runs(x_ptr, line, block, rows, cols, row_stride, col_stride, WIDE)
                 form(
-                    x_ptr, row_codes_ptr, row_scales_ptr, line, block, rows, cols, row_stride, col_stride,
+                    v, row_codes_ptr, row_scales_ptr, line, block, rows, cols,
                     row_before if STACKED else 0,
                     tl.cdiv(cols, ROW.run) * (ROW.run // 16), row_scale, seed, offset + ROW_ADVANCE, ROW, WIDE, CONVERTS,
                 )  # fmt: skip
             if COL is not None:
                 line, block = col + tl.arange(0, COLS), row // 16 + tl.arange(0, ROWS // 16)
+                v = load_runs(x_ptr, line, block, cols, rows, col_stride, row_stride, False)
                 form(
-                    x_ptr, col_codes_ptr, col_scales_ptr, line, block, cols, rows, col_stride, row_stride,
+                    v, col_codes_ptr, col_scales_ptr, line, block, cols, rows,
                     col_before if STACKED else 0,
                     tl.cdiv(rows, COL.run) * (COL.run // 16), col_scale, seed, offset + COL_ADVANCE, COL, False, CONVERTS,
                 )  # fmt: skip
@@ -212,9 +231,10 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tenso
         *(x, found, found if noise is None else noise.contiguous()),
         *_pointers(row_spec, row[1], found),
         *_pointers(col_spec, col[1], found),
-        *(rows, cols, *x.stride(), *befores, programs, found, found, 0),
+        *(rows, cols, *x.stride(), *befores, programs, found, found, 0, found, 0),
         **_constants(x, row, col, words),
         **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad, GROUPED=False, STACKED=any(befores)),
+        PICKED=False,
         num_warps=warps,
         fusion=False,
     )
@@ -223,10 +243,11 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tenso
 def _launch_groups(
     x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups, amax: Tensor | None
 ) -> None:
-    (rows, cols), (offsets, starts), count = x.shape, groups, len(groups[0]) - 1
+    (tokens, cols), (offsets, starts, index), count = x.shape, groups, len(groups.offsets) - 1
+    rows = tokens if index is None else len(index)
     words, x = wide(x), readable(x)
     scaled = [spec for spec in (row[0], col[0]) if spec is not None and spec.format == "nvfp4"]
-    found = group_amaxes(x, row[0], col[0], offsets, amax) if scaled else x
+    found = group_amaxes(x, row[0], col[0], offsets, index, amax) if scaled else x
     tall, broad, warps = tile(rows, cols, row[0], col[0])
     launch(
         quantize_kernel,
@@ -235,8 +256,10 @@ def _launch_groups(
         *_pointers(row[0], row[1], found),
         *_pointers(col[0], col[1], found),
         *(rows, cols, *x.stride(), 0, 0, count, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
+        *(offsets if index is None else index, tokens),
         **_constants(x, row, col, words),
         **dict(PROGRAMS=next_power_of_2(max(count, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
+        PICKED=index is not None,
         num_warps=warps,
         fusion=False,
     )

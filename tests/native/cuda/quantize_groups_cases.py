@@ -7,6 +7,7 @@ from nvfp4_kernels.formats.groups import group_starts
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops.quantize import _cuda, reference
+from nvfp4_kernels.ops.quantize._forms import Groups
 from tests.ops.quantize_checks import NOISE, same_bytes
 
 PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
@@ -23,7 +24,7 @@ def drawn(*shape, dtype=torch.bfloat16):
 
 def places(sizes, run=16):
     offsets = torch.tensor([0, *torch.tensor(sizes, dtype=torch.int64).cumsum(0).tolist()])
-    return offsets, group_starts(offsets, run)
+    return Groups(offsets, group_starts(offsets, run))
 
 
 def assert_same(x, row, col, groups=None, amax=None):
@@ -42,6 +43,8 @@ def test_groups(model, sizes):
     assert [kernel for kernel in model.kernels if "values" in kernel] == []
     assert_same(x[:, :40].float(), PLAIN, TURNED, groups)
     assert_same(x.t().contiguous().t(), PLAIN, TURNED, groups)
+    if len(x):
+        assert_same(x[: len(x) // 2 + 1], None, TURNED, groups._replace(rows=torch.arange(len(x)) // 2))
 
 
 @pytest.mark.parametrize("down", [1, 3])
@@ -80,7 +83,7 @@ def test_wrong_offsets_reach_nothing_outside(wrong):
     """The sanitizer looks on; what is written is anybody's guess."""
     offsets = torch.tensor(wrong)
     for starts in (group_starts(offsets, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
-        run(drawn(96, 24), SR, TURNED_SR, NOISE, (offsets, starts))
+        run(drawn(96, 24), SR, TURNED_SR, NOISE, Groups(offsets, starts))
 
 
 @pytest.mark.parametrize("shape", [(3, 96, 80), (2, 17, 40), (1, 1, 1), (0, 8, 8), (2, 0, 16)])
