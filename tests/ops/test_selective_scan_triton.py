@@ -118,7 +118,9 @@ def test_sixteen_bits(dtype, passes):
     compare(inputs(batch=2, length=130, heads=4, groups=2, dtype=dtype))
 
 
-@pytest.mark.parametrize("head_dim, state, groups", [(80, 16, 1), (16, 128, 4), (80, 128, 2), (64, 64, 1), (5, 33, 2)])
+@pytest.mark.parametrize(
+    "head_dim, state, groups", [(80, 16, 1), (16, 128, 4), (16, 200, 1), (80, 128, 2), (64, 64, 1), (5, 33, 2)]
+)
 def test_shapes(head_dim, state, groups):
     compare(inputs(length=40, heads=max(2, groups), head_dim=head_dim, state=state, groups=groups))
 
@@ -129,6 +131,15 @@ def test_tiles_of_hopper_and_blackwell(state, monkeypatch):
     monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
     compare(inputs(length=70, heads=4, groups=2, head_dim=80, state=state, dtype=torch.float16))
     compare(inputs(length=130, without=("initial_state",)))
+
+
+def test_states_of_every_second_block(passes, monkeypatch):
+    """As on Hopper and Blackwell; sequences of two, no, three and one blocks."""
+    monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
+    bounds = [0, 70, 70, 200, 201]
+    arguments = inputs(length=201, heads=1, sequences=4)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    compare(arguments, lambda **exact: packed_oracle(bounds, **exact), {}, cu_seqlens=cu_seqlens)
 
 
 def test_more_heads_a_group_than_a_program_takes():
@@ -285,7 +296,7 @@ def test_offsets_beyond_two_to_the_31(monkeypatch):
 @pytest.mark.parametrize("bounds", [[0, 0], [0, 5], [0, 64, 64, 65, 400], [0, *range(100, 9100, 100)]])
 def test_plan_of_packed_sequences(bounds, monkeypatch):
     monkeypatch.setattr(_triton_plan, "SEGMENT", 128)
-    plan = _triton_plan.plan(1, bounds[-1], torch.tensor(bounds, device=DEVICE), 32, False)
+    plan = _triton_plan.plan(1, bounds[-1], torch.tensor(bounds, device=DEVICE), 32, 1, False)
     columns, firsts, block = [], [], 0
     for sequence, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         firsts.append(len(columns))
@@ -317,9 +328,10 @@ def test_tiles():
         16,
         16,
     )
-    assert (nano.width, nano.together) == (128, True)
+    assert (nano.width, nano.together, nano.every) == (128, True, 2)
     ampere = tile(torch.bfloat16, 64, 128, "mma.sync", False)
-    assert (ampere.width, ampere.together, ampere.slices(128), ampere.slices(100)) == (32, False, 4, 4)
+    assert (ampere.width, ampere.together, ampere.every) == (32, False, 1)
+    assert (ampere.slices(128), ampere.slices(100)) == (4, 4)
     assert [tile(torch.float32, 64, state, "wgmma", False).block for state in (32, 64, 128, 256)] == [64, 32, 16, 16]
 
 

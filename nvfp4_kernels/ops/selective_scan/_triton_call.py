@@ -17,7 +17,8 @@ CHANNELS, STATES = 128, 256  # the largest head_dim and state size
 class Tile:
     """block: tokens of a matrix product; channels, columns: of a state held at once; stages: of loads in flight, by kernel.
 
-    Of the backward pass: width: columns of dB or dC that a program sums; together: one launch for all that blocks need.
+    Of the backward pass: width: columns of dB or dC that a program sums; together: one launch for all that blocks need;
+    every: blocks of which one has the state it enters in memory, and the others make theirs from it.
     """
 
     block: int
@@ -29,6 +30,7 @@ class Tile:
     backward: int = 2
     width: int = 64
     together: bool = False
+    every: int = 1
 
     def pieces(self, head_dim: int) -> int:
         """Programs, or turns, that a head takes."""
@@ -48,7 +50,7 @@ def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone:
     wide = 2 * dtype.itemsize if dtype.itemsize == 4 else dtype.itemsize
     share = min(4, max(1, columns * wide // 256))
     block, channels = 64 // share, min(max(16, next_power_of_2(head_dim)), 64 // share)
-    # 64 tokens and 4 warps are one wgmma or tcgen05 product; two such programs fit a multiprocessor with two stages (90 to 100
+    # 64 tokens and 4 warps are one wgmma or tcgen05 product; two such programs fit a multiprocessor with two stages (90 to 108
     # KB each), so that one works while the other waits for its loads; a program alone waits less with three (133 to 142 KB).
     if instruction != "mma.sync" and block == 64:
         # The backward pass in one launch reads x and dy from memory once; with tcgen05 that spills a few registers.
@@ -56,9 +58,10 @@ def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone:
             *(block, channels, columns, 4, 3 if alone else 2),
             width=min(128, columns),
             together=instruction == "wgmma",
+            every=2,
         )
-    # mma.sync takes its operands through registers: 8 warps to have them, and one stage less to fit 99 KB. The backward pass
-    # has 4 warps, of whole rows each, and a quarter of the columns; in one launch all its kinds of programs would spill.
+    # mma.sync takes its operands through registers: 8 warps to have them, and one stage less to fit 99 KB. dB and dC have
+    # 4 warps, of whole rows each, and a quarter of the columns; in one launch with dx, or making states anew, they would spill.
     warps, stages = 4 if block == 16 and dtype.itemsize == 2 else 8, 2 if dtype.itemsize == 4 else 3
     return Tile(block, channels, columns, warps, 2, stages, 2 if share < 4 else 1, min(32, columns))
 
@@ -165,7 +168,7 @@ def prepare(
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     alone = over_whole and sequences * heads * pieces <= multiprocessors
     tiles = tile(x.dtype, head_dim, state, instruction, alone)
-    plans = plan(*x.shape[:2], cu_seqlens, tiles.block, over_whole)
+    plans = plan(*x.shape[:2], cu_seqlens, tiles.block, tiles.every, over_whole)
     x, B, C = (lines(t, cu_seqlens is not None) for t in (x, B, C))
     if cu_seqlens is not None:
         dt = dt.reshape(1, -1, heads)

@@ -24,6 +24,7 @@ SCANNED = 64  # sequences that plan_kernel looks at in one step
 class Plan:
     """The sequences of one call: rows of `length` tokens each, or, with a table, packed into one row of `length` tokens.
 
+    every: of so many blocks the backward pass keeps one state in memory.
     whole: the passes from token to token run over whole sequences; else over segments, in parallel.
     """
 
@@ -31,6 +32,7 @@ class Plan:
     length: int
     block: int
     segment: int
+    every: int
     whole: bool
     table: Tensor | None = None
     firsts: Tensor | None = None  # the first segment of each sequence, and one past the last
@@ -59,6 +61,11 @@ class Plan:
         return self.length // self.block + self.sequences
 
     @property
+    def kept_states(self) -> int:
+        """At most so many, one for `every` blocks of a sequence."""
+        return (self.blocks + self.sequences * (self.every - 1)) // self.every
+
+    @property
     def block_items(self) -> int:
         """Programs of which each finds a block by locate_block, or that there is none."""
         return self.blocks if self.table is None else self.segments * (self.segment // self.block)
@@ -69,10 +76,10 @@ class Plan:
         return dict(BLOCK=self.block, SEGMENT=self.segment, PACKED=self.table is not None)
 
 
-def plan(batch: int, length: int, cu_seqlens: Tensor | None, block: int, whole: bool) -> Plan:
+def plan(batch: int, length: int, cu_seqlens: Tensor | None, block: int, every: int, whole: bool) -> Plan:
     """For [batch, length, ...]; with cu_seqlens all its tokens are one row."""
     if cu_seqlens is None:
-        return Plan(batch, length, block, SEGMENT, whole)
+        return Plan(batch, length, block, SEGMENT, every, whole)
     sequences = cu_seqlens.numel() - 1
     segments = batch * length // SEGMENT + sequences
     table = torch.empty(FIELDS, segments, dtype=torch.int64, device=cu_seqlens.device)
@@ -83,7 +90,7 @@ def plan(batch: int, length: int, cu_seqlens: Tensor | None, block: int, whole: 
         *(cu_seqlens, table, firsts, sequences, segments),
         **dict(BLOCK=block, SEGMENT=SEGMENT, SCANNED=SCANNED),
     )
-    return Plan(sequences, batch * length, block, SEGMENT, whole, table, firsts)
+    return Plan(sequences, batch * length, block, SEGMENT, every, whole, table, firsts)
 
 
 @jit
@@ -160,7 +167,8 @@ def locate(
 def locate_block(
     table_ptr, firsts_ptr, item, segments, length, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr
 ):
-    """Of a block: (row; first token; how many tokens it has, none where there is no such block; its number in the call)."""
+    """Of a block: (sequence; row; first token; how many tokens it has, none where there is no such block; its number in the
+    call, and in the sequence)."""
     if PACKED:
         EACH: tl.constexpr = SEGMENT // BLOCK
         sequence, row, number, start, stop, block = locate(
@@ -168,14 +176,23 @@ def locate_block(
         )
         start += item % EACH * BLOCK
         block += item % EACH
+        number = number * EACH + item % EACH
         left = tl.where(sequence < 0, 0, stop - start)
     else:
         each = tl.cdiv(length, BLOCK)
-        row = (item // each).to(tl.int64)
-        start = (item % each).to(tl.int64) * BLOCK
         block = item.to(tl.int64)
+        sequence = block // each
+        row = sequence
+        number = block % each
+        start = number * BLOCK
         left = length - start
-    return row, start, tl.minimum(left, BLOCK).to(tl.int32), block
+    return sequence, row, start, tl.minimum(left, BLOCK).to(tl.int32), block, number
+
+
+@jit
+def kept_state(sequence, block, number, EVERY: tl.constexpr):
+    """The place of the state that a block enters, or the last kept one before: kept for every EVERY-th of a sequence."""
+    return (block - number + sequence * (EVERY - 1)) // EVERY + number // EVERY
 
 
 @jit
@@ -201,6 +218,21 @@ def load_tile(ptr, stride, t, offset, inside, cols, COLS: tl.constexpr):
     col = tl.arange(0, COLS)
     at = ptr + (t[:, None] * stride + (col[None, :] + offset))
     return tl.load(at, inside[:, None] & (col < cols)[None, :], 0.0)
+
+
+@jit
+def over_states(u, v, PRECISION: tl.constexpr):
+    """u v^T, summed over the columns of a state.
+
+    Of 256 columns both parts of fp32 operands would not fit the registers: 32 columns at a time are one warp's.
+    """
+    if PRECISION == "tf32x3" and u.shape[1] > 128:
+        PARTS: tl.constexpr = u.shape[1] // 32
+        u = tl.permute(tl.reshape(u, [u.shape[0], PARTS, 32]), [1, 0, 2])
+        v = tl.permute(tl.reshape(v, [v.shape[0], PARTS, 32]), [1, 2, 0])
+        return tl.sum(tl.dot(u, v, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(u, tl.trans(v), input_precision=PRECISION)
 
 
 @jit

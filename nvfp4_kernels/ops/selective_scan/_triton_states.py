@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
-from nvfp4_kernels.ops.selective_scan._triton_plan import base_of, load_state, load_tile, locate, store_tile
+from nvfp4_kernels.ops.selective_scan._triton_plan import base_of, kept_state, load_state, load_tile, locate, store_tile
 
 
 @jit
@@ -20,14 +20,15 @@ def advance(state, u, weight, v, decay, PRECISION: tl.constexpr):
 
 @jit
 def walk(
-    u_ptr, v_ptr, a_ptr, tokens, state, states_ptr, count, cols, hop,
+    u_ptr, v_ptr, a_ptr, tokens, state, states_ptr, number, count, cols, hop,
     U_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, WHOLE: tl.constexpr,
     STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    EVERY: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """The state after `count` tokens, or before them (BACKWARD), and the sum of their a.
 
-    STORE: the states that the blocks enter (BACKWARD: leave) go to states_ptr, `hop` apart.
+    STORE: the states that EVERY-th blocks enter (BACKWARD: that each leaves) go to states_ptr, `hop` apart; number: of the
+    first block in its sequence.
     """
     through = 0.0
     blocks = tl.cdiv(count, BLOCK)
@@ -36,7 +37,12 @@ def walk(
         if BACKWARD:
             block = blocks - 1 - k
         if STORE:
-            store_tile(states_ptr + tl.cast(block, tl.int64) * hop, STATE, state, cols, STATE)
+            if BACKWARD:
+                store_tile(states_ptr + tl.cast(block, tl.int64) * hop, STATE, state, cols, STATE)
+            else:
+                kept = tl.cast((number % EVERY + block) // EVERY, tl.int64)
+                rows = tl.where((number + block) % EVERY == 0, cols, 0)
+                store_tile(states_ptr + kept * hop, STATE, state, rows, STATE)
         base, t, left = base_of(block, count, WHOLE, BLOCK, SEGMENT)
         inside = t < left
         u = load_tile(u_ptr + base * U_TOKEN, U_TOKEN, t, 0, inside, cols, BLOCK_P)
@@ -60,7 +66,7 @@ def states_kernel(
     X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, B_TOKEN: tl.constexpr, C_TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr,
     STATE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, KINDS: tl.constexpr, STORE: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr, BORDERED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr, EVERY: tl.constexpr, SEGMENT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A segment (WHOLE: a sequence) of one head, up to BLOCK_P channels of it, and one kind.
 
@@ -96,8 +102,9 @@ def states_kernel(
     state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     a_ptr += tl.cast(head, tl.int64) * 2 * tokens + row * length + start
     count = (stop - start).to(tl.int32)
-    states_at = (block * heads + head) * (HEAD_DIM * STATE) + piece * BLOCK_P * STATE
     hop = heads * (HEAD_DIM * STATE)
+    number *= SEGMENT // BLOCK
+    inner = head * (HEAD_DIM * STATE) + piece * BLOCK_P * STATE
     if kind == 0:
         if STORE and FIRST:
             state += load_state(first_ptr + own, tl.where(number == 0, cols, 0), STATE, BLOCK_P, BLOCK_N)
@@ -105,8 +112,9 @@ def states_kernel(
             state += load_state(borders_ptr + border, tl.where(number > 0, cols, 0), STATE, BLOCK_P, BLOCK_N)
         state, through = walk(
             x_ptr + row * x_row + head * x_head + piece * BLOCK_P + start * X_TOKEN,
-            B_ptr + row * B_row + group * B_group + start * B_TOKEN, a_ptr, tokens, state, states_ptr + states_at,
-            count, cols, hop, X_TOKEN, B_TOKEN, False, STORE, WHOLE, STATE, BLOCK_P, BLOCK_N, PRECISION, BLOCK, SEGMENT,
+            B_ptr + row * B_row + group * B_group + start * B_TOKEN, a_ptr, tokens, state,
+            states_ptr + kept_state(sequence, block, number, EVERY) * hop + inner, number, count, cols, hop, X_TOKEN,
+            B_TOKEN, False, STORE, WHOLE, STATE, BLOCK_P, BLOCK_N, PRECISION, BLOCK, EVERY, SEGMENT,
         )  # fmt: skip
         if not STORE:
             tl.store(through_ptr + slot, through)
@@ -122,8 +130,9 @@ def states_kernel(
             state += load_state(borders_ptr + border, tl.where(stop < end, cols, 0), STATE, BLOCK_P, BLOCK_N)
         state, through = walk(
             dy_ptr + row * dy_row + head * dy_head + piece * BLOCK_P + start * DY_TOKEN,
-            C_ptr + row * C_row + group * C_group + start * C_TOKEN, a_ptr, tokens, state, dstates_ptr + states_at,
-            count, cols, hop, DY_TOKEN, C_TOKEN, True, STORE, WHOLE, STATE, BLOCK_P, BLOCK_N, PRECISION, BLOCK, SEGMENT,
+            C_ptr + row * C_row + group * C_group + start * C_TOKEN, a_ptr, tokens, state,
+            dstates_ptr + block * hop + inner, number, count, cols, hop, DY_TOKEN, C_TOKEN, True, STORE, WHOLE, STATE,
+            BLOCK_P, BLOCK_N, PRECISION, BLOCK, EVERY, SEGMENT,
         )  # fmt: skip
         if not STORE:
             tl.store(through_ptr + tl.cast(segments, tl.int64) * heads + slot, through)
@@ -210,7 +219,7 @@ def _launch(call: Call, a: Tensor, dy, borders, through, last, states, dstates, 
         *(*strides(x, dy, B, C), *call.sizes),
         **dict(X_TOKEN=x.stride(1), DY_TOKEN=dy.stride(1), B_TOKEN=B.stride(1), C_TOKEN=C.stride(1)),
         **dict(KINDS=kinds, STORE=store, FIRST=call.initial is not None, LAST=last is not None, WHOLE=whole),
-        **dict(BORDERED=borders is not None),
+        **dict(BORDERED=borders is not None, EVERY=call.plan.every),
         **call.constants,
         num_warps=call.tile.warps,
         num_stages=call.tile.states,
@@ -255,10 +264,10 @@ def borders(call: Call, a: Tensor, end: Tensor | None = None, dy: Tensor | None 
 
 
 def block_states(call: Call, a: Tensor, dy: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The state that each block enters and the gradient of the one it leaves, [blocks, heads, head_dim, state] in x's dtype;
-    and the gradient of the initial state, fp32, where there is one."""
-    shape = call.plan.blocks, call.heads, call.head_dim, call.state
-    states, dstates = (call.new(*shape, dtype=call.x.dtype) for _ in "sd")
+    """The state that each EVERY-th block enters, where kept_state says, and the gradient of the one each block leaves,
+    [blocks, heads, head_dim, state] in x's dtype; and the gradient of the initial state, fp32, where there is one."""
+    shape = call.heads, call.head_dim, call.state
+    states, dstates = (call.new(n, *shape, dtype=call.x.dtype) for n in (call.plan.kept_states, call.plan.blocks))
     dinitial = None if call.initial is None else call.new(*call.initial.shape)
     found = borders(call, a, None, dy, last) if call.plan.bordered else None
     _launch(call, a, dy, found, None, last, states, dstates, dinitial, 2, True)

@@ -48,7 +48,7 @@ def steps_kernel(
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENT: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    row, start, left, _ = locate_block(
+    _, row, start, left, _, _ = locate_block(
         table_ptr, firsts_ptr, tl.program_id(0), segments, length, BLOCK, SEGMENT, PACKED
     )
     q, head = tl.arange(0, BLOCK)[:, None], tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :]
@@ -75,7 +75,7 @@ def gradients_kernel(
     PACKED: tl.constexpr, PIECES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """ddt, and this block's share of dA and ddt_bias, from the sums that the backward pass left for each token."""
-    row, start, left, _ = locate_block(
+    _, row, start, left, _, _ = locate_block(
         table_ptr, firsts_ptr, tl.program_id(0), segments, length, BLOCK, SEGMENT, PACKED
     )
     q, head = tl.arange(0, BLOCK)[None, :], tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -93,18 +93,14 @@ def gradients_kernel(
     given = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for the decays after it
     dstep = tl.zeros([HEADS, BLOCK], tl.float32)
     for piece in range(PIECES):  # unrolled, its loads would all be held in registers at once
-        # _triton_backward's PLANES, then those of slices: what a token gives to the state, what it reads from it
+        # _triton_backward's PLANES, then those of slices: what a token reads from the state, and a block keeps of it
         sums = sums_ptr + (head.to(tl.int64) * PIECES + piece) * SUMS * tokens + row * length + start + q
-        met = tl.load(sums, inside, 0.0)
-        column = tl.load(sums + tokens, inside, 0.0)
-        later += tl.load(sums + 2 * tokens, inside, 0.0) - column
-        later += tl.load(sums + 3 * tokens, inside & (q == left - 1), 0.0)
-        dstep += met + column
-        for part in range(SUMS // 2 - 2):
-            gives = tl.load(sums + (4 + part) * tokens, inside, 0.0)
-            later += tl.load(sums + (SUMS // 2 + 2 + part) * tokens, inside, 0.0)
-            given += gives
-            dstep += gives
+        gives = tl.load(sums + 2 * tokens, inside, 0.0)
+        given += gives
+        dstep += tl.load(sums, inside, 0.0) + gives
+        later += tl.load(sums + tokens, inside, 0.0)
+        for part in range(3, SUMS):
+            later += tl.load(sums + part * tokens, inside, 0.0)
     drate = tl.cumsum(later, 1, reverse=True) + (tl.cumsum(given, 1) - given)
     # a step of 0 has no slope: it is clamped, or so far down the softplus that this has none
     dstep = dstep / tl.maximum(step, 1e-37) + A * drate

@@ -4,8 +4,9 @@ Forward. One program walks over the tokens of a sequence for one head, 64 a step
 registers, and reads x, dt, B and C once. Where the heads of one sequence do not fill the GPU, it walks over a segment of 1,024
 tokens in place of the whole: two passes before it, one that sums what each segment adds to the state and one, tiny, from
 border to border, give what each segment starts from. No atomics, no waiting of programs for each other.
-Backward, saving nothing: the same walk for states, and from the end for their gradients, writes both for each block of 64
-tokens in x's dtype; then all blocks are independent (_triton_backward).
+Backward, saving nothing: the same walk for states, and from the end for their gradients, writes the latter for each block of 64
+tokens and the former for every second (for each, with mma.sync), in x's dtype; then all blocks are independent
+(_triton_backward).
 
     launches                         forward                                    backward
     steps and decays                 1                                          1
@@ -16,8 +17,8 @@ tokens in x's dtype; then all blocks are independent (_triton_backward).
     with cu_seqlens                  + 1: where segments lie, on the device     + 1
 
 Bytes a token, bf16, against the least any kernel moves; and, in us for 8,192 tokens, what an H200's 4.3 TB/s take for them:
-    Nano (64 heads x 64, 8 groups, state 128)    forward 40,600 of 20,600 (77)    backward 123,800 of 33,000 (236)
-    Super (128 heads)                            forward 39,200 of 37,100 (75)    backward 235,200 of 57,900 (448)
+    Nano (64 heads x 64, 8 groups, state 128)    forward 40,600 of 20,600 (77)    backward 106,900 of 33,000 (204)
+    Super (128 heads)                            forward 39,200 of 37,100 (75)    backward 201,400 of 57,900 (384)
 Nano's forward pass goes by segments on 132 multiprocessors, Super's over whole sequences.
 
 Bits. A sequence is cut from its own first token, and the choice between segments and sequences is one of the model and the GPU:
