@@ -121,6 +121,7 @@ static inline bool multiply_few_plain(const MatmulParams& p, Range cols, Done do
         switch (p.b.kind) {
             case Kind::fp16: return multiply_few_plain<P>(p, static_cast<const Half*>(p.b.data), cols, done);
             case Kind::fp32: return multiply_few_plain<P>(p, static_cast<const Single*>(p.b.data), cols, done);
+            case Kind::fp8: return multiply_few_plain<P>(p, static_cast<const E4m3*>(p.b.data), cols, done);
             default: break;
         }
     }

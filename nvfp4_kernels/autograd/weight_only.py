@@ -38,14 +38,7 @@ class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        codes, scales, global_scales, _ = ctx.weight
-        shape = (*codes.shape[1:-1], 2 * codes.shape[-1])
-        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], shape[1])
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if start < end:
-                weight = NVFP4Tensor(codes[e], scales[e], global_scales[e], shape)
-                dx[start:end] = dy[start:end] @ weight.dequantize(dy.dtype)
-        return dx, None, None
+        return grouped_matmul(dy, ctx.weight.mT, ctx.offsets), None, None
 
 
 class _WeightOnly(torch.autograd.Function):

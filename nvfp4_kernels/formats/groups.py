@@ -7,12 +7,25 @@ from torch import Tensor
 
 
 class Stack(NamedTuple):
-    """One matrix [rows, cols] for each group: plain values, NVFP4 with a global scale for each matrix, or MXFP8."""
+    """One matrix [rows, cols] for each group: plain values, NVFP4 or FP8 with a global scale for each matrix, or MXFP8."""
 
-    values: Tensor  # float [groups, rows, cols]; codes uint8 [groups, rows, ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
+    values: Tensor  # float or E4M3 [groups, rows, cols]; codes uint8 [.., ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
     scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
-    global_scales: Tensor | None = None  # NVFP4: fp32 [groups]
+    global_scales: Tensor | None = None  # NVFP4, FP8: fp32 [groups]
     hadamard: int | None = None  # NVFP4: the sign mask of the transform that each row went through
+    turned: bool = False  # NVFP4, MXFP8: the matrices are the transposes of what values and scales say
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(groups, rows, cols), the padding of codes included."""
+        *lead, width = self.values.shape
+        shape = *lead, width * (2 if self.values.dtype == torch.uint8 else 1)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
+
+    @property
+    def mT(self) -> "Stack":  # noqa: N802, as torch calls it
+        """The transposes, nothing moved; what was padding of rows is rows of zeros."""
+        return self._replace(values=self.values.mT) if self.scales is None else self._replace(turned=not self.turned)
 
 
 class Columns(NamedTuple):

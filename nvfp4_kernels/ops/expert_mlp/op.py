@@ -7,14 +7,14 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.grouped_matmul.op import check_stack, from_parts, length, plain_parts
+from nvfp4_kernels.ops.grouped_matmul.op import check_stack, from_parts, plain_parts
 from nvfp4_kernels.ops.route.op import Routing
 
 
 def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
     """y[token] = sum over its choices of weight * down[e] @ relu(up[e] @ x[token])^2, for the expert e of each choice.
 
-    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain or NVFP4.
+    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain, NVFP4 or FP8.
     Returns [tokens, size] of x's dtype. Sums run in fp32; the hidden values are rounded to x's dtype once, after the square.
     No gradients: nk.experts has them. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
@@ -26,9 +26,10 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
-        require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32 or NVFP4", TypeError)
+        require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32, NVFP4 or FP8", TypeError)
         check_stack(name, stack, x.device)
-        shape = (*stack.values.shape[:-1], length(stack))
+        require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
+        shape = stack.shape
         size, width = x.shape[1], stacks[0][0].shape[1] if stacks else shape[-2]
         wanted = (experts, size, width) if stacks else (experts, width, size)
         require(shape == wanted, name, f"shape {list(shape)}", f"{list(wanted)}")

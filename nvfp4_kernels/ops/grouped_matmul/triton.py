@@ -33,10 +33,18 @@ def step(
     sums, a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step,
     b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """The sums with BLOCK_K more products each."""
-    if FP4:
+    """The sums with BLOCK_K more products each. TURNED: b's rows run along the columns, `col` is the first of these, and there
+    are `cols` rows."""
+    if TURNED:
+        a = operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step, A, A_UNIT, COMPUTE, BLOCK_K)
+        line = b_k + tl.arange(0, BLOCK_K)
+        b = operand(
+            b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, sums.shape[1]
+        )
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+    elif FP4:
         a, a_scales = fp4.operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, A_UNIT, BLOCK_K)
         b, b_scales = fp4.operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, B_UNIT, BLOCK_K)
         return fp4.multiplied(a, a_scales, b, b_scales, sums)
@@ -52,21 +60,22 @@ def rows_kernel(
     b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
     offsets_ptr, out_ptr, groups, rows, N, K,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, FINISH: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr, TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
-        row, col = first + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        row = first + tl.arange(0, BLOCK_M)
+        col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
         b_ptr += group.to(tl.int64) * b_stride
         b_scales_ptr += group.to(tl.int64) * b_scales_stride
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
             sums = step(
                 sums, a_ptr, a_scales_ptr, row, end, k, a_width, a_row_stride, a_step,
-                b_ptr, b_scales_ptr, col, N, k, b_width, b_row_stride, b_step,
-                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K,
+                b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step,
+                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, TURNED,
             )  # fmt: skip
         write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
@@ -110,10 +119,7 @@ class _Side:
     ]  # values, scales, global scales; plain values in the place of what is not there
     width: int  # of a line, in values
     unit: int  # values that a step along it takes at least
-
-    @property
-    def scaled(self) -> bool:
-        return self.format == "nvfp4"
+    scaled: bool  # by a global scale
 
     def strides(self, values: Tensor) -> tuple[int, int]:
         """From a line to the next, in units, and from a plain value to the next."""
@@ -125,21 +131,22 @@ def _format(x: Stack | Columns) -> str:
 
 
 def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int) -> _Side:
-    kind = _format(x)
+    kind, scaled = _format(x), x.global_scales is not None
     if x.scales is None:
-        values = portable(x.values)
-        return _Side(kind, (values, values, values), values.shape[-1], 1)
+        values = portable(x.values.view(torch.uint8) if scaled else x.values)
+        places = values, values, x.global_scales.contiguous() if scaled else values
+        return _Side(kind, places, values.shape[-1], 1, scaled)
     codes, scales = x.values.contiguous(), x.scales.contiguous().view(torch.uint8)
     width = codes.shape[-1] * (2 if kind == "nvfp4" else 1)
     unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block_k % u == 0)
     if cores:
-        return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit)
+        return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit, True)
     words = codes.view(torch.int32)
-    return _Side(kind, (words, scales, scales if kind == "mxfp8" else x.global_scales.contiguous()), width, unit)
+    return _Side(kind, (words, scales, x.global_scales.contiguous() if scaled else scales), width, unit, scaled)
 
 
 def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    rows, (groups, N) = len(a.values), b.values.shape[:2]
+    rows, (groups, N, K) = len(a.values), b.shape
     y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
     t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16))
     left, right = sides
@@ -150,8 +157,9 @@ def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor
         *(*left.places, left.width // left.unit, *left.strides(a.values)),
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
-        *(offsets, portable(y), groups, rows, N, min(left.width, right.width)),
+        *(offsets, portable(y), groups, rows, N, min(left.width, K)),
         **constants,
+        TURNED=b.turned,
         BLOCK_G=next_power_of_2(groups),
     )
     return y
@@ -181,8 +189,8 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
 def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None):
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
     bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
-    formats, device = (_format(a), _format(b)), a.values.device
-    cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") else None
+    formats, device, turned = (_format(a), _format(b)), a.values.device, isinstance(b, Stack) and b.turned
+    cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") and not turned else None
     compute = computed_in(*formats)
     dtype, _, precision = EXACT[compute]
     if INTERPRETED:
@@ -192,7 +200,9 @@ def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[i
     elif t is None:
         most = M if a.scales is None or b.scales is None else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
-    left, right = sides = [_side(x, bool(cores), units if cores else units[-2:], t.k) for x in (a, b)]
+    left, right = sides = [
+        _side(x, bool(cores), units if cores else units[-2:], along) for x, along in ((a, t.k), (b, t.n if turned else t.k))
+    ]
     gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))
     constants |= dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)
