@@ -9,7 +9,7 @@ from torch import Tensor
 class Stack(NamedTuple):
     """One matrix [rows, cols] for each group: plain values, NVFP4 or FP8 with a global scale for each matrix, or MXFP8."""
 
-    values: Tensor  # float or E4M3 [groups, rows, cols]; codes uint8 [.., ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
+    values: Tensor  # float, FP8 [groups, rows, cols]; codes uint8 [.., ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
     scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
     global_scales: Tensor | None = None  # NVFP4, FP8: fp32 [groups]
     hadamard: int | None = None  # NVFP4: the sign mask of the transform that each row went through

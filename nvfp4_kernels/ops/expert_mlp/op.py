@@ -26,7 +26,9 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
-        require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32, NVFP4 or FP8", TypeError)
+        require(
+            stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32, NVFP4, FP8", TypeError
+        )
         check_stack(name, stack, x.device)
         require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
         shape = stack.shape

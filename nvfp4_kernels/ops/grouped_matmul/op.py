@@ -38,7 +38,9 @@ def grouped_matmul(
     check_stack("a", left, left.values.device)
     _check_offsets(offsets, left.values.device)
     check_stack("b", right, left.values.device)
-    require(not (right.turned and right.hadamard), "b", "transposes of a rotated form", "a form without Hadamard transform")
+    require(
+        not right.turned or signs_b is None, "b", "transposes of a rotated form", "forms without Hadamard transform"
+    )
     plain = [x.values.dtype for x in (left, right) if x.scales is None and x.global_scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
     require(out_dtype in (*FLOATS, torch.float64), "out_dtype", out_dtype, "a floating-point type", TypeError)
@@ -145,9 +147,7 @@ def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     return values.view(torch.uint8), scales.view(torch.uint8), global_scales
 
 
-def from_parts(
-    values: Tensor, scales: Tensor | None, global_scales: Tensor | None, turned: bool = False
-) -> Stack:
+def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, turned: bool = False) -> Stack:
     """The inverse of plain_parts."""
     if (scales is None) != (global_scales is None):
         return Stack(values.view(torch.float8_e4m3fn), scales, global_scales, turned=turned)

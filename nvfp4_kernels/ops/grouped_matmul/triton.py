@@ -16,7 +16,7 @@ from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2,
 from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
-from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, operand, tile
+from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
 
 SMALL = Tile(
@@ -130,7 +130,7 @@ def _format(x: Stack | Columns) -> str:
     return str(x.values.dtype)[6:] if x.scales is None else "mxfp8" if x.global_scales is None else "nvfp4"
 
 
-def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int) -> _Side:
+def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block: int) -> _Side:
     kind, scaled = _format(x), x.global_scales is not None
     if x.scales is None:
         values = portable(x.values.view(torch.uint8) if scaled else x.values)
@@ -138,7 +138,7 @@ def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int)
         return _Side(kind, places, values.shape[-1], 1, scaled)
     codes, scales = x.values.contiguous(), x.scales.contiguous().view(torch.uint8)
     width = codes.shape[-1] * (2 if kind == "nvfp4" else 1)
-    unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block_k % u == 0)
+    unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block % u == 0)
     if cores:
         return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit, True)
     words = codes.view(torch.int32)
@@ -188,7 +188,8 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
 
 def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[int, ...], t: Tile | None = None):
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
-    bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
+    bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256, nor
+    does FP8."""
     formats, device, turned = (_format(a), _format(b)), a.values.device, isinstance(b, Stack) and b.turned
     cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") and not turned else None
     compute = computed_in(*formats)
@@ -198,10 +199,12 @@ def _form(M: int, N: int, a: Stack | Columns, b: Stack | Columns, units: tuple[i
     if cores:
         t = fp4.tile(M, N, b.values.shape[-1], cores)
     elif t is None:
-        most = M if a.scales is None or b.scales is None else min(M, 256)
+        room = (a.scales is None or b.scales is None) and E4M3 not in formats
+        most = M if room else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
     left, right = sides = [
-        _side(x, bool(cores), units if cores else units[-2:], along) for x, along in ((a, t.k), (b, t.n if turned else t.k))
+        _side(x, bool(cores), units if cores else units[-2:], block)
+        for x, block in ((a, t.k), (b, t.n if turned else t.k))
     ]
     gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))

@@ -153,7 +153,8 @@ def operand(
         x = tl.load(at, (row < rows)[:, None] & (col < width)[None, :], 0)
         if FORMAT == "float8_e4m3fn":
             return e4m3_value(x.to(tl.int32)).to(COMPUTE)
-        return as_fp32(x) if COMPUTE == tl.float32 else x
+        else:
+            return as_fp32(x) if COMPUTE == tl.float32 else x
 
 
 @jit

@@ -70,8 +70,8 @@ def _operand(x: Operand) -> tuple:
     if isinstance(x, Tensor):
         return (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()), x
     codes, scales = x.codes.contiguous(), x.scales.contiguous()
-    rows, width = codes.shape
+    rows, cols = len(codes), codes.shape[1] * (2 if isinstance(x, NVFP4Tensor) else 1)
+    places, shape = (codes.data_ptr(), scales.data_ptr()), (rows, cols, cols, 1)
     if isinstance(x, NVFP4Tensor):
-        g = x.global_scale
-        return (NVFP4, codes.data_ptr(), scales.data_ptr(), g.data_ptr(), rows, 2 * width, 2 * width, 1), (codes, scales, g)
-    return (MXFP8, codes.data_ptr(), scales.data_ptr(), 0, rows, width, width, 1), (codes, scales)
+        return (NVFP4, *places, x.global_scale.data_ptr(), *shape), (codes, scales, x.global_scale)
+    return (MXFP8, *places, 0, *shape), (codes, scales)
