@@ -84,30 +84,35 @@ GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u
     return {a, operand(b), pointer<const i64>(offsets), count, b_stride, sums, pointer<void>(out), out_dtype, relu2, threads};
 }
 
-// starts: of a and b, where they are columns of groups; else 0
-int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, u64 offsets, i64 count,
-                        bool sums, u64 out, int out_dtype, int threads) {
+// starts: of a and b, where they are columns of groups; else 0. gathered: how many rows, and which of a (of b's columns, where
+// sums are divided) each of them is; empty where they are not gathered
+int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, const py::tuple& gathered,
+                        u64 offsets, i64 count, bool sums, u64 out, int out_dtype, int threads) {
     GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
     p.a_starts = pointer<const i64>(starts[0].cast<u64>()), p.b_starts = pointer<const i64>(starts[1].cast<u64>());
+    if (!gathered.empty()) {
+        (sums ? p.b.cols : p.a.rows) = gathered[0].cast<i64>();
+        (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
+    }
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }
 
-// rooms: rows sorted by expert for the gathered inputs and the hidden values, of x's type, and for the outputs, fp32
+// rooms: rows sorted by expert: the token of each, int64, the hidden values, of x's type, the outputs, fp32
 int call_expert_mlp(const py::tuple& x, const py::tuple& up, i64 up_stride, const py::tuple& down, i64 down_stride,
                     const py::tuple& routing, const py::tuple& rooms, u64 out, int threads) {
     const auto at = [](const py::tuple& t, int i) { return t[i].cast<u64>(); };
     const i64 count = routing[0].cast<i64>(), top_k = routing[1].cast<i64>();
     const u64 offsets = at(routing, 2);
-    const Operand tokens = operand(x);
-    const i64 rows = tokens.rows * top_k, size = tokens.cols;
+    Operand tokens = operand(x);
+    const i64 rows = tokens.rows * top_k;
     const int dtype = static_cast<int>(tokens.kind);
     ExpertMlpParams p{};
-    p.x = tokens, p.top_k = top_k, p.out = pointer<void>(out), p.threads = threads;
+    p.top_k = top_k, p.token = pointer<i64>(at(rooms, 0)), p.out = pointer<void>(out), p.threads = threads;
     p.inverse = pointer<const i64>(at(routing, 3)), p.order = pointer<const i64>(at(routing, 4));
     p.weights = pointer<const float>(at(routing, 5));
-    const Operand gathered{tokens.kind, pointer<const void>(at(rooms, 0)), nullptr, nullptr, rows, size, size, 1};
-    p.up = groups(gathered, up, up_stride, offsets, count, false, at(rooms, 1), dtype, true, threads);
+    tokens.rows = rows, tokens.row_index = p.token;
+    p.up = groups(tokens, up, up_stride, offsets, count, false, at(rooms, 1), dtype, true, threads);
     const i64 width = p.up.b.rows;
     const Operand hidden{tokens.kind, p.up.out, nullptr, nullptr, rows, width, width, 1};
     p.down = groups(hidden, down, down_stride, offsets, count, false, at(rooms, 2), 0, false, threads);

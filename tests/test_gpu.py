@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import pack
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -85,6 +88,32 @@ def test_packed_weights_in_a_graph():
     a.copy_(torch.randn_like(a))
     graph.replay()
     assert torch.equal(y, nk.matmul(a, packed))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
+def test_packed_experts_in_a_graph(tokens):
+    """Loads change from replay to replay; nothing waits for the host."""
+    plain = [nk.quantize(torch.randn(32 * n, k, device="cuda")) for n, k in ((1856, 256), (256, 1856))]
+    parts = [[t.view(32, -1, t.shape[1]) for t in (w.codes, w.scales)] for w in plain]
+    up, down = (Stack(*pack(*p), w.global_scale.repeat(32)) for p, w in zip(parts, plain, strict=True))
+    x, logits = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16), torch.randn(tokens, 32, device="cuda")
+    graph, y = captured(lambda: expert_mlp(x, nk.route(logits, None, 6), up, down))
+    w_up, w_down = (w.dequantize().double().view(32, -1, w.shape[1]) for w in plain)
+    for load in (torch.randn_like(logits), torch.arange(32.0, device="cuda").expand_as(logits)):
+        logits.copy_(load)
+        graph.replay()
+        routing = nk.route(logits, None, 6)
+        dense = torch.zeros_like(logits, dtype=torch.float64).scatter_(1, routing.indices, routing.weights.double())
+        exact = torch.stack(
+            [dense[:, e : e + 1] * ((x.double() @ w_up[e].t()).relu() ** 2 @ w_down[e].t()) for e in range(32)]
+        ).sum(0)
+        assert (y.double() - exact).norm() < 1e-2 * exact.norm()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = expert_mlp(x, routing, up, down)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y, again)
 
 
 @pytest.mark.parametrize("rows, cols, k", [(1, 1, 16), (17, 300, 48), (300, 200, 1856), (5000, 3000, 512)])
@@ -183,13 +212,16 @@ def test_a_decode_step_is_one_graph(options):
 def test_packed_weights_of_an_engine():
     """NVFP4 matrices stay packed on the device, once, and the graph multiplies by them."""
     model = (
-        nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="M-*-", torch_dtype="bfloat16"), "nvfp4").cuda().eval()
+        nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="M-*E-", torch_dtype="bfloat16"), "nvfp4")
+        .cuda()
+        .eval()
     )
     engine = nk.Engine(model, slots=2)
     weight = engine.model.backbone.layers[1].mixer.up_proj.weight
     request = engine.add([1, 2, 3], None, 12)
     for _ in engine.run():
         pass
+    assert engine.model.backbone.layers[3].mixer.experts.up_proj.is_packed
     assert isinstance(weight, nk.PackedNVFP4Tensor) and len(request.tokens) == 12
     assert all(step.graph is not None for step in engine.decoder._steps.values())
 

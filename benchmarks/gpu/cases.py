@@ -14,11 +14,15 @@ import torch.nn.functional as F
 import nvfp4_kernels as nk
 from benchmarks.bench_causal_conv1d import plain as plain_conv1d
 from benchmarks.bench_selective_scan import listing
+from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.layout import swizzle_128x4
+from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import NVFP4Tensor, QuantizedTensor
 from nvfp4_kernels.nn.moe import MoE
 from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops.conv_scan.op import conv_scan as run_conv_scan
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688))  # rows, columns, length
@@ -191,6 +195,32 @@ def selective_scan(device: str, small: bool) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def conv_scan(device: str, small: bool) -> Iterator[Case]:
+    """Forward, beside its two ops one after the other. Bytes: xBC, dt and y once."""
+    dtype = FP16 if small else BF16
+    sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
+        "Nano 8k": (1, 8192, 64, 64, 8, 128),
+        "Nano 8 x 8k": (8, 8192, 64, 64, 8, 128),
+        "Super 8k": (1, 8192, 128, 64, 8, 128),
+    }  # fmt: skip
+    for name, (batch, length, heads, head_dim, groups, state) in sizes.items():
+        inner, shared = heads * head_dim, groups * state
+        xBC = draw(batch, length, inner + 2 * shared, dtype=dtype, device=device)
+        dt = (draw(batch, length, heads, dtype=FP32, device=device) - 4).to(dtype)
+        taps = [draw(inner + 2 * shared, *size, dtype=FP32, device=device) for size in ((4,), ())]
+        A, D, bias = (-torch.rand(heads, device=device) for _ in range(3))
+        given = (xBC, dt, *taps, A, D, bias, groups, state)
+
+        def apart(given=given, widths=(inner, shared, shared)):
+            xBC, dt, weight, conv_bias, A, D, bias, groups, _ = given
+            x, B, C = nk.causal_conv1d(xBC, weight, conv_bias).split(widths, -1)
+            x, B, C = x.unflatten(-1, (len(A), -1)), B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
+            return nk.selective_scan(x, dt, A, B, C, D, dt_bias=bias)
+
+        about = dict(dtype=str(dtype)[6:], bytes=xBC.nbytes + dt.nbytes + batch * length * inner * 2, limit="copy")
+        yield Case("conv_scan", name, lambda given=given: run_conv_scan(*given), {"the two ops": apart}, about)
+
+
 def _mamba_ssm(leaves: list[torch.Tensor], dy: torch.Tensor, backward: bool) -> dict:
     """mamba_ssm's Triton, where it is installed or lies on the path."""
     try:
@@ -328,7 +358,37 @@ def _grouped(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Callable:
     return run
 
 
-GROUPS = (quantize, decoding, matmul, linear, selective_scan, state_update, neighbours, moe)
+def moe_decode(device: str, small: bool) -> Iterator[Case]:
+    """Routed experts of a decoded batch, from the routing to the weighted sum, over packed NVFP4 stacks. Bytes: of the experts
+    that the batch asks for, each once; stacks larger than the L2 cache together."""
+    sizes = {"tiny": (48, 4, 2, 80, (1, 5))} if small else {
+        "Nano": (2688, 128, 6, 1856, (1, 8, 64)),
+        "Super": (1024, 512, 22, 2688, (1, 8, 64)),
+    }  # fmt: skip
+    for name, (size, experts, top_k, width, batches) in sizes.items():
+        plain = [_stack(experts, *shape, device) for shape in ((width, size), (size, width))]
+        packed = [Stack(*pack(*stack[:2]), stack.global_scales) for stack in plain]
+        for tokens in batches:
+            routing = nk.route(draw(tokens, experts, dtype=FP32, device=device), None, top_k)
+            x, touched = draw(tokens, size, device=device), int((routing.offsets.diff() > 0).sum())
+            about = dict(dtype="bf16", bytes=touched * 2 * size * width * 9 // 16, limit="copy")
+            ours = lambda x=x, routing=routing, stacks=packed: expert_mlp(x, routing, *stacks)  # noqa: E731
+            theirs = {
+                "Triton, unpacked stacks": _by(
+                    "triton", lambda x=x, routing=routing, stacks=plain: expert_mlp(x, routing, *stacks)
+                )
+            }
+            yield Case("moe decode", f"{name}, {tokens} tokens, {touched} experts", ours, theirs, about, False)
+
+
+def _stack(experts: int, rows: int, cols: int, device: str) -> Stack:
+    """Random codes under scales of 0.5 to 1.9."""
+    codes = torch.randint(0, 256, (experts, rows, cols // 2), dtype=torch.uint8, device=device)
+    scales = torch.randint(48, 64, (experts, rows, cols // 16), dtype=torch.uint8, device=device)
+    return Stack(codes, scales.view(torch.float8_e4m3fn), torch.full((experts,), 0.01, device=device))
+
+
+GROUPS = (quantize, decoding, matmul, linear, selective_scan, conv_scan, state_update, neighbours, moe, moe_decode)
 
 
 def all_cases(device: str, small: bool = False) -> Iterator[Case]:

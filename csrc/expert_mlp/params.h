@@ -6,9 +6,9 @@
 namespace nvfp4 {
 
 struct ExpertMlpParams {
-    Operand x;                  // plain [tokens, size]
-    GroupedMatmulParams up, down;  // up.a: the gathered rows, room for [tokens * top_k, size]; down.out: room for as many
+    GroupedMatmulParams up, down;  // up.a: plain tokens [tokens, size], as its rows [tokens * top_k] by `token`
     i64 top_k;
+    i64* token;            // room for [tokens * top_k]: the token of each row
     const float* weights;  // [tokens, top_k]
     const i64* inverse;    // [tokens, top_k]: the row of each slot among those sorted by expert
     const i64* order;      // [tokens * top_k]: the slot of each such row

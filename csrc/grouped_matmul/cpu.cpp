@@ -23,10 +23,19 @@ Operand later(const Operand& x, i64 values) {
     return moved;
 }
 
+// x from row `first` on.
+Operand later_rows(const Operand& x, i64 first) {
+    if (!x.row_index) return later(x, first * x.row_stride);
+    Operand moved = x;
+    moved.row_index += first;
+    return moved;
+}
+
 // The columns of group e: where it has starts, to its last block's end.
 Operand columns(const Operand& x, const i64* starts, const i64* offsets, i64 e) {
     const i64* from = starts ? starts : offsets;
-    Operand part = later(x, from[e] * (starts ? 1 : x.col_stride));
+    Operand part = later(x, x.col_index ? 0 : from[e] * (starts ? 1 : x.col_stride));
+    if (x.col_index) part.col_index += from[e];
     part.cols = from[e + 1] - from[e];
     if (x.global_scale) part.global_scale = x.global_scale + e;
     return part;
@@ -43,7 +52,7 @@ MatmulParams group(const GroupedMatmulParams& p, i64 e) {
         one.out = static_cast<char*>(p.out) + e * p.a.rows * p.b.rows * out_bytes;
         return one;
     }
-    one.a = later(p.a, first * p.a.row_stride);
+    one.a = later_rows(p.a, first);
     one.a.rows = count;
     one.out = static_cast<char*>(p.out) + first * p.b.rows * out_bytes;
     one.b = later(p.b, e * p.b_stride);

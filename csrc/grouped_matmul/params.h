@@ -2,6 +2,7 @@
 //   rows divided:  y[rows of e] = a[rows of e] b[e]^T      a [rows, k], b [groups, n, k], y [rows, n]
 //   sums divided:  y[e] = a[:, rows of e] b[:, rows of e]^T    a [m, rows], b [n, rows], y [groups, m, n]
 // Of a quantized operand of divided sums each group begins with a block of its own, at its starts[e].
+// The rows may be gathered as they are read: where rows are divided a's by row_index, where sums are divided b's by col_index.
 #pragma once
 #include "matmul/params.h"
 

@@ -6,9 +6,13 @@
 // tile are 16 consecutive k, so that one scale serves all 32 weights of a lane and 16 bytes of x all its columns.
 // Splits of k leave fp32 sums in `partial`; whichever block of a tile ends last adds them up, always in the order of k: the
 // same bits on every run.
+// Of groups (experts), one launch serves all: a block finds its own tokens and their matrix (parts.cuh); matrices that nobody
+// asks for are not read. The grid's axes: slots of tokens, splits of k, tiles of rows. So the slots of a large group, which
+// read the same tile, are neighbours.
 // Bytes: 0.5625 a weight; x comes from the L2 cache once for each 128 rows. SASS instructions a weight in the loop (sm_90):
-// 2.6 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
+// 2.7 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
 #include "epilogue.cuh"
+#include "parts.cuh"
 #include "sm120.cuh"
 #include "sm90.cuh"
 
@@ -36,13 +40,14 @@ struct Loader {
     static constexpr int slab_chunks = slab_bytes / 16, scale_chunks = slab_scale_bytes / 16, token_chunks = token_bytes / 16;
     static constexpr int slabs_apart = block_threads / slab_chunks, tokens_apart = block_threads / token_chunks;
 
-    const unsigned char *codes, *scales, *x;
-    i64 slab_stride, x_stride, x_left;  // bytes; x_left: of a row of x, from the thread's chunk on
+    const unsigned char *codes, *scales, *x[groups];
+    i64 slab_stride, x_left;  // bytes; x_left: of a row of x, from the thread's chunk on
     int slabs_left, scale_bytes, tokens_left, x_to;
 
-    __device__ __forceinline__ Loader(const WeightOnlyLaunch& p, i64 tile) {
+    __device__ __forceinline__ Loader(const WeightOnlyLaunch& p, const Part& part, i64 tile) {
         const int thread = static_cast<int>(threadIdx.x), slab = thread / slab_chunks, token = thread / token_chunks;
-        const i64 first = tile * slabs, steps = p.length / step, left = (p.rows + 15) / 16 - first;
+        const i64 all = (p.rows + 15) / 16, steps = p.length / step, left = all - tile * slabs;
+        const i64 first = part.group * all + tile * slabs;
         slabs_left = static_cast<int>(left < slabs ? left : slabs);
         slab_stride = steps * slab_bytes;
         codes = reinterpret_cast<const unsigned char*>(p.codes) + (first + slab) * slab_stride + thread % slab_chunks * 16;
@@ -50,10 +55,13 @@ struct Loader {
                  (first + thread / scale_chunks) * steps * slab_scale_bytes + thread % scale_chunks * 16;
         scale_bytes = thread / scale_chunks < slabs_left ? 16 : 0;
         slabs_left -= slab;
-        x_stride = p.x_stride * 2;
-        x = static_cast<const unsigned char*>(p.x) + token * x_stride + thread % token_chunks * 16;
+        tokens_left = part.count - token;
+        NVFP4_UNROLL
+        for (int i = 0; i < groups; ++i) {
+            const i64 row = i * tokens_apart < tokens_left ? row_of_x(p, part.first + token + i * tokens_apart) : 0;
+            x[i] = static_cast<const unsigned char*>(p.x) + row * p.x_stride * 2 + thread % token_chunks * 16;
+        }
         x_left = p.cols * 2 - thread % token_chunks * 16;
-        tokens_left = static_cast<int>(p.tokens) - token;
         x_to = Stage<groups>::x + x_place(token, thread % token_chunks);
     }
 
@@ -69,13 +77,12 @@ struct Loader {
         if (thread < slabs * scale_chunks) {
             copy_async16(stage + Stage<groups>::scales + thread * 16, scales + k * slab_scale_bytes, scale_bytes);
         }
-        from = x + k * token_bytes;
         const i64 left = x_left - k * token_bytes;
         const int inside = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
         NVFP4_UNROLL
         for (int i = 0; i < groups; ++i) {
-            copy_async16(stage + x_to + i * tokens_apart * token_bytes, from, i * tokens_apart < tokens_left ? inside : 0);
-            from += tokens_apart * x_stride;
+            copy_async16(stage + x_to + i * tokens_apart * token_bytes, x[i] + k * token_bytes,
+                         i * tokens_apart < tokens_left ? inside : 0);
         }
     }
 };
@@ -119,20 +126,21 @@ static __device__ __forceinline__ void multiply_stage(const unsigned char* stage
     }
 }
 
-// Adds up what the splits of a tile have left, in their order, if this block is the last of them; else false.
+// Adds up what the splits of a tile have left for `tokens` tokens, in their order, if this block is the last of them; else false.
 template <int groups>
-static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 tile, i64 split, float (&sums)[warp_slabs][groups][4]) {
+static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 tile, i64 split, int tokens,
+                                               float (&sums)[warp_slabs][groups][4]) {
     constexpr int floats = warp_slabs * groups * block_threads * 4;
     const auto place = [&](i64 s, int m, int n) {
         return p.partial + (tile * p.splits + s) * floats + ((m * groups + n) * block_threads + static_cast<int>(threadIdx.x)) * 4;
     };
-    const i64 column = 2 * (lane_index() & 3);  // the first of the thread's two tokens in each group
+    const int column = 2 * (lane_index() & 3);  // the first of the thread's two tokens in each group
     NVFP4_UNROLL
     for (int m = 0; m < warp_slabs; ++m) {
         NVFP4_UNROLL
         for (int n = 0; n < groups; ++n) {
             const float* v = sums[m][n];
-            if (8 * n + column < p.tokens) *reinterpret_cast<float4*>(place(split, m, n)) = {v[0], v[1], v[2], v[3]};
+            if (8 * n + column < tokens) *reinterpret_cast<float4*>(place(split, m, n)) = {v[0], v[1], v[2], v[3]};
         }
     }
     NVFP4_SHARED(u32, before);
@@ -149,7 +157,7 @@ static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 ti
         for (int n = 0; n < groups; ++n) {
             float* v = sums[m][n];
             v[0] = v[1] = v[2] = v[3] = 0.0f;
-            for (i64 s = 0; 8 * n + column < p.tokens && s < p.splits; ++s) {
+            for (i64 s = 0; 8 * n + column < tokens && s < p.splits; ++s) {
                 float part[4];
                 load_from_others16(place(s, m, n), part);
                 NVFP4_UNROLL
@@ -164,9 +172,11 @@ template <int groups>
 static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     NVFP4_DYNAMIC_SHARED(memory);
     constexpr int stages = Stage<groups>::count;
-    const i64 tile = blockIdx.x, split = blockIdx.y, steps = p.length / step;
+    const Part part = find_part<8 * groups, block_threads>(p, blockIdx.x);
+    if (part.count == 0) return;
+    const i64 split = blockIdx.y, tile = blockIdx.z, steps = p.length / step;
     const i64 begin = steps * split / p.splits, end = steps * (split + 1) / p.splits;
-    const Loader<groups> loader(p, tile);
+    const Loader<groups> loader(p, part, tile);
     float sums[warp_slabs][groups][4] = {};
 
     for (int i = 0; i < stages - 1; ++i) {
@@ -185,8 +195,8 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     }
     wait_copies<0>();
 
-    if (p.splits > 1 && !collect<groups>(p, tile, split, sums)) return;
-    const float g = scale_of(p);
+    if (p.splits > 1 && !collect<groups>(p, i64(blockIdx.x) * gridDim.z + tile, split, part.count, sums)) return;
+    const float g = scale_of(p, part.group);
     const i64 row = tile * block_rows + warp_index() * (16 * warp_slabs) + lane_index() / 4;
     NVFP4_UNROLL
     for (int m = 0; m < warp_slabs; ++m) {
@@ -194,7 +204,8 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
         for (int n = 0; n < groups; ++n) {
             NVFP4_UNROLL
             for (int i = 0; i < 4; ++i) {
-                finish(p, g, row + 16 * m + 8 * (i >> 1), 8 * n + 2 * (lane_index() & 3) + (i & 1), sums[m][n][i]);
+                const int token = 8 * n + 2 * (lane_index() & 3) + (i & 1);
+                if (token < part.count) finish(p, g, row + 16 * m + 8 * (i >> 1), part.first + token, sums[m][n][i]);
             }
         }
     }

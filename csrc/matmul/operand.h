@@ -46,9 +46,12 @@ static inline void read_plain(const T* from, i64 stride, i64 inside, i64 length,
     }
 }
 
+static inline i64 stored_row(const Operand& x, i64 row) { return x.row_index ? x.row_index[row] : row; }
+
 // Row `row` of x, values k .. k + length (multiples of 16), zero beyond the stored columns.
 template <class P>
 static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typename P::Step* out) {
+    row = stored_row(x, row);
     const i64 left = x.cols > k ? x.cols - k : 0, inside = left < length ? left : length;
     const auto plain = [&](auto* data) {
         read_plain<P>(data + (inside ? row * x.row_stride + k * x.col_stride : 0), x.col_stride, inside, length, out);
@@ -76,18 +79,19 @@ template <class P, class T>
 static inline void turn_side_by_side(const Operand& x, const T* from, i64 row, i64 count, i64 k, i64 length, typename P::Step* out,
                                      i64 width) {
     constexpr i64 ahead = 16;  // columns: each is a short piece of its line, which no hardware prefetcher foresees
+    const auto line = [&](i64 col) { return from + (x.col_index ? x.col_index[col] : col) * x.col_stride + row; };
     T zeros[16] = {}, run[P::values][16];
     for (i64 s = 0; s < length / P::values; ++s) {
         const i64 col = k + s * P::values;
         for (i64 v = 0; v < P::values && col + v + ahead < x.cols; ++v) {
-            const T* next = from + (col + v + ahead) * x.col_stride + row;
+            const T* next = line(col + v + ahead);
             for (i64 g = 0; g < count; g += 64 / static_cast<i64>(sizeof(T))) __builtin_prefetch(next + g, 0, 2);
         }
         for (i64 g = 0; g < count; g += 16) {
             const i64 inside = x.rows - row - g < 16 ? x.rows - row - g : 16;
             const T* at[P::values];
             for (i64 v = 0; v < P::values; ++v) {
-                at[v] = col + v < x.cols ? from + (col + v) * x.col_stride + row + g : zeros;
+                at[v] = col + v < x.cols ? line(col + v) + g : zeros;
                 if (col + v < x.cols && inside < 16) {
                     for (i64 i = 0; i < 16; ++i) run[v][i] = i < inside ? at[v][i] : T{};
                     at[v] = run[v];
@@ -137,8 +141,8 @@ static inline void turn_blocks(const Operand& x, i64 row, i64 count, i64 k, i64 
 
 template <class P>
 static inline bool side_by_side(const Operand& x) {
-    if (x.scales) return x.row_stride == 1;
-    return x.row_stride == 1 && x.col_stride != 1 && (P::values == 1 || x.kind == Kind::bf16 || x.kind == Kind::fp8);
+    if (x.row_index || x.row_stride != 1) return false;
+    return x.scales || (x.col_stride != 1 && (P::values == 1 || x.kind == Kind::bf16 || x.kind == Kind::fp8));
 }
 
 template <class P>
@@ -176,6 +180,7 @@ __attribute__((always_inline)) static inline void prefetch_row(const Operand& x,
     if (row >= x.rows || k >= x.cols || (x.kind < Kind::nvfp4 && x.col_stride != 1)) return;
     const char* base = static_cast<const char*>(x.data);
     const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind >= Kind::fp8 ? 4 : 8;  // of a byte
+    row = stored_row(x, row);
     const char* from = base + (row * x.row_stride + k) * quarters / 4;
     for (i64 i = 0; i < length * quarters / 4; i += 64) __builtin_prefetch(from + i, 0, 2);
     if (x.scales) __builtin_prefetch(x.scales + (row * x.row_stride + k) / (x.kind == Kind::nvfp4 ? 16 : 32), 0, 2);

@@ -15,6 +15,8 @@ struct Operand {
     // In values. Blocks of nvfp4 and mxfp8 lie along the columns, rows whole blocks apart; or, where the row stride is 1, along the
     // rows, which are then as many as stored.
     i64 row_stride, col_stride;
+    const i64* row_index = nullptr;  // [rows]: which stored row each row is; null: itself
+    const i64* col_index = nullptr;  // [cols]: alike; of plain operands whose rows lie side by side and whose columns do not
 };
 
 struct MatmulParams {

@@ -9,11 +9,13 @@
 // the transposition of 8 by 4 words, and meets every bank once.
 // Where tiles do not fill the device, the blocks share out the (tile, step) pairs evenly, each a run of them; sums of a tile's
 // parts go to `partial`, and a second kernel adds them in the order of k: the same bits on every run.
+// Of large groups each block has a tile of one, whole (parts.cuh), on a grid of slots and tiles of rows.
 // A step of 256 rows and 128 tokens takes the tensor cores 2,048 clocks; loads are 50 KB of L2 traffic in them. SASS
-// instructions a weight in the loop: 4.6 with 256 rows, 5.9 with 128, where the tensor cores' time has room for 8.
+// instructions a weight in the loop: 4.7 with 256 rows, 5.9 with 128, where the tensor cores' time has room for 8.
 #pragma once
 #include "arch/ptx_sm90.cuh"
 #include "epilogue.cuh"
+#include "parts.cuh"
 
 #if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -32,12 +34,12 @@ struct Tile {
     static_assert(stages == 4 && bytes % 1024 == 0 && row_stride * tokens * 4 <= stages * bytes, "");
 };
 
-// How blocks share the work. Tiles of the same rows of the weight follow one another.
+// How blocks share the work. Tiles of the same rows of the weight follow one another. Of groups: the blocks of a slot.
 struct Work {
     i64 steps, token_tiles, units, blocks;
 
     __device__ __forceinline__ Work(const WeightOnlyLaunch& p, int rows)
-        : steps(p.length / step), token_tiles((p.tokens + tokens - 1) / tokens),
+        : steps(p.length / step), token_tiles(p.offsets ? 1 : (p.tokens + tokens - 1) / tokens),
           units(steps * token_tiles * ((p.rows + rows - 1) / rows)), blocks(p.splits) {}
     __device__ __forceinline__ i64 begin(i64 block) const { return units * block / blocks; }
     __device__ __forceinline__ i64 block_of(i64 unit) const { return ((unit + 1) * blocks - 1) / units; }
@@ -57,9 +59,10 @@ struct Source {
     int halves_left;  // of x, 64 columns each, that reach to the lane's word
     u32 x_to;
 
-    __device__ __forceinline__ Source(const WeightOnlyLaunch& p, i64 first_slab, i64 first_token, i64 k) {
+    __device__ __forceinline__ Source(const WeightOnlyLaunch& p, const Part& part, i64 first_slab, i64 first_token, i64 k) {
         const int thread = static_cast<int>(threadIdx.x), word = lane_index(), warp = warp_index();
-        const i64 left = (p.rows + 15) / 16 - first_slab, slab_steps = p.length / step;
+        const i64 all = (p.rows + 15) / 16, left = all - first_slab, slab_steps = p.length / step;
+        first_slab += part.group * all;
         slabs_left = static_cast<int>(left < T::slabs_of_all ? left : T::slabs_of_all);
         scale_slabs_left = thread < T::slabs_of_all * scale_chunks ? slabs_left - thread / scale_chunks : 0;
         slabs_left -= thread / slab_chunks;
@@ -69,8 +72,9 @@ struct Source {
                  ((first_slab + thread / scale_chunks) * slab_steps + k) * slab_scales + thread % scale_chunks * 16;
         slabs_stride = slabs_apart * slab_steps * slab_codes;
         rows_stride = p.x_stride * (2 * rows_apart);
-        row = x = static_cast<const unsigned char*>(p.x) + (first_token + warp) * p.x_stride * 2 + k * (2 * row_bytes) + word * 4;
-        tokens_left = static_cast<int>(p.tokens - first_token < tokens ? p.tokens - first_token : tokens) - warp;
+        row = x = static_cast<const unsigned char*>(p.x) + (part.first + first_token + warp) * p.x_stride * 2 +
+                  k * (2 * row_bytes) + word * 4;
+        tokens_left = static_cast<int>(part.count - first_token < tokens ? part.count - first_token : tokens) - warp;
         halves_left = static_cast<int>((p.cols - 2 * word + 63) / 64 - 2 * k);
         // words 8 q + n of 64 k, the q-th of chunk n; chunks change places by the row's number
         x_to = static_cast<u32>(warp * row_bytes + (((word & 7) ^ warp) << 4) + word / 8 * 4);
@@ -209,21 +213,24 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     using T = Tile<slabs>;
     NVFP4_DYNAMIC_SHARED(memory);
     unsigned char* const ring = memory + (-shared_address(memory) & 1023u);
+    const Part part = find_part<tokens, block_threads>(p, blockIdx.x);
+    if (part.count == 0) return;
     const Work work(p, T::rows);
-    const i64 block = blockIdx.x;
+    const i64 block = blockIdx.y;
     for (i64 unit = work.begin(block), end = work.begin(block + 1); unit < end;) {
         const i64 tile = unit / work.steps, from = unit % work.steps;
         const i64 to = from + end - unit < work.steps ? from + end - unit : work.steps;
         const i64 first_row = tile / work.token_tiles * T::rows, first_token = tile % work.token_tiles * tokens;
-        multiply_run<slabs>(Source<slabs>(p, first_row / 16, first_token, from), to - from, ring);
+        multiply_run<slabs>(Source<slabs>(p, part, first_row / 16, first_token, from), to - from, ring);
         const bool whole = to - from == work.steps;
         float* const partial = p.partial + work.place(block, tile) * T::values;
-        const float g = scale_of(p);
+        const float g = scale_of(p, part.group);
         for_quads<slabs>(static_cast<int>(threadIdx.x), block_threads, [&](int i, int row, int token) {
+            if (first_token + token >= part.count) return;
             const float4 v = *reinterpret_cast<const float4*>(ring + (token * T::row_stride + row) * 4);
             if (whole) {
-                finish4(p, g, first_row + row, first_token + token, v);
-            } else if (first_token + token < p.tokens) {
+                finish4(p, g, first_row + row, part.first + first_token + token, v);
+            } else {
                 reinterpret_cast<float4*>(partial)[i] = v;
             }
         });

@@ -1,13 +1,11 @@
 """The experts' two matrices over tokens sorted by expert: a linear layer each, all of them in one product.
 
 As in autograd/linear, but that each expert's weight and its part of the column forms have global scales of their own, and the
-tokens' row form one. Where the experts gather the tokens themselves, that form is made once a token, before the gather, and
-its codes are copied; the column form is made after it, since a token's copies must not share noise there. Backward keeps
-codes alone of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the squared ReLU,
-which is taken again. The host reads nothing back.
+tokens' row form one. Where the experts gather the tokens themselves, the products do it as they read them, plain or as the row
+form, which is made once a token; the column form is made of gathered rows, since a token's copies must not share noise there.
+Backward keeps codes alone of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the
+squared ReLU, which is taken again. The host reads nothing back.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +38,7 @@ def experts(
 
     up: [experts, width, in]. down: [experts, in, width].
     groups: int64 [experts + 1] on x's device, expert e having the rows groups[e] to groups[e + 1] of x [rows, in]; or a
-        Routing, x then being the tokens [tokens, in], which are gathered here as nk.permute does it, at less memory.
+        Routing, x then being the tokens [tokens, in], which are read as nk.permute gathers them, but not copied.
     weights: float [rows], put before the second matrix as training does, or None. recipes, noises, forms: of up and down.
     Returns [rows, in] of x's dtype, sorted by expert; differentiable in x, up, down and weights. Nothing is read back to
     the host. Raises TypeError or ValueError naming the argument.
@@ -102,7 +100,7 @@ class _ExpertLinear(torch.autograd.Function):
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
         ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
-        return grouped_matmul(x_row, w_row, offsets, x.dtype)  # [rows, out]
+        return grouped_matmul(x_row, w_row, offsets, x.dtype, _tokens(order, inverse))  # [rows, out]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -114,16 +112,15 @@ class _ExpertLinear(torch.autograd.Function):
         col = None if x_col is None else recipe.wgrad_dy
         dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            if not recipe.dgrad_w:
-                w_col = (w_col if recipe.quantized else w_col.to(dy.dtype)).transpose(1, 2)
-            dx = grouped_matmul(dy_row, w_col, offsets, dy.dtype)  # dy [rows, out] @ w_col [experts, in, out].T
+            # dy [rows, out] @ w_col [experts, in, out].T
+            dx = grouped_matmul(dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, dy.dtype)
             dx = dx if order is None else sum_slots(dx, order, inverse)
             if ctx.squared:
                 dx, dweights = torch.ops.nvfp4.relu2_backward(dx, x, weights)
         if x_col is not None:
-            if not recipe.wgrad_x:
-                x_col = (x_col if order is None else gather(x_col, order, inverse)).t()
-            dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype)  # dy_col [out, rows] @ x_col [in, rows].T
+            # dy_col [out, rows] @ x_col [in, rows].T
+            x_col, tokens = (x_col, None) if recipe.wgrad_x else (x_col.t(), _tokens(order, inverse))
+            dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype, tokens)
         advance(ctx.noise, recipe)
         return dx, dw, None if weights is None else dweights, *[None] * 8
 
@@ -131,15 +128,16 @@ class _ExpertLinear(torch.autograd.Function):
 def _forms_of_x(
     x, offsets, order, inverse, recipe, noise, wanted
 ) -> tuple[Quantized | Tensor, Columns | Tensor | None]:
-    """The row form of the rows; of what wgrad needs the column form, or x itself where it is in high precision."""
+    """The row form of x, gathered by nobody yet; of what wgrad needs the column form of the rows, or x itself where it is in
+    high precision."""
     col = recipe.wgrad_x if wanted else None  # wanted: the weight's gradient
     if order is None:
         x_row, x_col = _quantized(x, offsets, recipe.fprop_x, col, noise)
         return x_row, x_col if col else x if wanted else None
-    rows = None if recipe.fprop_x and not col else gather(x, order, inverse)
-    x_row = rows if not recipe.fprop_x else _gathered(quantize_pair(x, recipe.fprop_x, None, noise)[0], order, inverse)
+    x_row = quantize_pair(x, recipe.fprop_x, None, noise)[0] if recipe.fprop_x else x
     if not col:
         return x_row, x if wanted else None
+    rows = gather(x, order, inverse)
     return x_row, quantize_groups(rows, offsets, None, col, later(noise, draws(recipe.fprop_x)))[1]
 
 
@@ -148,11 +146,15 @@ def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns
     return quantize_groups(x, offsets, row, col, noise) if row or col else (x, x.t())
 
 
-def _gathered(x: Quantized, order: Tensor, inverse: Tensor) -> Quantized:
-    """The rows of a quantized x by their codes."""
-    token = torch.div(order, inverse.shape[1], rounding_mode="floor")
-    codes, scales = (part.view(torch.uint8).index_select(0, token).view(part.dtype) for part in (x.codes, x.scales))
-    return replace(x, codes=codes, scales=scales, shape=(len(order), x.shape[1]))
+def _tokens(order: Tensor | None, inverse: Tensor | None) -> Tensor | None:
+    """The token of each row, where x is the tokens."""
+    return None if order is None else torch.div(order, inverse.shape[1], rounding_mode="floor")
+
+
+def _columns_of_w(w_col: Stack | Tensor, recipe: LinearRecipe, dtype: torch.dtype) -> Stack | Tensor:
+    if recipe.dgrad_w:
+        return w_col
+    return (w_col if recipe.quantized else w_col.to(dtype)).transpose(1, 2)
 
 
 def _forms_of_w(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None, dtype: torch.dtype) -> Forms:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul, unpacked
 from nvfp4_kernels.ops.matmul.op import matmul
 
 
@@ -32,13 +32,13 @@ def weight_only_experts(x: Tensor, weight: Stack, offsets: Tensor) -> Tensor:
 class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, offsets):
-        ctx.weight, ctx.offsets = weight, offsets
+        ctx.weight, ctx.offsets, ctx.cols = weight, offsets, x.shape[1]
         return grouped_matmul(x, weight, offsets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return grouped_matmul(dy, ctx.weight.mT, ctx.offsets), None, None
+        return grouped_matmul(dy, unpacked(ctx.weight, ctx.cols).mT, ctx.offsets), None, None
 
 
 class _WeightOnly(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """A model into the folder of a checkpoint: written beside it, fsynced, then put in its place."""
 
+import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -8,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nvfp4_kernels.checkpoint import names
 from nvfp4_kernels.checkpoint.files import Item, safetensors, sync_folder, write
@@ -18,7 +20,7 @@ from nvfp4_kernels.checkpoint.snapshot import MANIFEST, UNFINISHED
 from nvfp4_kernels.checkpoint.source import COMPANIONS, INDEX, SINGLE, CheckpointError
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], Tensor]
 LAYOUTS = ("published", "transformers", "modelopt")
 SHARD_BYTES = 5e9  # of a shard at most, where nobody says
 REPLACED = ("config.json", "hf_quant_config.json", INDEX, SINGLE, "model-*-of-*.safetensors")
@@ -29,13 +31,27 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
 
 
+def described(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict, in which what is held packed is without values: unpacked all at once it would be in memory twice."""
+    with contextlib.ExitStack() as stack:
+        for layer in quantized_layers(model).values():
+            if isinstance(layer, NVFP4Weight):
+                stack.enter_context(layer.without_values())
+        return model.state_dict()
+
+
+def _value(model: nn.Module, tensors: dict[str, Tensor], name: str) -> Tensor:
+    owner, _, part = name.rpartition(".")
+    return getattr(model.get_submodule(owner), part) if tensors[name].is_meta else tensors[name]
+
+
 def items(model: nn.Module, layout: str, dtype: torch.dtype | None, read: Read | None = None) -> Iterator[Item]:
     """Every tensor under its name in `layout`, in the model's order. dtype: of all but bits, scales and the routers' bias.
 
     read: gives the values by the names of the state_dict, one after the other, for a model on the meta device.
     """
-    layers, tensors = quantized_layers(model), model.state_dict()
-    read = read or tensors.__getitem__
+    layers, tensors = quantized_layers(model), described(model)
+    read = read or functools.lru_cache(1)(functools.partial(_value, model, tensors))  # each expert asks for all
     for name, tensor in tensors.items():
         where, _ = names.place(name)
         tied = model.config.tie_word_embeddings and name == "lm_head.weight"
@@ -81,7 +97,7 @@ def account(model: nn.Module) -> tuple[dict, dict]:
             algorithm = "NVFP4"
         for e in range(layer.experts) if layer.experts else [None]:
             algorithms[names.published_module(module, "published", e)] = algorithm
-    for name, tensor in model.state_dict().items():
+    for name, tensor in described(model).items():
         where, _ = names.place(name)
         if where.module in layers or where.part != "weight" or tensor.dim() < 2:
             continue

@@ -114,6 +114,8 @@ def _call(op: str, refuses, device: str) -> list:
         return [x, x, x.new_ones(32), 1e-5, 32, False]
     if op == "selective_scan":
         return [tokens, heads, A, shared, shared, None, None, None, None, True, 0.0, math.inf, 16]
+    if op == "conv_scan":
+        return [x[None].repeat(1, 1, 3), heads, x.new_ones(96, 4), None, A, *[None] * 5, 1, 32, 0.0, math.inf, 16]
     if op == "state_update":
         row = [t[:, :1] for t in (tokens, heads, shared)]
         state = x.new_ones(1, 2, 16, 32)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvfp4_kernels.autograd.mixer import mixer
 from nvfp4_kernels.compat.packing import boundaries, first_of_rows
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._gate import gate
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
@@ -128,11 +128,10 @@ def mamba_split_conv1d_scan_combined(
     first, z, xBC, dt = zxbcdt.split(widths, -1)
     bounds = None if seq_idx is None else boundaries(seq_idx)
     silu = "silu" if activation in ("silu", "swish") else activation
-    lean = rmsnorm_weight is not None and not norm_before_gate and D.dim() == 1 and silu == "silu"
-    if lean and initial_states is None and not return_final_states:
-        y = mixer(
-            z, xBC, dt, conv1d_weight, conv1d_bias, A, D, dt_bias, rmsnorm_weight, bounds,
-            ngroups, shared // ngroups, dt_limit, chunk_size, rmsnorm_eps,
+    if silu == "silu" and initial_states is None and not return_final_states:
+        y, *_ = conv_scan(
+            xBC, dt, conv1d_weight, conv1d_bias, A, D, dt_bias, ngroups, shared // ngroups, dt_limit, cu_seqlens=bounds,
+            chunk_size=chunk_size,
         )  # fmt: skip
         states = None
     else:
@@ -143,11 +142,11 @@ def mamba_split_conv1d_scan_combined(
             x.unflatten(-1, (heads, head_dim)), dt, A, B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1)),
             chunk_size, D, None, dt_bias, initial_states, seq_idx, None, True, dt_limit, True, state_dtype=state_dtype,
         )  # fmt: skip
-        y = y.flatten(-2)
-        if rmsnorm_weight is None:
-            y = gate(y, z)
-        else:
-            y = gated_rms_norm(y, z, rmsnorm_weight, rmsnorm_eps, inner // ngroups, norm_before_gate)
+    y = y.flatten(-2)
+    if rmsnorm_weight is None:
+        y = gate(y, z)
+    else:
+        y = gated_rms_norm(y, z, rmsnorm_weight, rmsnorm_eps, inner // ngroups, norm_before_gate)
     if mlp:
         gates, values = first.chunk(2, -1)
         y = torch.cat([gate(values, gates), y], -1)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 class Stack(NamedTuple):
-    """One matrix [rows, cols] for each group: plain values, NVFP4 or FP8 with a global scale for each matrix, or MXFP8."""
+    """One matrix [rows, cols] for each group: plain values, NVFP4 or FP8 with a global scale for each matrix, or MXFP8.
+
+    NVFP4 may be packed, in the layout of formats/packed.py: int32 values [groups, rows / 16, ceil128(cols) / 64, 32, 4] and
+    scales [groups, rows / 16, ceil128(cols) / 128, 32].
+    """
 
     values: Tensor  # float, FP8 [groups, rows, cols]; codes uint8 [.., ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
     scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
@@ -16,16 +20,20 @@ class Stack(NamedTuple):
     turned: bool = False  # NVFP4, MXFP8: the matrices are the transposes of what values and scales say
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """(groups, rows, cols), the padding of codes included."""
-        *lead, width = self.values.shape
-        shape = *lead, width * (2 if self.values.dtype == torch.uint8 else 1)
-        return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
+    def mT(self) -> "Stack":  # noqa: N802, as torch calls it
+        """The transposes, nothing moved; not of packed matrices. What was padding of rows is rows of zeros."""
+        return self._replace(values=self.values.mT) if self.scales is None else self._replace(turned=not self.turned)
 
     @property
-    def mT(self) -> "Stack":  # noqa: N802, as torch calls it
-        """The transposes, nothing moved; what was padding of rows is rows of zeros."""
-        return self._replace(values=self.values.mT) if self.scales is None else self._replace(turned=not self.turned)
+    def packed(self) -> bool:
+        return self.scales is not None and self.values.dtype == torch.int32
+
+    @property
+    def rows(self) -> int:
+        """Of a matrix; of a transpose as many as there are values in a stored row, padding included."""
+        if self.turned:
+            return self.values.shape[-1] * (2 if self.values.dtype == torch.uint8 else 1)
+        return self.values.shape[1] * 16 if self.packed else self.values.shape[-2]
 
 
 class Columns(NamedTuple):

@@ -38,7 +38,87 @@ def _ue5m3(code: int) -> int:
     return (4 - shift << 3) + ((code << shift) & 7)
 
 
-PACKED_SCALE = [_ue5m3(code) for code in range(127)]
+LARGEST = 126  # of the codes of block scales: 127 is NaN, larger ones are negative
+PACKED_SCALE = [_ue5m3(code) for code in range(LARGEST + 1)]
+AT_ONCE = 1 << 26  # values of a weight: packing takes a few times their bytes beside them
+
+
+def pack(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [..., rows, ceil16(cols) / 2] and scales, of a matrix or a stack of them, in the layout above."""
+    lead, length = (*codes.shape[:-2], codes.shape[-2] // SLAB), ceil_to(2 * codes.shape[-1], STEP)
+    words = codes.new_empty(*lead, length // TILE, 32, 4, dtype=torch.int32)
+    scale_words = codes.new_empty(*lead, length // STEP, 32, dtype=torch.int32)
+    given = codes.flatten(0, -2).split(_rows_at_once(length)), scales.flatten(0, -2).split(_rows_at_once(length))
+    made = (x.flatten(0, len(lead) - 1).split(_rows_at_once(length) // SLAB) for x in (words, scale_words))
+    for some_codes, some_scales, some_words, some_scale_words in zip(*given, *made, strict=True):
+        some_words.copy_(_pack_codes(some_codes, length))
+        some_scale_words.copy_(_pack_scales(some_scales, length))
+    return words, scale_words
+
+
+def unpack(words: Tensor, scale_words: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """The codes and scales that `pack` was given, of matrices of `cols` columns."""
+    lead, used, length = (*words.shape[:-4], words.shape[-4] * SLAB), ceil_to(cols, 16), words.shape[-3] * TILE
+    codes = words.new_empty(*lead, used // 2, dtype=torch.uint8)
+    scales = words.new_empty(*lead, used // 16, dtype=torch.uint8)
+    given = (x.flatten(0, len(lead) - 1).split(_rows_at_once(length) // SLAB) for x in (words, scale_words))
+    made = codes.flatten(0, -2).split(_rows_at_once(length)), scales.flatten(0, -2).split(_rows_at_once(length))
+    for some_words, some_scale_words, some_codes, some_scales in zip(*given, *made, strict=True):
+        some_codes.copy_(_unpack_codes(some_words)[:, : used // 2])
+        some_scales.copy_(_unpack_scales(some_scale_words)[:, : used // 16])
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def _rows_at_once(length: int) -> int:
+    return max(1, AT_ONCE // max(length, 1) // SLAB) * SLAB
+
+
+def _pack_codes(codes: Tensor, length: int) -> Tensor:
+    slabs = codes.shape[0] // SLAB
+    codes = torch.nn.functional.pad(codes, (0, length // 2 - codes.shape[1]))
+    # [slab, h, g, tile, q, s, j, byte of two codes]
+    parts = codes.view(slabs, 2, 8, length // TILE, 4, 4, 2)
+    words = torch.zeros(slabs, length // TILE, 8, 4, 4, dtype=torch.int32, device=codes.device)
+    for pair in range(4):
+        taken = parts[:, pair % 2, :, :, :, :, pair // 2].permute(0, 2, 1, 3, 4).to(torch.int32)
+        for high in range(2):
+            for bit in range(4):
+                words |= ((taken >> (4 * high + bit)) & 1) << _place(pair, high, bit)
+    return words.view(slabs, length // TILE, 32, 4)
+
+
+def _pack_scales(scales: Tensor, length: int) -> Tensor:
+    slabs, table = scales.shape[0] // SLAB, torch.tensor(PACKED_SCALE, dtype=torch.int32, device=scales.device)
+    blocks = torch.nn.functional.pad(table[scales.view(torch.uint8).int()], (0, length // 16 - scales.shape[1]))
+    blocks = blocks.view(slabs, 2, 8, length // STEP, 2, 4)  # [slab, h, g, step, t, q]
+    words = sum(blocks[:, h, :, :, t].permute(0, 2, 1, 3) << 8 * (2 * h + t) for h in range(2) for t in range(2))
+    return words.to(torch.int32).reshape(slabs, length // STEP, 32)
+
+
+def _unpack_codes(words: Tensor) -> Tensor:
+    slabs, tiles = words.shape[:2]
+    words = words.view(slabs, tiles, 8, 4, 4)
+    parts = torch.zeros(slabs, 2, 8, tiles, 4, 4, 2, dtype=torch.uint8, device=words.device)
+    for pair in range(4):
+        byte = sum(
+            ((words >> _place(pair, high, bit)) & 1) << (4 * high + bit) for high in range(2) for bit in range(4)
+        )
+        parts[:, pair % 2, :, :, :, :, pair // 2] = byte.permute(0, 2, 1, 3, 4).to(torch.uint8)
+    return parts.view(slabs * SLAB, tiles * TILE // 2)
+
+
+def _unpack_scales(words: Tensor) -> Tensor:
+    slabs, steps = words.shape[:2]
+    table = torch.zeros(256, dtype=torch.uint8, device=words.device)
+    table[torch.tensor(PACKED_SCALE, device=words.device)] = torch.arange(
+        LARGEST + 1, dtype=torch.uint8, device=words.device
+    )
+    blocks = torch.zeros(slabs, 2, 8, steps, 2, 4, dtype=torch.int32, device=words.device)
+    for h in range(2):
+        for t in range(2):
+            byte = (words.view(slabs, steps, 8, 4) >> 8 * (2 * h + t)) & 0xFF
+            blocks[:, h, :, :, t] = byte.permute(0, 2, 1, 3)
+    return table[blocks.view(slabs * SLAB, steps * 8).long()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,59 +139,16 @@ class PackedNVFP4Tensor(QuantizedTensor):
     @classmethod
     def pack(cls, w: NVFP4Tensor) -> "PackedNVFP4Tensor":
         """Raises ValueError for other than two dimensions, rows that are no multiple of 16, a scale that is negative or NaN."""
-        rows = w.shape[0]
-        if len(w.shape) != 2 or rows % SLAB:
+        if len(w.shape) != 2 or w.shape[0] % SLAB:
             raise ValueError(f"w: got shape {list(w.shape)}; allowed: [rows, cols], rows a multiple of {SLAB}")
-        scales = w.scales.view(torch.uint8)
-        if (scales > 126).any():
+        if (w.scales.view(torch.uint8) > LARGEST).any():
             raise ValueError("w: got a block scale that is negative or NaN; allowed: scales of 0 and above")
-        slabs, length = rows // SLAB, ceil_to(w.shape[1], STEP)
-        codes = torch.nn.functional.pad(w.codes, (0, length // 2 - w.codes.shape[1]))
-        # [slab, h, g, tile, q, s, j, byte of two codes]
-        parts = codes.view(slabs, 2, 8, length // TILE, 4, 4, 2)
-        words = torch.zeros(slabs, length // TILE, 8, 4, 4, dtype=torch.int32, device=codes.device)
-        for pair in range(4):
-            taken = parts[:, pair % 2, :, :, :, :, pair // 2].permute(0, 2, 1, 3, 4).to(torch.int32)
-            for high in range(2):
-                for bit in range(4):
-                    words |= ((taken >> (4 * high + bit)) & 1) << _place(pair, high, bit)
-        packed_scale = torch.tensor(PACKED_SCALE, dtype=torch.int32, device=codes.device)
-        blocks = torch.nn.functional.pad(packed_scale[scales.int()], (0, length // 16 - scales.shape[1]))
-        blocks = blocks.view(slabs, 2, 8, length // STEP, 2, 4)  # [slab, h, g, step, t, q]
-        scale_words = sum(
-            blocks[:, h, :, :, t].permute(0, 2, 1, 3) << 8 * (2 * h + t) for h in range(2) for t in range(2)
-        )
-        return cls(
-            words.view(slabs, length // TILE, 32, 4),
-            scale_words.to(torch.int32).reshape(slabs, length // STEP, 32),
-            w.global_scale,
-            w.shape,
-            w.hadamard,
-        )
+        return cls(*pack(w.codes, w.scales), w.global_scale, w.shape, w.hadamard)
 
     def unpack(self) -> NVFP4Tensor:
         """The weight as it was before `pack`."""
-        slabs, tiles = self.codes.shape[:2]
-        words = self.codes.view(slabs, tiles, 8, 4, 4)
-        parts = torch.zeros(slabs, 2, 8, tiles, 4, 4, 2, dtype=torch.uint8, device=words.device)
-        for pair in range(4):
-            byte = sum(
-                ((words >> _place(pair, high, bit)) & 1) << (4 * high + bit) for high in range(2) for bit in range(4)
-            )
-            parts[:, pair % 2, :, :, :, :, pair // 2] = byte.permute(0, 2, 1, 3, 4).to(torch.uint8)
-        plain_scale = torch.zeros(256, dtype=torch.uint8, device=words.device)
-        plain_scale[torch.tensor(PACKED_SCALE, device=words.device)] = torch.arange(
-            127, dtype=torch.uint8, device=words.device
-        )
-        blocks = torch.zeros(slabs, 2, 8, tiles // 2, 2, 4, dtype=torch.int32, device=words.device)
-        for h in range(2):
-            for t in range(2):
-                byte = (self.scales.view(slabs, tiles // 2, 8, 4) >> 8 * (2 * h + t)) & 0xFF
-                blocks[:, h, :, :, t] = byte.permute(0, 2, 1, 3)
-        rows, used = slabs * SLAB, ceil_to(self.shape[1], 16)
-        codes = parts.view(rows, tiles * TILE // 2)[:, : used // 2].contiguous()
-        scales = plain_scale[blocks.view(rows, tiles * 4).long()][:, : used // 16].contiguous()
-        return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), self.global_scale, self.shape, self.hadamard)
+        codes, scales = unpack(self.codes, self.scales, self.shape[1])
+        return NVFP4Tensor(codes, scales, self.global_scale, self.shape, self.hadamard)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.unpack().dequantize(dtype)

@@ -16,7 +16,6 @@ from nvfp4_kernels.nn.attention import Attention, attend, attend_seen
 from nvfp4_kernels.nn.mamba2 import Mamba2
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
-from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
 
 # Keys are allocated and attended to in pages. torch's attention on the CPU sums over blocks of 512 keys: where all of them are
@@ -181,26 +180,14 @@ class MambaSlots:
     def mix(self, projected: Tensor, mixer: Mamba2) -> Tensor:
         step = self.pool.step
         if isinstance(step, Prefill):
-            return mixer.mix(projected, self._convolve, self._scan)
+            before = self.conv[step.indices], self.ssm[step.indices].float()
+            y, self.conv[step.indices], after = mixer.scan(projected, *before, step.cu_seqlens)
+            self.ssm[step.indices] = after.to(self.ssm.dtype)
+            return y
         if step.keep:
             self._before = self.conv[step.indices], self.ssm[step.indices]
             self._tokens = projected, mixer
         return self._advance(projected, mixer, step.indices, step.noise)
-
-    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        step = self.pool.step
-        y, last = causal_conv1d(xBC, weight, bias, "silu", self.conv[step.indices], True, step.cu_seqlens)
-        self.conv[step.indices] = last
-        return y
-
-    def _scan(self, *tokens: Tensor, **options) -> Tensor:
-        step = self.pool.step
-        before = self.ssm[step.indices].float()
-        y, after = selective_scan(
-            *tokens, **options, initial_state=before, return_state=True, cu_seqlens=step.cu_seqlens
-        )
-        self.ssm[step.indices] = after.to(self.ssm.dtype)
-        return y
 
     def _advance(self, projected: Tensor, mixer: Mamba2, indices: Tensor, noise: Tensor | None) -> Tensor:
         if noise is None:

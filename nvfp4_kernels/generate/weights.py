@@ -68,7 +68,7 @@ def serving(model: nn.Module) -> nn.Module:
     """
     dtype = model.config.dtype
     for module in model.modules():
-        if isinstance(module, NVFP4Weight):
+        if isinstance(module, QuantizedExperts) or isinstance(module, NVFP4Weight) and module.experts is None:
             module.pack(dtype)
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared by the copy
     table = model.backbone.embeddings.weight
@@ -106,7 +106,9 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
             _matrices(quantize_experts(weight, recipe, noise)[0], weight.shape) if recipe.quantized else weight
         )
     if all(_kept(stack[0]) for stack in stacks):
-        return QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
+        made = QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
+        made.pack(dtype)
+        return made
     ups, downs = (
         _plain(stack, dtype)
         if isinstance(stack, Tensor)

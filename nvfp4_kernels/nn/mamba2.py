@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nvfp4_kernels.autograd.mixer import mixer
 from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
-from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
-from nvfp4_kernels.ops.selective_scan.op import selective_scan
 
 
 @dataclass
@@ -27,14 +25,7 @@ class Mamba2State:
         """What comes between the projections, for the next tokens of each row; the state is brought up to date in place."""
         if projected.shape[1] == 1:
             return mixer_step(projected, self.conv, self.ssm, *mixer.step_arguments())
-        return mixer.mix(projected, self._convolve, self._scan)
-
-    def _convolve(self, xBC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y, self.conv = causal_conv1d(xBC, weight, bias, "silu", self.conv, True)
-        return y
-
-    def _scan(self, *tokens: Tensor, **options) -> Tensor:
-        y, self.ssm = selective_scan(*tokens, **options, initial_state=self.ssm, return_state=True)
+        y, self.conv, self.ssm = mixer.scan(projected, self.conv, self.ssm)
         return y
 
 
@@ -89,14 +80,22 @@ class Mamba2(nn.Module):
         documents.
         """
         projected = self.in_proj(x)
-        if state is not None:
-            return self.out_proj(state.mix(projected, self))
-        z, xBC, dt = projected.split(self.split, -1)
-        y = mixer(
-            z, xBC, dt, self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log), self.D, self.dt_bias,
-            self.norm.weight, cu_seqlens, self.groups, self.state, self.dt_limit, self.chunk_size, self.norm.eps,
-        )  # fmt: skip
+        y = self.scan(projected, cu_seqlens=cu_seqlens)[0] if state is None else state.mix(projected, self)
         return self.out_proj(y)
+
+    def scan(
+        self,
+        projected: Tensor,
+        conv_state: Tensor | None = None,
+        ssm_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes between the projections, from the states before the tokens; and the states after them, as conv_scan."""
+        z, xBC, dt = projected.split(self.split, -1)
+        weights = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log), self.D, self.dt_bias
+        states = conv_state, ssm_state, cu_seqlens
+        y, *after = conv_scan(xBC, dt, *weights, self.groups, self.state, self.dt_limit, *states, self.chunk_size)
+        return self.norm(y.flatten(-2), z), *after
 
     def mix(self, projected: Tensor, convolve: Callable, scan: Callable) -> Tensor:
         """Convolution, scan and norm with a state that the two functions keep.

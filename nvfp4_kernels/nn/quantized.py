@@ -6,6 +6,9 @@ activations / (6 * 448), for FP8 / 448) is kept for others: here activations sta
 Gradients pass through to the inputs.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +16,10 @@ from torch import Tensor, nn
 from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.groups import Stack
-from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops.matmul._packed import packed
+from nvfp4_kernels.ops.matmul._packed import packed_parts
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing
 
@@ -89,13 +92,13 @@ class QuantizedWeight(nn.Module):
 class NVFP4Weight(QuantizedWeight):
     """weight: uint8 [out, in / 2], weight_scale: E4M3 [out, in / 16], weight_scale_2: fp32 [], the global scale.
 
-    One matrix may be held packed instead, in the layout that the CUDA kernels read (`pack`). Then the buffers packed_codes and
+    They may be held packed instead, in the layout that the CUDA kernels read (`pack`). Then the buffers packed_codes and
     packed_scales stand in the place of weight and weight_scale, which the state_dict goes on to have, unpacked, and which
     `weight` and `weight_scale` give, unpacked anew each time.
     """
 
     BLOCK = 16
-    FORMS = dict(weight="codes", weight_scale="scales")  # as a tensor's parts are called
+    FORMS = "weight", "weight_scale"  # what is packed
 
     @classmethod
     def from_tensors(
@@ -118,46 +121,60 @@ class NVFP4Weight(QuantizedWeight):
         return "packed_codes" in self._buffers
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Hold one matrix packed, not twice, where the kernels for activations of `dtype` read it so; else nothing happens."""
-        if self.is_packed or self.experts is not None or (form := packed(self.tensor(), dtype)) is None:
+        """Hold the weight packed, not twice, where the kernels for activations of `dtype` read it so; else nothing happens."""
+        if self.is_packed or (parts := packed_parts(self.weight, self.weight_scale, dtype)) is None:
             return
         del self.weight, self.weight_scale
-        self.register_buffer("packed_codes", form.codes, persistent=False)
-        self.register_buffer("packed_scales", form.scales, persistent=False)
+        for name, part in zip(("packed_codes", "packed_scales"), parts, strict=True):
+            self.register_buffer(name, part, persistent=False)
 
     def unpack(self) -> None:
-        """Hold the matrix as a checkpoint does; the same bytes as before `pack`."""
+        """Hold the weight as a checkpoint does; the same bytes as before `pack`."""
         if self.is_packed:
-            self._buffers = self._plain_buffers()
+            self._buffers = self._with(self._unpacked())
             self._non_persistent_buffers_set -= {"packed_codes", "packed_scales"}
 
-    def _plain_buffers(self) -> dict[str, Tensor | None]:
-        form = self.tensor().unpack()
-        parts = {name: getattr(form, part) for name, part in self.FORMS.items()}
-        return parts | {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
+    @contextlib.contextmanager
+    def without_values(self) -> Iterator[None]:
+        """While it lasts, what is packed is there as a checkpoint has it, but on the meta device, where it takes no memory."""
+        held = self._buffers
+        if self.is_packed:
+            forms, lead = self._forms(), self.packed_codes.shape[:-4]
+            parts = [(forms[name][0], (*lead, *forms[name][1])) for name in self.FORMS]
+            self._buffers = self._with(torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in parts)
+        try:
+            yield
+        finally:
+            self._buffers = held
+
+    def _unpacked(self) -> tuple[Tensor, Tensor]:
+        return unpack(self.packed_codes, self.packed_scales, self.in_features)
+
+    def _with(self, parts: Iterable[Tensor]) -> dict[str, Tensor | None]:
+        """The buffers with these in the place of the packed ones."""
+        rest = {name: part for name, part in self._buffers.items() if not name.startswith("packed_")}
+        return dict(zip(self.FORMS, parts, strict=True)) | rest
 
     def tensor(self, expert: int | None = None) -> NVFP4Tensor | PackedNVFP4Tensor:
         """The weight as nk.matmul takes it."""
-        if self.is_packed:
-            shape = torch.Size((self.out_features, self.in_features))
-            return PackedNVFP4Tensor(self.packed_codes, self.packed_scales, self.weight_scale_2, shape)
-        codes, scales, global_scale = (
-            self._part(t, expert) for t in (self.weight, self.weight_scale, self.weight_scale_2)
-        )
-        return NVFP4Tensor(codes, scales, global_scale, (self.out_features, self.in_features))
+        kind = PackedNVFP4Tensor if self.is_packed else NVFP4Tensor
+        parts = (self._part(part, expert) for part in self.stack()[:3])
+        return kind(*parts, torch.Size((self.out_features, self.in_features)))
 
     def stack(self) -> Stack:
         """All experts' weights as nk.grouped_matmul takes them."""
+        if self.is_packed:
+            return Stack(self.packed_codes, self.packed_scales, self.weight_scale_2)
         return Stack(self.weight, self.weight_scale, self.weight_scale_2)
 
     def __getattr__(self, name: str):
         if name in self.FORMS and "packed_codes" in self.__dict__.get("_buffers", {}):
-            return getattr(self.tensor().unpack(), self.FORMS[name])
+            return self._unpacked()[self.FORMS.index(name)]
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         held = self._buffers
-        self._buffers = self._plain_buffers() if self.is_packed else held
+        self._buffers = self._with(self._unpacked()) if self.is_packed else held
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -234,6 +251,15 @@ class QuantizedExperts(nn.Module):
         """As nn.moe.Experts."""
         rows, offsets = sorted_rows(x, groups)
         return self.down_proj(relu2(self.up_proj(rows, offsets), weights), offsets)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """As NVFP4Weight.pack, of both or neither: nk.expert_mlp reads them alike."""
+        parts = [part for part in (self.up_proj, self.down_proj) if isinstance(part, NVFP4Weight)]
+        for part in parts:
+            part.pack(dtype)
+        if not all(part.is_packed for part in parts):
+            for part in parts:
+                part.unpack()
 
     def stacks(self) -> tuple[Stack, Stack]:
         """Both as nk.expert_mlp takes them."""

@@ -22,6 +22,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "permute": ("native", "triton", "reference"),
     "causal_conv1d": ("native", "triton", "reference"),
     "selective_scan": ("native", "triton", "reference"),
+    "conv_scan": ("native", "triton", "reference"),
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "mixer_step": ("native", "reference"),

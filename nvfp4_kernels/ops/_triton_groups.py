@@ -8,6 +8,14 @@ from nvfp4_kernels.ops._triton import jit, tl
 
 
 @jit
+def picked(index_ptr, place, end, count):
+    """Which row each place reads of `count` ones: `count`, which is none, from place `end` on and where the index is out of
+    range."""
+    row = tl.load(index_ptr + place, place < end, count)
+    return tl.where(row < 0, count, row)
+
+
+@jit
 def find(offsets_ptr, groups, rows, place, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """(group, where its rows begin and end, first row of the tile) of the place-th tile of rows; beyond the last, `groups`.
 

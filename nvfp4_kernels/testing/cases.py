@@ -1,58 +1,33 @@
 """The calls that every backend must answer as the reference does: shapes, inputs, and by how much it may differ."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._dispatch import backend
-from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
-from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
-from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
 from nvfp4_kernels.ops.router_logits.op import router_logits
-from nvfp4_kernels.ops.selective_scan.op import selective_scan
-from nvfp4_kernels.ops.state_update.op import state_update
-
-Inputs = dict[str, object]
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. make(): inputs on the CPU, the same each time. run(**inputs): the outputs, by name.
-
-    tolerance: the largest relative L2 error of an output against the reference backend's; None: bit for bit.
-    """
-
-    op: str
-    name: str
-    make: Callable[[], Inputs]
-    run: Callable[..., dict[str, Tensor | QuantizedTensor]]
-    tolerance: float | None = None
+from nvfp4_kernels.testing import mamba_cases
+from nvfp4_kernels.testing.case import BF16, FP16, FP32, Case, Inputs, drawn, with_gradients
 
 
 def cases(op: str) -> list[Case]:
     """The cases of one op, small ones first. Raises KeyError for an op without cases."""
     return list(_MAKERS[op]())
-
-
-def drawn(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """Normal values, the same on every machine."""
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def _quantize() -> Iterator[Case]:
@@ -133,6 +108,9 @@ def _matmul() -> Iterator[Case]:
             return {"y": matmul(a, b, FP32), "y + bias": matmul(a, b, FP32, bias=bias), "accumulated": added}
 
         yield Case("matmul", f"{title}, {m}x{n}x{k}", make, run, 1e-5)
+        if a_spec is None:
+            run_packed = lambda a, b, **rest: run(a, PackedNVFP4Tensor.pack(b), **rest)  # noqa: E731
+            yield Case("matmul", f"{title} packed, {m}x{n}x{k}", make, run_packed, 1e-5)
 
 
 def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
@@ -140,6 +118,10 @@ def _stack(groups: int, rows: int, cols: int, seed: int) -> dict[str, Tensor]:
     forms = [_on_cpu(drawn(rows, cols, seed=seed + g), QuantSpec("16x16")) for g in range(groups)]
     parts = {part: torch.stack([getattr(f, part) for f in forms]) for part in ("codes", "scales", "global_scale")}
     return parts | {"scales": parts["scales"].view(torch.uint8)}
+
+
+def _packed(codes: Tensor, scales: Tensor, global_scale: Tensor) -> Stack:
+    return Stack(*pack(codes, scales), global_scale)
 
 
 def _grouped_matmul() -> Iterator[Case]:
@@ -163,7 +145,11 @@ def _grouped_matmul() -> Iterator[Case]:
                 "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
             }
 
+        def run_packed(x, dy, w, offsets, **stack) -> dict:
+            return {"y": grouped_matmul(x, _packed(**stack), offsets, FP32)}
+
         yield Case("grouped_matmul", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+        yield Case("grouped_matmul", f"{sizes} rows, {n}x{k} packed", make, run_packed, 1e-5)
 
 
 def _expert_mlp() -> Iterator[Case]:
@@ -179,7 +165,17 @@ def _expert_mlp() -> Iterator[Case]:
                 "y": expert_mlp(x, Routing(**routing), up, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale))
             }
 
-        yield Case("expert_mlp", f"{tokens} tokens, {top_k} of {experts}, {size}x{width}", make, run, 1e-2)
+        def make_packed(make=make, experts=experts, size=size, width=width) -> Inputs:
+            up = _stack(experts, width, size, 1)
+            return {name: x for name, x in make().items() if name != "up"} | {f"up_{part}": up[part] for part in up}
+
+        def run_packed(x, up_codes, up_scales, up_global_scale, codes, scales, global_scale, **routing) -> dict:
+            up, down = _packed(up_codes, up_scales, up_global_scale), _packed(codes, scales, global_scale)
+            return {"y": expert_mlp(x, Routing(**routing), up, down)}
+
+        title = f"{tokens} tokens, {top_k} of {experts}, {size}x{width}"
+        yield Case("expert_mlp", title, make, run, 1e-2)
+        yield Case("expert_mlp", f"{title} packed", make_packed, run_packed, 1e-2)
 
 
 def _route() -> Iterator[Case]:
@@ -209,7 +205,7 @@ def _router_logits() -> Iterator[Case]:
 
         title = f"{str(dtype)[6:]} {tokens}x{hidden}, {experts} experts"
         tolerance = 2e-5 if dtype == FP32 else 1e-2
-        yield Case("router_logits", title, make, partial(_with_gradients, router_logits, "x", "weight"), tolerance)
+        yield Case("router_logits", title, make, partial(with_gradients, router_logits, "x", "weight"), tolerance)
 
 
 def _permute() -> Iterator[Case]:
@@ -235,111 +231,7 @@ def _relu2() -> Iterator[Case]:
             x, weights = drawn(17, 80, dtype=dtype), drawn(17, seed=1).abs()
             return {"x": x, "weights": weights, "dy": drawn(17, 80, dtype=dtype, seed=2)}
 
-        yield Case("relu2", f"{str(dtype)[6:]} 17x80", make, partial(_with_gradients, relu2, "x", "weights"), tolerance)
-
-
-def _with_gradients(op: Callable, *names: str, dy: Tensor, **given) -> dict:
-    """y and the gradients of the named inputs."""
-    leaves = {name: given[name].detach().requires_grad_() for name in names if given[name] is not None}
-    with torch.enable_grad():
-        y = op(**given | leaves)
-        gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
-
-
-def _causal_conv1d() -> Iterator[Case]:
-    for dtype, (batch, length, channels), width, tolerance in (
-        (FP32, (2, 17, 48), 4, 2e-5),
-        (BF16, (1, 130, 320), 4, 1e-2),
-        (FP32, (1, 1, 16), 2, 2e-5),
-    ):
-
-        def make(dtype=dtype, batch=batch, length=length, channels=channels, width=width) -> Inputs:
-            x, dy = (drawn(batch, length, channels, dtype=dtype, seed=seed) for seed in (0, 1))
-            return {"x": x, "weight": drawn(channels, width, seed=2), "bias": drawn(channels, seed=3), "dy": dy}
-
-        run = partial(_with_gradients, causal_conv1d, "x", "weight", "bias")
-        yield Case("causal_conv1d", f"{str(dtype)[6:]} {batch}x{length}x{channels}", make, run, tolerance)
-
-
-def _gated_rms_norm() -> Iterator[Case]:
-    for dtype, (rows, channels, group), before, tolerance in (
-        (FP32, (17, 48, 48), False, 2e-5),
-        (FP32, (17, 160, 80), True, 2e-5),
-        (BF16, (130, 1024, 256), False, 1e-2),
-    ):
-
-        def make(dtype=dtype, rows=rows, channels=channels) -> Inputs:
-            x, z, dy = (drawn(rows, channels, dtype=dtype, seed=seed) for seed in range(3))
-            return {"x": x, "z": z, "weight": drawn(channels, seed=3), "dy": dy}
-
-        op = partial(gated_rms_norm, group_size=group, norm_before_gate=before)
-        run = partial(_with_gradients, op, "x", "z", "weight")
-        yield Case("gated_rms_norm", f"{str(dtype)[6:]} {rows}x{channels}, groups of {group}", make, run, tolerance)
-
-
-def _scan_inputs(batch: int, length: int, heads: int, head_dim: int, groups: int, state: int, dtype) -> Inputs:
-    x, z, dy = (drawn(batch, length, heads, head_dim, dtype=dtype, seed=seed) for seed in range(3))
-    B, C = (drawn(batch, length, groups, state, dtype=dtype, seed=seed) for seed in (3, 4))
-    dt, A = drawn(batch, length, heads, dtype=dtype, seed=5), -drawn(heads, seed=6).exp()
-    more = {"D": drawn(heads, seed=7), "dt_bias": drawn(heads, seed=8)}
-    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "z": z, "dy": dy} | more
-
-
-def _selective_scan() -> Iterator[Case]:
-    for dtype, sizes, tolerance in (
-        (FP32, (2, 17, 4, 16, 2, 16), 2e-5),
-        (FP32, (1, 200, 2, 80, 1, 64), 2e-5),
-        (BF16, (1, 300, 8, 64, 2, 128), 2e-2),
-    ):
-        make = partial(_scan_inputs, *sizes, dtype)
-        run = partial(_with_gradients, selective_scan, "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
-        name = "{}x{}, {} heads of {}, {} groups, state {}".format(*sizes)
-        yield Case("selective_scan", f"{str(dtype)[6:]} {name}", make, run, tolerance)
-
-
-def _state_update() -> Iterator[Case]:
-    for dtype, stochastic, tolerance in ((FP32, False, 1e-5), (BF16, False, 1e-2), (FP16, True, 2e-3)):
-
-        def make(dtype=dtype, stochastic=stochastic) -> Inputs:
-            inputs = _scan_inputs(3, 2, 4, 64, 2, 128, FP32)
-            del inputs["dy"]
-            noise = torch.tensor([99, 3]) if stochastic else None
-            slots = torch.tensor([4, -1, 0])
-            return inputs | {"state": drawn(5, 4, 64, 128, dtype=dtype, seed=9), "indices": slots, "noise": noise}
-
-        def run(state, **given) -> dict:
-            state = state.clone()
-            return {"y": state_update(state, **given), "state": state}
-
-        name = f"{str(dtype)[6:]} state{', stochastic' if stochastic else ''}, slots, 2 tokens"
-        yield Case("state_update", name, make, run, tolerance)
-
-
-def _mixer_step() -> Iterator[Case]:
-    for dtype, tokens, tolerance in ((FP32, 1, 2e-5), (BF16, 2, 1e-2)):
-
-        def make(dtype=dtype, tokens=tokens) -> Inputs:
-            heads, groups, head_dim, state, slots = 4, 2, 64, 128, 5
-            inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
-            per_head = {name: drawn(heads, seed=seed) for seed, name in enumerate(("D", "dt_bias"), 3)}
-            return per_head | {
-                "projected": drawn(3, tokens, inner + channels + heads, dtype=dtype),
-                "windows": drawn(slots, channels, 3, dtype=dtype, seed=1),
-                "states": drawn(slots, heads, head_dim, state, seed=2),
-                "conv_weight": drawn(channels, 4, scale=0.5, seed=5),
-                "conv_bias": drawn(channels, seed=6),
-                "A": -drawn(heads, seed=7).abs(),
-                "norm_weight": drawn(inner, seed=8),
-                "groups": groups,
-                "indices": torch.tensor([4, -1, 0]),
-            }
-
-        def run(windows, states, **given) -> dict:
-            windows, states = windows.clone(), states.clone()
-            return {"y": mixer_step(windows=windows, states=states, **given), "windows": windows, "states": states}
-
-        yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
+        yield Case("relu2", f"{str(dtype)[6:]} 17x80", make, partial(with_gradients, relu2, "x", "weights"), tolerance)
 
 
 def _on_cpu(x: Tensor, spec: QuantSpec = QuantSpec()) -> QuantizedTensor:  # noqa: B008
@@ -359,9 +251,5 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "router_logits": _router_logits,
     "permute": _permute,
     "relu2": _relu2,
-    "causal_conv1d": _causal_conv1d,
-    "gated_rms_norm": _gated_rms_norm,
-    "selective_scan": _selective_scan,
-    "state_update": _state_update,
-    "mixer_step": _mixer_step,
+    **mamba_cases.MAKERS,
 }

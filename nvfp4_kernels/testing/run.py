@@ -11,7 +11,8 @@ import torch
 
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops import _dispatch
-from nvfp4_kernels.testing.cases import Case, cases
+from nvfp4_kernels.testing.case import Case
+from nvfp4_kernels.testing.cases import cases
 from nvfp4_kernels.testing.compare import difference
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats import packed as formats
 from nvfp4_kernels.formats.packed import PACKED_SCALE
 from tests.oracles.nvfp4_brute import GRID, POSITIVE
 
@@ -24,6 +25,20 @@ def test_the_same_bytes_back(rows, cols):
     assert back.shape == w.shape and torch.equal(back.codes, w.codes)
     assert torch.equal(back.scales.view(torch.uint8), w.scales.view(torch.uint8))
     assert packed.nbytes <= (cols + 127) // 128 * 128 * rows * 9 // 16 + 4
+
+
+@pytest.mark.parametrize("at_once", [1, 5000, 1 << 26])
+def test_a_stack_is_its_matrices_packed(monkeypatch, at_once):
+    """However many rows are packed at once."""
+    monkeypatch.setattr(formats, "AT_ONCE", at_once)
+    matrices = [random_weight(48, 176) for _ in range(3)]
+    codes, scales = (torch.stack([getattr(w, part) for w in matrices]) for part in ("codes", "scales"))
+    words, scale_words = formats.pack(codes, scales)
+    for e, w in enumerate(matrices):
+        packed = nk.PackedNVFP4Tensor.pack(w)
+        assert torch.equal(words[e], packed.codes) and torch.equal(scale_words[e], packed.scales)
+    back = formats.unpack(words, scale_words, 176)
+    assert torch.equal(back[0], codes) and torch.equal(back[1].view(torch.uint8), scales.view(torch.uint8))
 
 
 def bf16(bits: int) -> float:

@@ -178,21 +178,25 @@ void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized, bool t
     }
 }
 
-void divided_sums(const Longs& offsets, i64 m, i64 n) {
+// Of x's columns in order, or of those that an index names.
+void divided_sums(const Longs& offsets, i64 m, i64 n, bool gathered) {
     const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
     const Floats dy = numbers(rows * m), x = numbers(rows * n);
     const std::vector<u16> a = halves(dy), b = halves(x);
+    Longs index(count(rows));
+    for (i64 r = 0; r < rows; ++r) index[count(r)] = gathered ? static_cast<i64>(draw()) % rows : r;
     std::vector<double> exact(count(groups * m * n));
     for (i64 e = 0; e < groups; ++e) {
         for (i64 r = offsets[count(e)]; r < offsets[count(e + 1)]; ++r) {
-            for (i64 i = 0; i < m * n; ++i) exact[count(e * m * n + i)] += dy[count(r * m + i / n)] * x[count(r * n + i % n)];
+            const float* line = x.data() + index[count(r)] * n;
+            for (i64 i = 0; i < m * n; ++i) exact[count(e * m * n + i)] += dy[count(r * m + i / n)] * line[i % n];
         }
     }
     for (bool wide : {false, true}) {
         const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(dy.data()) : a.data(), nullptr, nullptr, m,
                            rows, 1, m};
         const Operand right{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(x.data()) : b.data(), nullptr, nullptr, n,
-                            rows, 1, n};
+                            rows, 1, n, nullptr, gathered ? index.data() : nullptr};
         Floats y(exact.size());
         const GroupedMatmulParams p{left, right, offsets.data(), groups, 0, true, y.data(), 0, false, 3};
         expect(grouped(p) == 0, "divided sums status");
@@ -214,14 +218,13 @@ void experts(i64 tokens, i64 num, i64 top_k, i64 size, i64 width) {
         const i64 slot = r.order[count(i / size)];
         exact[count(slot / top_k * size + i % size)] += r.weights[count(slot)] * made[count(i)];
     }
-    Floats rooms[3] = {Floats(count(rows * size)), Floats(count(rows * width)), Floats(count(rows * size))}, y(exact.size());
-    const Operand tokens_in{Kind::fp32, x.data(), nullptr, nullptr, tokens, size, size, 1};
-    const Operand inner{Kind::fp32, rooms[0].data(), nullptr, nullptr, rows, size, size, 1};
-    const Operand middle{Kind::fp32, rooms[1].data(), nullptr, nullptr, rows, width, width, 1};
-    ExpertMlpParams p{tokens_in,
-                      {inner, up.operand(), r.offsets.data(), num, width * size, false, rooms[1].data(), 0, true, 2},
-                      {middle, down.operand(), r.offsets.data(), num, size * width, false, rooms[2].data(), 0, false, 2},
-                      top_k, r.weights.data(), r.inverse.data(), r.order.data(), y.data(), 2};
+    Longs token(count(rows));
+    Floats rooms[2] = {Floats(count(rows * width)), Floats(count(rows * size))}, y(exact.size());
+    const Operand inner{Kind::fp32, x.data(), nullptr, nullptr, rows, size, size, 1, token.data()};
+    const Operand middle{Kind::fp32, rooms[0].data(), nullptr, nullptr, rows, width, width, 1};
+    ExpertMlpParams p{{inner, up.operand(), r.offsets.data(), num, width * size, false, rooms[0].data(), 0, true, 2},
+                      {middle, down.operand(), r.offsets.data(), num, size * width, false, rooms[1].data(), 0, false, 2},
+                      top_k, token.data(), r.weights.data(), r.inverse.data(), r.order.data(), y.data(), 2};
     expect(NVFP4_CALL_BF16(expert_mlp, p) == 0, "expert_mlp status");
     expect(near(y, exact, 2e-6), "expert_mlp", size, width);
     const Longs beyond(count(rows), rows);
@@ -278,7 +281,10 @@ void experts_everywhere() {
             if (quantized) grouped_products({0, 5, 5, 22, 23}, 80, 33, true, true);
             if (quantized) grouped_products({0, 0, 70, 70}, 48, 1856, true, true);
         }
-        divided_sums({0, 5, 5, 22, 23}, 48, 33), divided_sums({0, 140, 140}, 5, 70), divided_sums({0, 0}, 3, 3);
+        for (bool gathered : {false, true}) {
+            divided_sums({0, 5, 5, 22, 23}, 48, 33, gathered), divided_sums({0, 140, 140}, 5, 70, gathered);
+            divided_sums({0, 0}, 3, 3, gathered);
+        }
         experts(17, 8, 3, 48, 80), experts(1, 4, 2, 80, 16), experts(0, 4, 2, 16, 16), experts(70, 3, 3, 32, 48);
         squares(1, 1), squares(17, 48), squares(3, 130), squares(0, 4), squares(4, 0);
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.route.op import Routing, route
 from tests.ops.test_grouped_matmul import drawn, error, stack
@@ -87,8 +88,10 @@ def test_run_to_run_and_threads(backend):
 def test_registered_op_is_sound():
     routing, x, up, down = routed(5, 4, 2), drawn(5, 16), drawn(4, 8, 16), drawn(4, 16, 8)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
-    arguments = (x, *slots, up, None, None, down, None, None)
-    torch.library.opcheck(torch.ops.nvfp4.expert_mlp, arguments, test_utils=("test_schema", "test_faketensor"))
+    packed = [(*pack(*s[:2]), s.global_scales) for s in (stack(4, 32, 16), stack(4, 16, 32))]
+    for stacks in ((up, None, None, down, None, None), packed[0] + packed[1]):
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.nvfp4.expert_mlp, (x, *slots, *stacks), test_utils=checks)
 
 
 def test_errors_name_the_argument():

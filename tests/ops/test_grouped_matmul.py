@@ -5,6 +5,7 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from tests.oracles.experts_brute import decode, grouped, grouped_sums
 
@@ -22,6 +23,9 @@ SHAPES = [(48, 64), (1856, 48), (48, 1856), (17, 16), (33, 80)]  # of each matri
 
 def drawn(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype)
+
+
+PACKED = torch.zeros(2, 1, 2, 32, 4, dtype=torch.int32), torch.zeros(2, 1, 1, 32, dtype=torch.int32)
 
 
 def offsets(sizes):
@@ -119,16 +123,43 @@ def test_mixed_types_and_strides(on):
                 assert error(y, grouped(a.double(), b.double(), sizes)) < 1e-6
 
 
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gathered_rows(on, load, dtype):
+    """Of plain and quantized weights, and where the sums are divided: the bits of a product after a gather, for any strides; a
+    token that no row reads may hold anything."""
+    sizes = LOADS[load]
+    for tokens, k in ((1, 33), (30, 80)):
+        rows = torch.randint(0, tokens, (sum(sizes),))
+        plain, quantized = drawn(len(sizes), 33, k, dtype=dtype), stack(len(sizes), 33, 80)
+        dy = drawn(sum(sizes), 49, dtype=dtype)
+        for view in (lambda w: w, lambda w: w[::2, ::2], lambda w: w.t()):
+            x = view(drawn(2 * k, 2 * k, dtype=dtype))[:tokens, :k]
+            x[[t for t in range(tokens) if t not in rows]] = float("nan")
+            gathered = torch.stack([x[t] for t in rows.tolist()]) if len(rows) else x[:0]
+            calls = [(x, gathered, plain, grouped(gathered.double(), plain.double(), sizes))]
+            if k == 80:
+                calls += [(x, gathered, quantized, grouped(gathered.double(), decode(*quantized[:3]), sizes))]
+            calls += [(dy.t(), dy.t(), None, grouped_sums(dy.t().double(), gathered.t().double(), sizes))]
+            for a, ordered, b, truth in calls:
+                y = grouped_matmul(a, x.t() if b is None else b, offsets(sizes), torch.float32, rows)
+                assert y.shape == truth.shape and error(y, truth) < 1e-6
+                b = gathered.t() if b is None else b
+                assert torch.equal(y, grouped_matmul(ordered, b, offsets(sizes), torch.float32))
+
+
 def test_threads_change_nothing(on):
     sizes, before = [70, 0, 3, 200, 12, 15], torch.get_num_threads()
     quantized, dy = stack(6, 170, 512), drawn(300, 64, dtype=torch.bfloat16)
     plain, a = drawn(6, 170, 512, dtype=torch.bfloat16), drawn(300, 512, dtype=torch.bfloat16)
+    rows = torch.randint(0, 300, (300,))
     results = []
     try:
         for threads in (1, 2, 3, 7, 2):
             torch.set_num_threads(threads)
             calls = (a, quantized), (a, plain), (dy.t(), a.t())
             results.append([grouped_matmul(*operands, offsets(sizes)) for operands in calls])
+            results[-1] += [grouped_matmul(*operands, offsets(sizes), rows=rows) for operands in calls]
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -172,10 +203,16 @@ def test_registered_op_is_sound():
     a, b, o = drawn(9, 32), stack(3, 5, 32), offsets([4, 0, 5])
     parts = b.values, b.scales.view(torch.uint8), b.global_scales
     checks, nothing = ("test_schema", "test_faketensor"), [None] * 3
-    torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, (a, *nothing, *parts, None, o, "bfloat16"), test_utils=checks)
+    w = stack(3, 16, 32)
+    for b_parts in (parts, (*pack(*w[:2]), w.global_scales)):
+        arguments = (a, *nothing, *b_parts, None, o, None, "bfloat16")
+        torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, arguments, test_utils=checks)
     torch.library.opcheck(
-        torch.ops.nvfp4.grouped_matmul, (a.t(), *nothing, a.t(), *nothing, o, "float32"), test_utils=checks
+        torch.ops.nvfp4.grouped_matmul, (a.t(), *nothing, a.t(), *nothing, o, None, "float32"), test_utils=checks
     )
+    x, rows = drawn(4, 32), torch.tensor([3, 3, 0, 1, 3, 2, 0, 0, 3])
+    for operands in ((x, *nothing, *parts, None), (a.t(), *nothing, x.t(), *nothing)):
+        torch.library.opcheck(torch.ops.nvfp4.grouped_matmul, (*operands, o, rows, "float32"), test_utils=checks)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +225,17 @@ def test_registered_op_is_sound():
         (dict(offsets=torch.tensor([0, 3])), ValueError, "offsets: got 2 numbers; allowed: 3"),
         (dict(offsets=torch.tensor([0, 2, 4])), ValueError, "offsets: got .* ascending numbers from 0 to 3"),
         (dict(offsets=torch.tensor([0, 4, 3])), ValueError, "offsets: got"),
+        (dict(offsets=torch.tensor(0)), ValueError, r"offsets: got shape \[\]; allowed: one dimension"),
+        (dict(offsets=torch.zeros(0, dtype=torch.int64)), ValueError, r"offsets: got no numbers; allowed: \[groups \+ 1\]"),
+        (dict(rows=torch.zeros(3, dtype=torch.int32)), TypeError, "rows: got torch.int32; allowed: int64"),
+        (dict(rows=torch.zeros(3, 1, dtype=torch.int64)), ValueError, r"rows: got shape \[3, 1\]; allowed: one dimension"),
+        (dict(rows=torch.zeros(6, dtype=torch.int64)[::2]), ValueError, r"rows: got strides \(2,\)"),
+        (dict(rows=torch.tensor([0, 3, 1])), ValueError, "rows: got 0 to 3; allowed: 0 to 2"),
+        (dict(rows=torch.tensor([0, -1, 1])), ValueError, "rows: got -1 to 1; allowed: 0 to 2"),
+        (dict(rows=torch.tensor([0, 1])), ValueError, "offsets: got .* ascending numbers from 0 to 2"),
+        (dict(b=torch.zeros(5, 4), rows=torch.tensor([0, 4])), ValueError, "a and b: got K = 16 and K = 2"),
+        (dict(b=torch.zeros(5, 4), a=torch.zeros(3, 2), rows=torch.tensor([0, 4])), ValueError, "rows: got 0 to 4"),
+        (dict(b=torch.zeros(5, 4), a=torch.zeros(3, 2), rows=torch.tensor([0, 3])), ValueError, "offsets: got .* from 0 to 2"),
         (dict(b=Stack(torch.zeros(2, 5, 8))), ValueError, "a and b"),
         (dict(b=Stack(torch.zeros(2, 5, 8), torch.zeros(2, 5, 1), torch.zeros(2))), ValueError, "b: got codes torch.float32"),
         (
@@ -195,6 +243,12 @@ def test_registered_op_is_sound():
             ValueError, "b: got scales",
         ),
         (dict(b=torch.zeros(2, 5, 16, requires_grad=True)), RuntimeError, "b: got a tensor that requires grad"),
+        (dict(b=Stack(PACKED[0], PACKED[1], None)), ValueError, "b: got scales None; allowed: torch.float32"),
+        (dict(b=Stack(PACKED[0], PACKED[1][:1], torch.ones(2))), ValueError, "b: got scales .* beside packed values"),
+        (dict(b=Stack(PACKED[0][:, :, :1], PACKED[1], torch.ones(2))), ValueError, "b: got packed values"),
+        (dict(b=Stack(PACKED[0].expand(2, 3, 2, 32, 4), PACKED[1].repeat(1, 3, 1, 1), torch.ones(2))),
+         ValueError, "b: got packed parts with strides"),
+        (dict(a=torch.zeros(3, 144), b=Stack(*PACKED, torch.ones(2))), ValueError, "a and b: got K = 144 and K = 128"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(change, error_type, message):

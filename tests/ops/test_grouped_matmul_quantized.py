@@ -1,5 +1,7 @@
 """grouped_matmul of quantized operands against loops in fp64 over the very values that they decode to, for every load."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -135,6 +137,49 @@ def test_divided_sums(serving, load, kinds):
         assert not any(y[e].any() for e, size in enumerate(sizes) if size == 0)
 
 
+def picked(form, rows):
+    """The rows of a quantized matrix, or of a plain one."""
+    if isinstance(form, torch.Tensor):
+        return form[rows]
+    parts = (part.view(torch.uint8)[rows].view(part.dtype) for part in (form.codes, form.scales))
+    codes, scales = parts
+    return dataclasses.replace(form, codes=codes, scales=scales, shape=(len(rows), form.shape[1]))
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("kind", ["plain", "nvfp4", "mxfp8"])
+def test_gathered_rows(serving, load, kind):
+    """Of a in each format, and of the plain b of divided sums beside it: the bits of a product after a gather."""
+    sizes, (n, k) = LOADS[load], (33, 80)
+    rows = torch.randint(0, 7, (sum(sizes),))
+    (a, a_values), (b, b_values) = rows_of(kind, 7, k, torch.bfloat16), stack_of(kind, len(sizes), n, k, torch.bfloat16)
+    y = serving(a, b, offsets(sizes), torch.float32, rows)
+    assert error(y, grouped(a_values[rows], b_values, sizes)) < LIMIT
+    assert torch.equal(y, serving(picked(a, rows), b, offsets(sizes), torch.float32))
+    (dy, dy_values), x = columns_of(kind, drawn(sum(sizes), n).bfloat16(), sizes), drawn(7, 40).bfloat16()
+    y = serving(dy, x.t(), offsets(sizes), torch.float32, rows)
+    parts = [x[rows[span]].double().t() for _, span in groups_of(sizes)]
+    assert error(y, torch.stack([v[:, : p.shape[1]] @ p.t() for v, p in zip(dy_values, parts, strict=True)])) < LIMIT
+    assert torch.equal(y, serving(dy, x[rows].t(), offsets(sizes), torch.float32))
+
+
+@pytest.mark.skipif(_triton.triton is None or not _triton.INTERPRETED, reason="Triton is not interpreted")
+@pytest.mark.parametrize("kind", ["plain", "nvfp4"])
+def test_rows_out_of_range_read_zeros_where_nobody_can_say_so(kind):
+    """Called beneath the check on the CPU."""
+    from nvfp4_kernels.ops.grouped_matmul import triton
+
+    rows, inside = torch.tensor([2, -1, 0, 3, 1 << 40, 1]), torch.tensor([[True, False, True, False, False, True]]).t()
+    a, a_values = rows_of(kind, 3, 32, torch.bfloat16)
+    stack = Stack(a, None) if kind == "plain" else Stack(a.codes, a.scales, a.global_scale)
+    w, o = drawn(1, 5, 32).bfloat16(), offsets([6])
+    expected = torch.where(inside, a_values[rows.clamp(0, 2)], 0)
+    assert error(triton.run(stack, Stack(w), o, torch.float32, rows), expected @ w[0].double().t()) < LIMIT
+    x, dy = drawn(3, 8), drawn(6, 5)
+    expected = dy.double().t() @ torch.where(inside, x[rows.clamp(0, 2)], 0).double()
+    assert error(triton.run(Stack(dy.t()), Stack(x.t()), o, torch.float32, rows)[0], expected) < LIMIT
+
+
 @pytest.mark.parametrize("n, k", [(1856, 48), (48, 1856), (17, 16)])
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
 def test_shapes_on_each_instruction_set(isa, kind, n, k):
@@ -206,15 +251,15 @@ def test_registered_op_is_sound():
     parts = [[x.values, x.scales.view(torch.uint8), x.global_scales, x.starts] for x in (a, b)]
     checks = ("test_schema", "test_faketensor")
     op = torch.ops.nvfp4.grouped_matmul
-    torch.library.opcheck(op, (*parts[0], *parts[1], offsets(sizes), "float32"), test_utils=checks)
+    torch.library.opcheck(op, (*parts[0], *parts[1], offsets(sizes), None, "float32"), test_utils=checks)
     rows, stack = rows_of("nvfp4", 9, 32, torch.float32)[0], stack_of("nvfp4", 3, 5, 32)[0]
     parts = [[rows.codes, rows.scales.view(torch.uint8), rows.global_scale, None]]
     parts += [[stack.values, stack.scales.view(torch.uint8), stack.global_scales, None]]
-    torch.library.opcheck(op, (*parts[0], *parts[1], offsets(sizes), "bfloat16"), test_utils=checks)
+    torch.library.opcheck(op, (*parts[0], *parts[1], offsets(sizes), None, "bfloat16"), test_utils=checks)
     plain = [drawn(9, 5), None, None, None]
-    torch.library.opcheck(op, (*plain, *parts[1], offsets(sizes), "float32", True), test_utils=checks)
+    torch.library.opcheck(op, (*plain, *parts[1], offsets(sizes), None, "float32", True), test_utils=checks)
     fp8 = [torch.zeros(3, 8, 5, dtype=torch.uint8), None, torch.ones(3), None]
-    torch.library.opcheck(op, (*plain, *fp8, offsets(sizes), "float32"), test_utils=checks)
+    torch.library.opcheck(op, (*plain, *fp8, offsets(sizes), None, "float32"), test_utils=checks)
 
 
 def good():
@@ -231,6 +276,7 @@ def good():
         (lambda g: dict(a=g["a"]._replace(starts=torch.tensor([0, 16, 48]))), ValueError, "a and b: got starts without room"),
         (lambda g: dict(a=g["a"]._replace(scales=g["a"].scales[:, :1])), ValueError, "a: got scales"),
         (lambda g: dict(b=torch.zeros(2, 8, 5)), ValueError, "a: got Columns with a stack"),
+        (lambda g: dict(b=g["a"], rows=torch.zeros(5, dtype=torch.int64)), ValueError, "b: got a quantized matrix with rows"),
         (lambda g: dict(a=nk.quantize(torch.ones(8, 5))), TypeError, "a: got NVFP4Tensor"),
         (
             lambda g: dict(a=rows_of("rotated", 5, 16, torch.float32)[0], b=stack_of("rotated", 2, 16, 16)[0].mT),

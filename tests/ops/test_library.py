@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import route
@@ -16,11 +17,16 @@ def scan(x):
     return selective_scan(x.unflatten(-1, (2, 4)), torch.zeros(*x.shape[:2], 2), -torch.ones(2), B, B)
 
 
+def convolved_scan(x):
+    return conv_scan(x, x[..., :2], torch.ones(8, 4), None, -torch.ones(2), None, None, groups=1, state=2)[0]
+
+
 OPS = {
     "relu2": relu2,
     "gated_rms_norm": lambda x: gated_rms_norm(x, None, torch.ones(8)),
     "causal_conv1d": lambda x: causal_conv1d(x, torch.ones(8, 4)),
     "selective_scan": scan,
+    "conv_scan": convolved_scan,
     "router_logits": lambda x: router_logits(x[0], torch.ones(5, 8)),
     "route": lambda x: route(x[0], None, 2).weights,
 }

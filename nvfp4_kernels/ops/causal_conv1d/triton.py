@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, refuses_device, tl
+from nvfp4_kernels.ops._triton_logistic import logistic
 
 FORWARD_SPAN = 32  # tokens a program: many short programs balance the load, and 3 in 32 inputs are read twice
 VARYING = ["tokens", "length", "sequences", "spans", "span_tokens"]  # one compiled kernel for all of their values
@@ -127,7 +128,7 @@ def convolve(x, window, weight, bias, WIDTH: tl.constexpr):
 def preactivation_gradient(x, dy, window, weight, bias, WIDTH: tl.constexpr, SILU: tl.constexpr):
     if SILU:
         pre = convolve(x, window, weight, bias, WIDTH)
-        sigmoid = tl.sigmoid(pre)
+        sigmoid = logistic(pre)
         dy = dy * sigmoid * (1.0 + pre * (1.0 - sigmoid))
     return dy
 
@@ -179,7 +180,7 @@ def forward_kernel(
                 x = xs[i].to(tl.float32)
                 y = convolve(x, window, weight, bias, WIDTH)
                 if SILU:
-                    y = y * tl.sigmoid(y)
+                    y = y * logistic(y)
                 store_row(y_ptr, at, channels, channel, only(inside, at < tokens), y)
                 window = window[1:] + (x,)
     else:
@@ -282,22 +283,35 @@ def backward_kernel(
 def run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, states(x, weight, bias, initial_state, cu_seqlens, silu, y)
+
+
+def states(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    y: Tensor | None = None,
+) -> Tensor:
+    """The state after each sequence alone; with y, what `run` gives goes there."""
     (batch, length, channels), rows, width = x.shape, as_rows(x), weight.shape[1]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     state = x.new_empty(sequences, channels, width - 1)
-    spans, size = -(-batch * length // FORWARD_SPAN), block(x, 2)
+    spans, size = 0 if y is None else -(-batch * length // FORWARD_SPAN), block(x, 2)
     launch(
         forward_kernel,
         ((spans + sequences) * -(-channels // size),),
         *(rows, weight.contiguous()),
-        *(rows if t is None else t.contiguous() for t in (bias, _columns(initial_state), cu_seqlens)),
-        *(y, state, rows.stride(0), batch * length, length, channels, sequences, spans),
+        *(rows if t is None else t.contiguous() for t in (bias, columns(initial_state), cu_seqlens)),
+        *(rows if y is None else y, state, rows.stride(0), batch * length, length, channels, sequences, spans),
         **dict(WIDTH=width, SILU=silu, BIASED=bias is not None, INITIAL=initial_state is not None),
         **dict(PACKED=cu_seqlens is not None, SPAN=FORWARD_SPAN, TOGETHER=FORWARD_TOGETHER, BLOCK=size),
         num_warps=2,
     )
-    return y, state
+    return state
 
 
 def backward(
@@ -323,8 +337,8 @@ def backward(
     launch(
         backward_kernel,
         ((spans + (0 if initial_state is None else sequences)) * blocks,),
-        *(dy, rows if dstate is None else _columns(dstate), rows, weight.contiguous()),
-        *(rows if t is None else t.contiguous() for t in (bias, _columns(initial_state), cu_seqlens)),
+        *(dy, rows if dstate is None else columns(dstate), rows, weight.contiguous()),
+        *(rows if t is None else t.contiguous() for t in (bias, columns(initial_state), cu_seqlens)),
         *(dx, rows if dinitial is None else dinitial, partial),
         *(dy.stride(0), rows.stride(0), batch * length, length, channels, sequences, spans, span),
         **dict(WIDTH=width, SILU=silu, BIASED=bias is not None, INITIAL=initial_state is not None),
@@ -335,5 +349,5 @@ def backward(
     return dx, total[:width].t().to(weight.dtype), None if bias is None else total[width].to(bias.dtype), dinitial
 
 
-def _columns(state: Tensor | None) -> Tensor | None:
+def columns(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(1, 2).contiguous()

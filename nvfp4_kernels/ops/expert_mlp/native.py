@@ -1,4 +1,5 @@
-"""One call of csrc/expert_mlp, with room for the rows sorted by expert: x gathered, the hidden values, the outputs."""
+"""One call of csrc/expert_mlp, with room for the rows sorted by expert: their tokens, the hidden values, the outputs; on GPUs
+packed experts."""
 
 import torch
 from torch import Tensor
@@ -6,27 +7,31 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops.expert_mlp import _cuda
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 
 
 def refuses(
     x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
 ) -> str | None:
+    if up.packed or down.packed:
+        return _cuda.refuses(x, weights, offsets, inverse, order, up, down)
     return refuses_float(x) or ("float64" if torch.float64 in (up.values.dtype, down.values.dtype) else None)
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
-    x, weights = x if x.stride(1) == 1 else x.contiguous(), weights.float().contiguous()
-    up, down = readable(up), readable(down)
+    if up.packed:
+        return _cuda.run(x, weights, offsets, inverse, order, up, down)
+    weights, up, down = weights.float().contiguous(), readable(up), readable(down)
     rows, width = inverse.numel(), up.values.shape[1]
-    gathered, hidden = torch.empty(rows, x.shape[1], dtype=x.dtype), torch.empty(rows, width, dtype=x.dtype)
+    token, hidden = torch.empty(rows, dtype=torch.int64), torch.empty(rows, width, dtype=x.dtype)
     made, y = torch.empty(rows, x.shape[1], dtype=torch.float32), torch.empty(x.shape, dtype=x.dtype)
     status = native.expert_mlp(
         (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()),
         *operand(up),
         *operand(down),
         (len(offsets) - 1, inverse.shape[1], *(t.data_ptr() for t in (offsets, inverse, order, weights))),
-        (gathered.data_ptr(), hidden.data_ptr(), made.data_ptr()),
+        (token.data_ptr(), hidden.data_ptr(), made.data_ptr()),
         y.data_ptr(),
         torch.get_num_threads(),
     )

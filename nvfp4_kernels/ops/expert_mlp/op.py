@@ -4,17 +4,27 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.grouped_matmul.op import check_stack, from_parts, plain_parts
+from nvfp4_kernels.ops.grouped_matmul.op import (
+    check_stack,
+    from_parts,
+    length,
+    plain_parts,
+    reads_packed,
+    run_of,
+    unpacked,
+)
 from nvfp4_kernels.ops.route.op import Routing
 
 
 def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
     """y[token] = sum over its choices of weight * down[e] @ relu(up[e] @ x[token])^2, for the expert e of each choice.
 
-    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain, NVFP4 or FP8.
+    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain, NVFP4 or FP8; packed
+        NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
     Returns [tokens, size] of x's dtype. Sums run in fp32; the hidden values are rounded to x's dtype once, after the square.
     No gradients: nk.experts has them. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
@@ -31,18 +41,22 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
         )
         check_stack(name, stack, x.device)
         require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
-        shape = stack.shape
-        size, width = x.shape[1], stacks[0][0].shape[1] if stacks else shape[-2]
+        require(stack.values.dim() > 2, name, f"{stack.values.dim()} dimensions", "3, [experts, out, in]")
+        shape = stack.values.shape[0], stack.rows, length(stack)
+        size, width = x.shape[1], stacks[0].rows if stacks else stack.rows
         wanted = (experts, size, width) if stacks else (experts, width, size)
-        require(shape == wanted, name, f"shape {list(shape)}", f"{list(wanted)}")
-        stacks.append(plain_parts(stack))
+        fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
+        require(fits, name, f"shape {list(shape)}", f"{list(wanted)}")
+        stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
-    return torch.ops.nvfp4.expert_mlp(x, *slots, *stacks[0], *stacks[1])
+    return torch.ops.nvfp4.expert_mlp(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:
-    arguments = (x, weights.detach(), offsets, inverse, order, from_parts(*parts[:3]), from_parts(*parts[3:]))
-    return select("expert_mlp", *arguments).run(*arguments)
+    slots, up, down = (weights.detach(), offsets, inverse, order), from_parts(*parts[:3]), from_parts(*parts[3:])
+    if (up.packed or down.packed) and not reads_packed("expert_mlp", x, *slots, up, down):
+        up, down = unpacked(up, x.shape[1]), unpacked(down, up.rows)
+    return select("expert_mlp", x, *slots, up, down).run(x, *slots, up, down)
 
 
 def _fake(x: Tensor, *arguments) -> Tensor:

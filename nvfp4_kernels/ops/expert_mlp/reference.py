@@ -1,4 +1,4 @@
-"""The parts one after another: gather, product, squared ReLU, product, weighted sum."""
+"""The parts one after another: product of gathered rows, squared ReLU, product, weighted sum."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def refuses(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order:
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
-    rows = permute.run(x, order, inverse)
-    hidden = grouped_matmul.run(Stack(rows), up, offsets, torch.float32).relu_().square_().to(x.dtype)
+    token = order // inverse.shape[1]
+    hidden = grouped_matmul.run(Stack(x), up, offsets, torch.float32, token).relu_().square_().to(x.dtype)
     y = grouped_matmul.run(Stack(hidden), down, offsets, torch.float32)
-    return permute.combine(y, order, inverse, weights).to(x.dtype)
+    return permute.combine(y, order, inverse, weights, x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_logistic import logistic
 
 PIECE = 4096  # channels: 8 a lane at 16 warps. 8192 spill in backward
 LARGEST = 8 * PIECE  # the pieces are unrolled; 16 spill
@@ -40,12 +41,12 @@ def load(ptr, col, group_size):
 
 @jit
 def load_gated(x_ptr, z_ptr, col, group_size, GATED: tl.constexpr):
-    """x, its gate z * sigmoid(z) and the gate's derivative."""
+    """x, its gate z * logistic(z) and the gate's derivative."""
     x = load(x_ptr, col, group_size)
     gate, slope = 1.0, 0.0
     if GATED:
         z = load(z_ptr, col, group_size)
-        sigmoid = tl.sigmoid(z)
+        sigmoid = logistic(z)
         gate = z * sigmoid
         slope = sigmoid * (1.0 + z * (1.0 - sigmoid))
     return x, gate, slope

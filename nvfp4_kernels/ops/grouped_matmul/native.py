@@ -1,4 +1,5 @@
-"""All groups in one call of csrc/grouped_matmul, whose threads share the groups' columns by what they cost."""
+"""All groups in one call of csrc/grouped_matmul, whose threads share the groups' columns by what they cost; on GPUs bf16
+times a packed stack."""
 
 import torch
 from torch import Tensor
@@ -6,27 +7,39 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, FP8, MXFP8, NVFP4, check, native, refuses_device, refuses_float
+from nvfp4_kernels.ops.grouped_matmul import _cuda
 
 
-def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+def refuses(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> str | None:
+    if isinstance(b, Stack) and b.packed:
+        return _cuda.refuses(a, b, offsets, out_dtype, rows)
     why = refuses_float(a.values) if a.scales is None else refuses_device(a.values)
     return why or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
 
 
-def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+def run(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
+    if isinstance(b, Stack) and b.packed:
+        return _cuda.run(a, b, offsets, out_dtype, rows)
     a, b = readable(a), readable(b)
-    left, (right, stride) = operand(a)[0], operand(b)
     sums = b.values.dim() == 2
-    groups = offsets.numel() - 1
-    shape = (groups, len(a.values), len(b.values)) if sums else (len(a.values), b.shape[1])
+    if sums and rows is not None and (b.values.stride(0) != 1 or b.values.stride(1) == 1):
+        b, rows = Stack(b.values.t().index_select(0, rows).t()), None  # the kernel gathers columns that lie apart
+    left, (right, stride) = operand(a)[0], operand(b)
+    groups, count = offsets.numel() - 1, len(a.values) if rows is None else len(rows)
+    shape = (groups, len(a.values), len(b.values)) if sums else (count, b.rows)
     y = torch.empty(shape, dtype=out_dtype)
     starts = tuple(x.starts.data_ptr() if isinstance(x, Columns) else 0 for x in (a, b))
     threads = torch.get_num_threads()
     status = native.grouped_matmul(
-        left, right, stride, starts, offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype], threads
-    )
-    rows = "the number of rows" if starts[0] else f"{a.values.shape[sums]}, the number of rows"
-    require(status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {rows}")
+        left, right, stride, starts, () if rows is None else (count, rows.data_ptr()),
+        offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype], threads,
+    )  # fmt: skip
+    last = "the number of rows" if starts[0] else f"{a.values.shape[1] if sums else count}, the number of rows"
+    require(status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {last}")
     require(
         status != 3, "a and b", "starts without room for the groups' rows", "Columns as nk.quantize_groups makes them"
     )

@@ -5,16 +5,21 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.layout import ceil_to
+from nvfp4_kernels.formats.packed import STEP, TILE, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import FLOATS, float_tensor, no_grad, require, same_device
-from nvfp4_kernels.ops._dispatch import select
+from nvfp4_kernels.ops._dispatch import candidates, implementation, select
 from nvfp4_kernels.ops._library import register
 
 Rows = Tensor | NVFP4Tensor | MXFP8Tensor
 
 
 def grouped_matmul(
-    a: Rows | Columns, b: Tensor | Stack | Columns, offsets: Tensor, out_dtype: torch.dtype | None = None
+    a: Rows | Columns,
+    b: Tensor | Stack | Columns,
+    offsets: Tensor,
+    out_dtype: torch.dtype | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """y = a @ b.T for each group by itself, summed in fp32, rounded once; group e has the rows offsets[e] to offsets[e + 1].
 
@@ -22,13 +27,19 @@ def grouped_matmul(
         default, bf16 where there is none.
     offsets: int64 [groups + 1], ascending from 0, on a's device; nothing of it is read back to the host.
     b a stack [groups, N, K], plain, NVFP4, MXFP8 or FP8: a is [rows, K], plain, NVFP4Tensor or MXFP8Tensor, its rows in the
-        order of the groups; y is [rows, N]. Of a quantized stack's transposes (mT) N is as stored, padding included.
+        order of the groups; y is [rows, N]. Of a quantized stack's transposes (mT) N is as stored, padding included. Packed
+        NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
     b a plain matrix [N, rows] or Columns of N lines: a is [M, rows] or Columns of M lines, and the sum is divided; y is
         [groups, M, N], zero for a group without rows.
+    rows: int64 [rows] on a's device, or None. The rows are gathered as they are read: beside a stack row r is row rows[r] of
+        a, beside a plain matrix [N, tokens] it is column rows[r] of b. The bits are those of a product after a gather. Numbers
+        out of range are an error on the CPU; on a GPU, which would have to report them to the host, they read zeros (beside
+        packed matrices some row of a).
 
     For a layer y = x w^T of each expert: forward grouped_matmul(x, w, o), the gradient of x
-    grouped_matmul(dy, w.mT, o), that of w grouped_matmul(dy.t(), x.t(), o). Operands that went through the Hadamard
-    transform must share its signs. A global scale that is not finite makes its products NaN.
+    grouped_matmul(dy, w.mT, o), that of w grouped_matmul(dy.t(), x.t(), o); with x not sorted by expert the first and the last
+    take rows. Operands that went through the Hadamard transform must share its signs. A global scale that is not finite makes
+    its products NaN.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     signs_a, signs_b = (getattr(x, "hadamard", None) for x in (a, b))
@@ -36,36 +47,41 @@ def grouped_matmul(
     left, right = as_parts(a), as_parts(b)
     require(left.values.dim() == 2, "a", f"{left.values.dim()} dimensions", "2, [rows, K], or [M, rows] where b has 2")
     check_stack("a", left, left.values.device)
-    _check_offsets(offsets, left.values.device)
+    _check_index("offsets", offsets, left.values.device)
+    require(offsets.numel() >= 1, "offsets", "no numbers", "[groups + 1]")
+    if rows is not None:
+        _check_index("rows", rows, left.values.device)
     check_stack("b", right, left.values.device)
-    require(
-        not right.turned or signs_b is None, "b", "transposes of a rotated form", "forms without Hadamard transform"
-    )
+    whole = signs_b is None and not right.packed
+    require(whole or not right.turned, "b", "transposes of a rotated or packed form", "transposes of others")
     plain = [x.values.dtype for x in (left, right) if x.scales is None and x.global_scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
     require(out_dtype in (*FLOATS, torch.float64), "out_dtype", out_dtype, "a floating-point type", TypeError)
     types = {*plain, out_dtype}
     mixed = torch.float64 in types and len(types) > 1
     require(not mixed, "a, b and out_dtype", ", ".join(sorted(map(str, types))), "float64 for all or none", TypeError)
-    groups = offsets.numel() - 1
-    if right.values.dim() == 3:
+    groups, depth = offsets.numel() - 1, length(right)
+    if right.values.dim() > 2:
         require(
             not isinstance(a, Columns), "a", "Columns with a stack of matrices", "Columns beside a matrix or Columns"
         )
         require(right.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(right.values) + 1}")
         k = a.shape[1] if isinstance(a, Rows) else length(left)
-        fits = ceil_to(k, 1 if right.turned else run_of(right)) == length(right)
+        fits = ceil_to(k, 1 if right.turned else run_of(right)) == depth
     else:
         require(isinstance(a, (Tensor, Columns)), "a", type(a).__name__, "a plain matrix or Columns, as b", TypeError)
         for name, x in (("a", a), ("b", b)):
             if isinstance(x, Columns):
                 _check_starts(name, x.starts, offsets)
+        if rows is not None:
+            require(right.scales is None, "b", "a quantized matrix with rows", "a stack or a plain matrix")
+            depth = len(rows)
         k = length(left)
-        fits = isinstance(a, Columns) or isinstance(b, Columns) or k == length(right)
-    require(fits, "a and b", f"K = {k} and K = {length(right)}", "equal K, the last axis of both")
+        fits = isinstance(a, Columns) or isinstance(b, Columns) or k == depth
+    require(fits, "a and b", f"K = {k} and K = {depth}", "equal K, the last axis of both")
     return torch.ops.nvfp4.grouped_matmul(
         *plain_parts(left), getattr(a, "starts", None), *plain_parts(right), getattr(b, "starts", None),
-        offsets, str(out_dtype)[6:], right.turned,
+        offsets, rows, str(out_dtype)[6:], right.turned,
     )  # fmt: skip
 
 
@@ -91,18 +107,27 @@ def as_parts(x: Rows | Stack | Columns) -> Stack:
 
 
 def run_of(x: Stack | Columns) -> int:
-    """How many values a block scale is for; 1 where there are none."""
-    return 1 if x.scales is None else 32 if x.global_scales is None else 16
+    """Values that a row has a multiple of in memory: as many as a block scale is for, 128 of packed ones; 1 without."""
+    if x.scales is None:
+        return 1
+    return 32 if x.global_scales is None else STEP if isinstance(x, Stack) and x.packed else 16
 
 
-def length(x: Stack) -> int:
+def length(x: Stack | Columns) -> int:
     """Values of a row, padding included."""
-    return x.shape[-1]
+    if isinstance(x, Stack) and x.packed:
+        return x.values.shape[2] * TILE
+    if isinstance(x, Stack) and x.turned:
+        return x.values.shape[-2]
+    return x.values.shape[-1] * (2 if run_of(x) == 16 else 1)
 
 
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
     values, scales, global_scales = stack[:3]
+    if stack.packed:
+        _check_packed(name, stack, device)
+        return
     require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
     if scales is None and global_scales is None:
         _check_values(name, values)
@@ -133,6 +158,22 @@ def check_stack(name: str, stack: Stack, device: torch.device) -> None:
             same_device(name, part, device)
 
 
+def _check_packed(name: str, stack: Stack, device: torch.device) -> None:
+    values, scales, global_scales = stack[:3]
+    shape = tuple(values.shape)
+    right = len(shape) == 5 and shape[2] % 2 == 0 and shape[3:] == (32, 4)
+    require(right, name, f"packed values {list(shape)}", "[groups, rows / 16, ceil128(cols) / 64, 32, 4]")
+    for part, dtype, wanted in (
+        (scales, torch.int32, (*shape[:2], shape[2] // 2, 32)),
+        (global_scales, torch.float32, shape[:1]),
+    ):
+        found = None if part is None else (part.dtype, tuple(part.shape))
+        require(found == (dtype, wanted), name, f"scales {found}", f"{dtype} {list(wanted)} beside packed values")
+    for part in stack[:3]:
+        same_device(name, part, device)
+        require(part.is_contiguous(), name, f"packed parts with strides {part.stride()}", "contiguous memory")
+
+
 def _check_values(name: str, x: Tensor) -> None:
     if not (isinstance(x, Tensor) and x.dtype == torch.float64):
         float_tensor(name, x)
@@ -142,23 +183,26 @@ def _check_values(name: str, x: Tensor) -> None:
 def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     """The three tensors, E4M3 as bytes, for which torch's tools have kernels."""
     values, scales, global_scales = stack[:3]
-    if scales is None:
-        return values if global_scales is None else values.view(torch.uint8), None, global_scales
-    return values.view(torch.uint8), scales.view(torch.uint8), global_scales
+    if (scales is None and global_scales is None) or stack.packed:
+        return values, scales, global_scales
+    scales = None if scales is None else scales.view(torch.uint8)
+    return values.view(torch.uint8), scales, global_scales
 
 
 def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, turned: bool = False) -> Stack:
     """The inverse of plain_parts."""
     if (scales is None) != (global_scales is None):
         return Stack(values.view(torch.float8_e4m3fn), scales, global_scales, turned=turned)
-    return Stack(values, None if scales is None else scales.view(torch.float8_e4m3fn), global_scales, turned=turned)
+    if scales is None or values.dtype == torch.int32:
+        return Stack(values, scales, global_scales)
+    return Stack(values, scales.view(torch.float8_e4m3fn), global_scales, turned=turned)
 
 
-def _check_offsets(offsets: Tensor, device: torch.device) -> None:
-    require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
-    require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
-    require(offsets.is_contiguous(), "offsets", f"strides {offsets.stride()}", "contiguous memory")
-    same_device("offsets", offsets, device)
+def _check_index(name: str, index: Tensor, device: torch.device) -> None:
+    require(index.dtype == torch.int64, name, index.dtype, "int64", TypeError)
+    require(index.dim() == 1, name, f"shape {list(index.shape)}", "one dimension")
+    require(index.is_contiguous(), name, f"strides {index.stride()}", "contiguous memory")
+    same_device(name, index, device)
 
 
 def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
@@ -174,20 +218,36 @@ def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None
 
 
 def _run(
-    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, out_dtype: str, b_turned=False
+    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
 ) -> Tensor:
     left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts, b_turned)
-    arguments = (left, right, offsets, getattr(torch, out_dtype))
-    return select("grouped_matmul", *arguments).run(*arguments)
+    if rows is not None and rows.device.type == "cpu" and rows.numel():
+        (low, high), count = (int(x) for x in rows.aminmax()), a.shape[0] if b.dim() > 2 else b.shape[1]
+        require(0 <= low and high < count, "rows", f"{low} to {high}", f"0 to {count - 1}, the rows there are")
+    rest = offsets, getattr(torch, out_dtype), rows
+    if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
+        right = unpacked(right, length(left))
+    return select("grouped_matmul", left, right, *rest).run(left, right, *rest)
+
+
+def reads_packed(op: str, *arguments) -> bool:
+    """Whether the kernels for packed stacks serve the call."""
+    return "native" in candidates(op) and implementation(op, "native").refuses(*arguments) is None
+
+
+def unpacked(stack: Stack, cols: int) -> Stack:
+    """A packed stack of matrices of `cols` columns as it was before."""
+    return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if stack.packed else stack
 
 
 def _fake(
-    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, out_dtype: str, b_turned=False
+    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
 ) -> Tensor:
-    right = from_parts(b, b_scales, b_global, b_turned)
-    shape = (a.shape[0], right.shape[1]) if b.dim() == 3 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+    count, right = (a if rows is None else rows).shape[0], from_parts(b, b_scales, b_global, b_turned)
+    shape = (count, right.rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
 _OPERANDS = ", ".join(f"Tensor {x}, Tensor? {x}_scales, Tensor? {x}_global, Tensor? {x}_starts" for x in "ab")
-register(f"grouped_matmul({_OPERANDS}, Tensor offsets, str out_dtype, bool b_turned=False) -> Tensor", _run, _fake)
+_ROWS = "Tensor offsets, Tensor? rows, str out_dtype, bool b_turned=False"
+register(f"grouped_matmul({_OPERANDS}, {_ROWS}) -> Tensor", _run, _fake)

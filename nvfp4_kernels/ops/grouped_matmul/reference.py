@@ -11,12 +11,20 @@ from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops.dequantize import reference as dequantize
 
 
-def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+def refuses(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> str | None:
     return None
 
 
-def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+def run(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
     """a, b: of two dimensions, but for a stack of matrices."""
+    if rows is not None and b.values.dim() == 2:
+        b = Stack(b.values[:, rows])
+    elif rows is not None:
+        a = a._replace(values=a.values[rows], scales=None if a.scales is None else a.scales[rows])
     types = {x.values.dtype if x.scales is None else None for x in (a, b)} | {out_dtype}
     dtype = out_dtype if len(types) == 1 or out_dtype == torch.float64 else torch.float32
     bounds = offsets.tolist()
@@ -26,7 +34,7 @@ def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torc
         for e, span in spans:
             y[e] = _product(_columns(a, e, span, dtype), _columns(b, e, span, dtype))
         return y
-    y = offsets.new_empty(len(a.values), b.shape[1], dtype=out_dtype)
+    y = offsets.new_empty(len(a.values), b.rows, dtype=out_dtype)
     for e, span in spans:
         scales = None if a.scales is None else a.scales[span]
         rows = _decoded(a.values[span], scales, a.global_scales, dtype)

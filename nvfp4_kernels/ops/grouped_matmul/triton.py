@@ -13,10 +13,10 @@ from torch import Tensor
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
-from nvfp4_kernels.ops._triton_groups import find
+from nvfp4_kernels.ops._triton_groups import find, picked
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
-from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, operand, tile
+from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
 
 SMALL = Tile(
@@ -24,33 +24,36 @@ SMALL = Tile(
 )  # where codes meet a plain operand whose columns lie apart: addresses take the registers
 
 
-def refuses(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> str | None:
+def refuses(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> str | None:
     return "float64" if torch.float64 in (a.values.dtype, b.values.dtype, out_dtype) else refuses_device(a.values)
 
 
 @jit
 def step(
     sums, a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step,
-    b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step,
+    b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, index_ptr, tokens,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr = False,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """The sums with BLOCK_K more products each. TURNED: b's rows run along the columns, `col` is the first of these, and there
-    are `cols` rows."""
-    if TURNED:
-        a = operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step, A, A_UNIT, COMPUTE, BLOCK_K)
-        line = b_k + tl.arange(0, BLOCK_K)
-        b = operand(
-            b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, sums.shape[1]
-        )
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-    elif FP4:
+    """The sums with BLOCK_K more products each. GATHERED: of the columns of a plain b that the index names. TURNED: the rows of
+    b in memory run along the columns, `col` is the first of these, and there are `cols` rows."""
+    if FP4:
         a, a_scales = fp4.operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, A_UNIT, BLOCK_K)
         b, b_scales = fp4.operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, B_UNIT, BLOCK_K)
         return fp4.multiplied(a, a_scales, b, b_scales, sums)
     else:
         a = operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step, A, A_UNIT, COMPUTE, BLOCK_K)
-        b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
+        if GATHERED:
+            token = picked(index_ptr, b_k + tl.arange(0, BLOCK_K), b_width, tokens)
+            b = load_plain(b_ptr, col, cols, token, tokens, b_row_stride, b_step, COMPUTE)
+        elif TURNED:
+            line, width = b_k + tl.arange(0, BLOCK_K), sums.shape[1]
+            b = operand(b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, width)
+            b = tl.trans(b)
+        else:
+            b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
         return tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
 
 
@@ -58,24 +61,26 @@ def step(
 def rows_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_width, a_row_stride, a_step,
     b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
-    offsets_ptr, out_ptr, groups, rows, N, K,
+    index_ptr, tokens, offsets_ptr, out_ptr, groups, rows, N, K,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, FINISH: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
-        row = first + tl.arange(0, BLOCK_M)
+        row, a_rows = first + tl.arange(0, BLOCK_M), end
         col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
+        if GATHERED:
+            row, a_rows = picked(index_ptr, row, end, tokens), tokens
         b_ptr += group.to(tl.int64) * b_stride
         b_scales_ptr += group.to(tl.int64) * b_scales_stride
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, K, BLOCK_K):
             sums = step(
-                sums, a_ptr, a_scales_ptr, row, end, k, a_width, a_row_stride, a_step,
-                b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step,
-                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, TURNED,
+                sums, a_ptr, a_scales_ptr, row, a_rows, k, a_width, a_row_stride, a_step,
+                b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step, index_ptr, tokens,
+                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False, TURNED,
             )  # fmt: skip
         write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
@@ -83,9 +88,11 @@ def rows_kernel(
 @jit
 def sums_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_row_stride, a_step, a_starts_ptr,
-    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr, longest_ptr, out_ptr, M, N,
+    b_ptr, b_scales_ptr, b_global_ptr, b_row_stride, b_step, b_starts_ptr,
+    index_ptr, tokens, longest_ptr, out_ptr, M, N,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BLOCK_N)
     m, n = tl.program_id(0) // across * BLOCK_M, tl.program_id(0) % across * BLOCK_N
@@ -98,15 +105,17 @@ def sums_kernel(
     for k in range(0, tl.minimum(a_end - a_first, b_end - b_first), BLOCK_K):
         sums = step(
             sums, a_ptr, a_scales_ptr, row, M, a_first + k, a_end // A_UNIT, a_row_stride, a_step,
-            b_ptr, b_scales_ptr, col, N, b_first + k, b_end // B_UNIT, b_row_stride, b_step,
-            A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K,
+            b_ptr, b_scales_ptr, col, N, b_first + k, b_end // B_UNIT, b_row_stride, b_step, index_ptr, tokens,
+            A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, GATHERED, False,
         )  # fmt: skip
     out_ptr += group * M * N
     write(sums, m, n, 0, M, N, a_global_ptr + group, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
 
-def run(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return (_rows if b.values.dim() == 3 else _sums)(a, b, offsets, out_dtype)
+def run(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
+    return (_rows if b.values.dim() == 3 else _sums)(a, b, offsets, out_dtype, rows)
 
 
 @dataclass(frozen=True)
@@ -145,8 +154,8 @@ def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block: int) -
     return _Side(kind, (words, scales, x.global_scales.contiguous() if scaled else scales), width, unit, scaled)
 
 
-def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    rows, (groups, N, K) = len(a.values), b.shape
+def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None) -> Tensor:
+    rows, groups, N = len(a.values if index is None else index), len(b.values), b.rows
     y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
     t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16))
     left, right = sides
@@ -157,15 +166,19 @@ def _rows(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype) -> Tensor
         *(*left.places, left.width // left.unit, *left.strides(a.values)),
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
-        *(offsets, portable(y), groups, rows, N, min(left.width, K)),
+        *(offsets if index is None else index, len(a.values)),
+        *(offsets, portable(y), groups, rows, N, min(left.width, b.values.shape[1] if b.turned else right.width)),
         **constants,
         TURNED=b.turned,
         BLOCK_G=next_power_of_2(groups),
+        GATHERED=index is not None,
     )
     return y
 
 
-def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _sums(
+    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None
+) -> Tensor:
     groups, M, N = len(offsets) - 1, len(a.values), len(b.values)
     if 0 in (a.values.shape[1], b.values.shape[1]):
         return torch.zeros(groups, M, N, dtype=out_dtype, device=a.values.device)
@@ -180,8 +193,10 @@ def _sums(a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: to
     launch(
         sums_kernel,
         (-(-M // t.m) * -(-N // t.n), groups),
-        *(*arguments, longest, portable(y), M, N),
-        **constants,
+        *(*arguments, offsets if index is None else index, b.values.shape[1], longest, portable(y), M, N),
+        # stages are split between an index and what it names
+        **constants | dict(num_stages=t.stages if index is None else 2 * t.stages - 1),
+        GATHERED=index is not None,
     )
     return y
 

@@ -1,12 +1,14 @@
 """Rows of bf16 times a packed weight: up to 64 through csrc/matmul/cuda.cu, here: which kernel, how k is split. More go to
-_cuda_sm90.py, or to _cuda_slabs.py, which serves all."""
+_cuda_sm90.py, or to _cuda_slabs.py, which serves all. Groups of rows, each with a weight of its own, in one launch."""
 
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack, most_runs
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops.matmul import _cuda_launch, _cuda_slabs, _cuda_sm90
+from nvfp4_kernels.ops.matmul._cuda_launch import ALL, Groups
 
 TOKENS = (8, 16, 32, 64)  # csrc/matmul/cuda.cu has a kernel for each
 STAGES = {8: 4, 16: 4, 32: 4, 64: 3}
@@ -37,9 +39,20 @@ def shared_bytes(most: int) -> int:
     return STAGES[most] * (ROWS * STEP // 2 + ROWS * STEP // 16 + most * STEP * 2)
 
 
-def splits(tokens: int, rows: int, length: int) -> int:
+def splits(most: int, tiles: int, length: int) -> int:
     """Parts of k: as many as fill the device, none shorter than LEAST_STEPS."""
-    return max(1, min(BLOCKS[kernel(tokens)] // -(-rows // ROWS), length // STEP // LEAST_STEPS))
+    return max(1, min(BLOCKS[most] // tiles, length // STEP // LEAST_STEPS))
+
+
+def slots(tokens: int, groups: int) -> tuple[int, int]:
+    """(tokens of a slot, slots) that serve so many tokens in so many groups, of whose sizes the host knows nothing. A slot has
+    room for twice a group's mean: few groups need a second, which takes the weight from the L2 cache once more."""
+    most = kernel(min(_twice_the_mean(tokens, groups), tokens, TOKENS[-1]))
+    return most, most_runs(tokens, groups, most)
+
+
+def _twice_the_mean(tokens: int, groups: int) -> int:
+    return 2 * -(-tokens // max(groups, 1))
 
 
 def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> Tensor:
@@ -50,14 +63,31 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     if a.shape[0] > TOKENS[-1]:
         many = _cuda_slabs if _cuda_sm90.refuses(a.shape[0], a) else _cuda_sm90
         return many.run(a, w, bias, out, accumulate)
-    tokens, rows, length = a.shape[0], w.codes.shape[0] * 16, w.codes.shape[1] * 64
-    most, parts, tiles = kernel(tokens), splits(tokens, rows, length), -(-rows // ROWS)
+    w = Stack(w.codes, w.scales, w.global_scale)
+    return _launch(a, w, bias, out, accumulate, kernel(a.shape[0]), 1)
+
+
+def run_groups(a: Tensor, w: Stack, groups: Groups, out: Tensor, relu2: bool = False) -> Tensor:
+    """out [tokens, rows] = a @ w[group].T for each group of tokens, w packed; relu2: with negative values as 0, and squared."""
+    if not out.numel():
+        return out
+    tokens, count = len(out), len(groups.offsets) - 1
+    if _twice_the_mean(tokens, count) > TOKENS[-1] and not _cuda.refuses_arch(_cuda_sm90.ARCH, a):
+        return _cuda_sm90.run_groups(a, w, groups, out, relu2)
+    most, count = slots(tokens, count)
+    return _launch(_cuda_launch.lined_up(a), w, None, out, False, most, count, groups, relu2)
+
+
+def _launch(a, w: Stack, bias, out, accumulate, most: int, count: int, groups: Groups = ALL, relu2=False) -> Tensor:
+    """With `count` slots of `most` tokens. w: a matrix, or with groups a stack of them."""
+    tiles, length = -(-out.shape[1] // ROWS), w.values.shape[-3] * 64
+    parts = splits(most, count * tiles, length)
     partial = counters = None
     if parts > 1:
-        partial = torch.empty(tiles * parts * ROWS * most, dtype=torch.float32, device=a.device)
-        counters = zeros(tiles, a.device)
-    parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, parts, partial, counters)
-    _cuda.launch("matmul", f"weight_only_{most}", (tiles, parts), THREADS, shared_bytes(most), parameters, a)
+        partial = torch.empty(count * tiles * parts * ROWS * most, dtype=torch.float32, device=a.device)
+        counters = zeros(count * tiles, a.device)
+    parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, parts, partial, counters, groups, relu2)
+    _cuda.launch("matmul", f"weight_only_{most}", (count, parts, tiles), THREADS, shared_bytes(most), parameters, a)
     return out
 
 

@@ -1,13 +1,16 @@
-"""65 to 1,024 rows times a packed weight on Hopper through csrc/matmul/sm90.cuh: which tile, how many blocks share the work."""
+"""65 to 1,024 rows times a packed weight on Hopper through csrc/matmul/sm90.cuh: which tile, how many blocks share the work.
+And groups of more than 32 rows on average."""
 
 import functools
 
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import Stack, most_runs
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops.matmul import _cuda_launch
+from nvfp4_kernels.ops.matmul._cuda_launch import Groups
 
 ARCH = "90a"
 # Beyond it decoding to memory costs less than a fused kernel loses to cuBLAS: 1.23 of its time at 1,024 rows, less above.
@@ -64,9 +67,24 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     tile, tiles, blocks = plan(a.shape[0], w.codes.shape[0] * 16, steps * STEP)
     whole = tiles == blocks  # each block has a tile
     partial = None if whole else torch.empty(2 * blocks * tile * TOKENS, dtype=torch.float32, device=a.device)
-    parameters = _cuda_launch.weight_only(a, w, bias, out, accumulate, blocks, partial)
+    weight = Stack(w.codes, w.scales, w.global_scale)
+    parameters = _cuda_launch.weight_only(a, weight, bias, out, accumulate, blocks, partial)
     launch = functools.partial(_cuda.launch, "matmul", threads=THREADS, parameters=parameters, x=a)
-    launch(f"weight_only_tiles_{tile}", (blocks,), shared=shared_bytes(tile))
+    launch(f"weight_only_tiles_{tile}", (1, blocks), shared=shared_bytes(tile))
     if not whole:
         launch(f"weight_only_parts_{tile}", (tiles, tile // 16), shared=0)
+    return out
+
+
+def run_groups(a: Tensor, w: Stack, groups: Groups, out: Tensor, relu2: bool) -> Tensor:
+    """As _cuda.run_groups, for large groups: a block for each tile, whole, however many rows of a tile a group needs."""
+    tokens, rows = out.shape
+    if groups.order is not None:
+        a = a.index_select(0, groups.order // groups.top_k)
+    a = _cuda_launch.lined_up(a)
+    tile = min(COST, key=lambda tile: -(-rows // tile) * COST[tile])
+    tiles, count = -(-rows // tile), most_runs(tokens, len(groups.offsets) - 1, TOKENS)
+    groups = Groups(groups.offsets)
+    parameters = _cuda_launch.weight_only(a, w, None, out, False, tiles, None, None, groups, relu2)
+    _cuda.launch("matmul", f"weight_only_tiles_{tile}", (count, tiles), THREADS, shared_bytes(tile), parameters, a)
     return out

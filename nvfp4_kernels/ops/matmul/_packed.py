@@ -1,13 +1,12 @@
 """Whether a weight is to be kept packed: where the CUDA kernels read it in place, and only there."""
 
 import torch
+from torch import Tensor
 
-from nvfp4_kernels.formats.packed import SLAB, PackedNVFP4Tensor
+from nvfp4_kernels.formats.packed import LARGEST, SLAB, PackedNVFP4Tensor, pack
 from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._dispatch import candidates, implementation
-
-_LARGEST = 126  # of the codes of block scales: 127 is NaN, larger ones are negative
 
 
 def packed(w: NVFP4Tensor, dtype: torch.dtype) -> PackedNVFP4Tensor | None:
@@ -15,13 +14,19 @@ def packed(w: NVFP4Tensor, dtype: torch.dtype) -> PackedNVFP4Tensor | None:
 
     Reads the block scales on the host, once: for when a model is loaded.
     """
-    if not _cuda.takes(w.codes) or len(w.shape) != 2 or w.shape[0] % SLAB or not w.shape[0]:
+    parts = packed_parts(w.codes, w.scales, dtype) if len(w.shape) == 2 else None
+    return parts and PackedNVFP4Tensor(*parts, w.global_scale, w.shape, w.hadamard)
+
+
+def packed_parts(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """As `packed`, the codes and scales of a matrix or of a stack of them, one for each expert."""
+    if not _cuda.takes(codes) or codes.shape[-2] % SLAB or not codes.shape[:-1].numel():
         return None
-    slab = PackedNVFP4Tensor.pack(
-        NVFP4Tensor(w.codes[:SLAB], torch.zeros_like(w.scales[:SLAB]), w.global_scale, (SLAB, w.shape[1]), w.hadamard)
-    )
-    row = torch.empty(1, w.shape[1], dtype=dtype, device=w.device)
+    cols = 2 * codes.shape[-1]
+    zeros = (torch.zeros_like(part.flatten(0, -2)[:SLAB]) for part in (codes, scales))
+    slab = PackedNVFP4Tensor(*pack(*zeros), torch.ones((), device=codes.device), (SLAB, cols))
+    row = torch.empty(1, cols, dtype=dtype, device=codes.device)
     native = implementation("matmul", "native")
     if "native" not in candidates("matmul") or native.refuses(row, slab, None, dtype, None, False):
         return None
-    return None if (w.scales.view(torch.uint8) > _LARGEST).any() else PackedNVFP4Tensor.pack(w)
+    return None if (scales.view(torch.uint8) > LARGEST).any() else pack(codes, scales)

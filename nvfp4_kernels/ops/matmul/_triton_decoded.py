@@ -138,6 +138,17 @@ def load_mxfp8(
 
 
 @jit
+def load_plain(x_ptr, row, rows, col, cols, row_stride, step, COMPUTE: tl.constexpr):
+    """[rows, columns], whichever they are, zero where there are none. Bytes are E4M3."""
+    at = x_ptr + row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * step
+    x = tl.load(at, (row < rows)[:, None] & (col < cols)[None, :], 0)
+    if x.dtype == tl.uint8:
+        return e4m3_value(x.to(tl.int32)).to(COMPUTE)
+    else:
+        return as_fp32(x) if COMPUTE == tl.float32 else x
+
+
+@jit
 def operand(
     x_ptr, scales_ptr, row, rows, k, width, row_stride, step,
     FORMAT: tl.constexpr, UNIT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -148,13 +159,7 @@ def operand(
     elif FORMAT == "mxfp8":
         return load_mxfp8(x_ptr, scales_ptr, row, rows, k, width, row_stride, UNIT, COMPUTE, BLOCK_K)
     else:
-        col = k + tl.arange(0, BLOCK_K)
-        at = x_ptr + row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * step
-        x = tl.load(at, (row < rows)[:, None] & (col < width)[None, :], 0)
-        if FORMAT == "float8_e4m3fn":
-            return e4m3_value(x.to(tl.int32)).to(COMPUTE)
-        else:
-            return as_fp32(x) if COMPUTE == tl.float32 else x
+        return load_plain(x_ptr, row, rows, k + tl.arange(0, BLOCK_K), width, row_stride, step, COMPUTE)
 
 
 @jit

@@ -12,15 +12,17 @@ def run(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return x.index_select(0, order // inverse.shape[1])
 
 
-def combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
-    """[tokens, features]: the sum over choices of y[inverse[token, choice]] (* weights[token, choice])."""
+def combine(
+    y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[tokens, features] of `dtype`, or y's: the sum over choices of y[inverse[token, choice]] (* weights[token, choice])."""
     total = None
     for choice in range(inverse.shape[1]):
         rows = y.index_select(0, inverse[:, choice]).to(torch.promote_types(y.dtype, torch.float32))
         if weights is not None:
             rows = rows * weights[:, choice, None]
         total = rows if total is None else total + rows
-    return total.to(y.dtype)
+    return total.to(dtype or y.dtype)
 
 
 def combine_backward(dout: Tensor, y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

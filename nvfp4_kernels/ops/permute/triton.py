@@ -67,9 +67,11 @@ def run(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return rows
 
 
-def combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
+def combine(
+    y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
     y, (tokens, top_k), features = y.contiguous(), inverse.shape, y.shape[1]
-    out = torch.empty(tokens, features, dtype=y.dtype, device=y.device)
+    out = torch.empty(tokens, features, dtype=dtype or y.dtype, device=y.device)
     width, given = block(features), y if weights is None else weights.contiguous()
     grid = tokens, -(-features // width)
     arguments = y, inverse.contiguous(), given, out, top_k, features

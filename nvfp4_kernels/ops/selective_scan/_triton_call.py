@@ -140,6 +140,10 @@ class Call:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
+    def new_states(self) -> Tensor:
+        """Room for the state after each sequence."""
+        return self.new(self.plan.sequences, self.heads, self.head_dim, self.state)
+
 
 def strides(*tensors: Tensor) -> list[int]:
     """Of rows and of heads or groups, of each tensor, as the kernels take them.

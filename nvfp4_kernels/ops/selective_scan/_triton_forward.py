@@ -5,7 +5,7 @@ from torch import Tensor
 from nvfp4_kernels.ops._triton import jit, launch, tl
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
 from nvfp4_kernels.ops.selective_scan._triton_plan import base_of, exponents, load_state, load_tile, locate, store_tile
-from nvfp4_kernels.ops.selective_scan._triton_states import advance, borders
+from nvfp4_kernels.ops.selective_scan._triton_states import advance
 
 
 @jit
@@ -84,12 +84,10 @@ def forward_kernel(
         store_tile(last_ptr + at, STATE, state, cols, STATE)
 
 
-def forward(call: Call, a: Tensor) -> tuple[Tensor, Tensor]:
-    """y [rows, length, heads, head_dim] and the final states, fp32."""
+def forward(call: Call, a: Tensor, found: Tensor | None, last: Tensor) -> Tensor:
+    """y [rows, length, heads, head_dim]; the final states go to `last`. found: the states at borders, where there are any."""
     x, B, C = call.x, call.B, call.C
     y = call.new(*x.shape, dtype=x.dtype)
-    last = call.new(call.plan.sequences, call.heads, call.head_dim, call.state)
-    found = borders(call, a, last) if call.plan.bordered else None
     launch(
         forward_kernel,
         (call.plan.items * call.heads * call.pieces,),
@@ -102,4 +100,4 @@ def forward(call: Call, a: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=call.tile.warps,
         num_stages=call.tile.forward,
     )
-    return y, last
+    return y

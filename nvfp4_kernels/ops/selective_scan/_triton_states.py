@@ -217,20 +217,12 @@ def _launch(call: Call, a: Tensor, dy, borders, through, last, states, dstates, 
     )
 
 
-def borders(call: Call, a: Tensor, end: Tensor | None = None, dy: Tensor | None = None, last: Tensor | None = None):
-    """The states at the borders between segments, fp32 [kinds, segments, heads, head_dim, state]: what a segment starts from
-    and, with dy, the gradient of what it ends with, given last, the gradient of the final state.
-
-    Without dy the final state of sequences of whole segments, which is a border too, goes to `end`.
-    """
-    kinds = 1 if dy is None else 2
-    found = call.new(kinds, call.plan.segments, call.heads, call.head_dim, call.state)
-    through = call.new(kinds, call.plan.segments, call.heads)
-    _launch(call, a, dy, found, through, last, call.x, call.x, end, kinds, False)
+def combine(call: Call, found: Tensor, through: Tensor, last: Tensor | None = None, end: Tensor | None = None) -> None:
+    """What segments add, [kinds, segments, heads, head_dim, state], and the sums of their a become what `borders` gives."""
     size = call.head_dim * call.state
     launch(
         combine_kernel,
-        (call.plan.sequences * kinds * call.heads * -(-size // 1024),),
+        (call.plan.sequences * len(found) * call.heads * -(-size // 1024),),
         *(
             found,
             through,
@@ -243,9 +235,22 @@ def borders(call: Call, a: Tensor, end: Tensor | None = None, dy: Tensor | None 
             call.x.shape[1],
         ),
         *(call.heads, size),
-        **dict(KINDS=kinds, FIRST=call.initial is not None, LAST=last is not None, EACH=1024),
+        **dict(KINDS=len(found), FIRST=call.initial is not None, LAST=last is not None, EACH=1024),
         **dict(SEGMENT=call.plan.segment, PACKED=call.plan.table is not None),
     )
+
+
+def borders(call: Call, a: Tensor, end: Tensor | None = None, dy: Tensor | None = None, last: Tensor | None = None):
+    """The states at the borders between segments, fp32 [kinds, segments, heads, head_dim, state]: what a segment starts from
+    and, with dy, the gradient of what it ends with, given last, the gradient of the final state.
+
+    Without dy the final state of sequences of whole segments, which is a border too, goes to `end`.
+    """
+    kinds = 1 if dy is None else 2
+    found = call.new(kinds, call.plan.segments, call.heads, call.head_dim, call.state)
+    through = call.new(kinds, call.plan.segments, call.heads)
+    _launch(call, a, dy, found, through, last, call.x, call.x, end, kinds, False)
+    combine(call, found, through, last, end)
     return found
 
 

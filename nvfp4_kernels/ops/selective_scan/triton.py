@@ -37,6 +37,7 @@ from nvfp4_kernels.ops._triton import INTERPRETED, refuses_device
 from nvfp4_kernels.ops.selective_scan._triton_backward import backward as scan_backward
 from nvfp4_kernels.ops.selective_scan._triton_call import CHANNELS, STATES, lines, prepare
 from nvfp4_kernels.ops.selective_scan._triton_forward import forward as scan_forward
+from nvfp4_kernels.ops.selective_scan._triton_states import borders
 from nvfp4_kernels.ops.selective_scan._triton_steps import decays, gradients
 
 
@@ -54,8 +55,9 @@ def refuses(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, 
 
 def run(*arguments) -> tuple[Tensor, Tensor]:
     call = prepare(*arguments, passes=1)
-    y, last = scan_forward(call, decays(call))
-    return y.view(arguments[0].shape), last
+    a, last = decays(call), call.new_states()
+    found = borders(call, a, last) if call.plan.bordered else None
+    return scan_forward(call, a, found, last).view(arguments[0].shape), last
 
 
 def backward(dy: Tensor, dstate: Tensor | None, *arguments) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import as_rows, jit, launch, next_power_of_2, refuses_device, tl
+from nvfp4_kernels.ops._triton_logistic import logistic
 from nvfp4_kernels.ops._triton_numerics import philox
 
 LARGEST = 4096  # values of a row that fit one program's registers beside B, C and the noise
@@ -116,7 +117,7 @@ def update_kernel(
                 y += x * tl.load(D_ptr + head * D_head + p * D_row, inside_p, 0.0).to(tl.float32)
             if GATED:
                 z = tl.load(z_ptr + at * z_stride + channel, inside_p, 0.0).to(tl.float32)
-                y *= z * tl.sigmoid(z)
+                y *= z * logistic(z)
             tl.store(y_ptr + at * heads * head_dim + channel, y.to(y_ptr.dtype.element_ty), inside_p)
             if NOISE:
                 first = (batch * heads * head_dim + channel) * SIZE

@@ -57,7 +57,7 @@ def test_splits_add_up_in_order(model, monkeypatch, tokens):
     zeros = []
     monkeypatch.setattr(_cuda, "zeros", lambda n, device: zeros.append(torch.zeros(n, dtype=torch.int32)) or zeros[-1])
     packed, w = weight(128, 2048)
-    assert _cuda.splits(tokens, 128, 2048) == 4
+    assert _cuda.splits(_cuda.kernel(tokens), 1, 2048) == 4
     a = torch.randn(tokens, 2048).bfloat16()
     made = []
     for seed in (None, 2, 3):  # odd seeds run the blocks from the last to the first
@@ -113,7 +113,7 @@ def test_what_others_must_serve():
 
 def test_a_served_model_reads_its_weights_in_place(model, monkeypatch):
     """Decoding through the engine: the kernels multiply, and the logits are those of the weights that they hold."""
-    config = nk.preset("tiny", hybrid_override_pattern="*-", hidden_size=64, vocab_size=64, torch_dtype="bfloat16")
+    config = nk.preset("tiny", hybrid_override_pattern="*E-", hidden_size=64, vocab_size=64, torch_dtype="bfloat16")
     monkeypatch.setattr(quantize, "refuses", lambda *arguments: "not in this library")
     plain = nk.HybridModel(config).eval()
     recipe = nk.LinearRecipe(fprop_w=nk.QuantSpec())
@@ -122,16 +122,20 @@ def test_a_served_model_reads_its_weights_in_place(model, monkeypatch):
         served, ids = serving(plain), torch.randint(0, 64, (3, 4))
         with torch.no_grad():
             logits = served(ids)
-        assert model.kernels and set(model.kernels) == {"weight_only_16"}
-        kept = [m for m in served.modules() if isinstance(m, ServedLinear)]
+        assert set(model.kernels) == {"weight_only_16", "weight_only_8"}
+        kept = [m for name, m in served.named_modules() if isinstance(m, ServedLinear) and "gate" not in name]
         assert all(isinstance(m.weight, nk.PackedNVFP4Tensor) for m in kept)
         for m in kept:
             m.weight = m.weight.unpack()
+        experts = served.backbone.layers[1].mixer.experts
+        for m in (experts.up_proj, experts.down_proj):
+            assert m.is_packed
+            m.unpack()
         with torch.no_grad():
             wanted = served(ids)
     torch.testing.assert_close(logits, wanted, atol=0.03 * wanted.float().std().item(), rtol=0)
 
 
 def test_splits_fill_the_device():
-    assert _cuda.splits(1, 4096, 14336) == 16 and _cuda.splits(64, 4096, 14336) == 8
-    assert _cuda.splits(1, 1 << 20, 4096) == 1 and _cuda.splits(1, 128, 512) == 1
+    assert _cuda.splits(8, 32, 14336) == 16 and _cuda.splits(64, 32, 14336) == 8
+    assert _cuda.splits(8, 8192, 4096) == 1 and _cuda.splits(8, 1, 512) == 1
