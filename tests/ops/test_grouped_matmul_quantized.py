@@ -280,7 +280,7 @@ def good():
         (lambda g: dict(a=nk.quantize(torch.ones(8, 5))), TypeError, "a: got NVFP4Tensor"),
         (
             lambda g: dict(a=rows_of("rotated", 5, 16, torch.float32)[0], b=stack_of("rotated", 2, 16, 16)[0].mT),
-            ValueError, "b: got transposes of a rotated form",
+            ValueError, "b: got transposes of a rotated or packed form",
         ),
         (
             lambda g: dict(a=torch.zeros(5, 7), b=stack_of("fp8", 2, 3, 7)[0]._replace(global_scales=torch.ones(3))),
