@@ -49,8 +49,10 @@ def step(
             token = picked(index_ptr, b_k + tl.arange(0, BLOCK_K), b_width, tokens)
             b = load_plain(b_ptr, col, cols, token, tokens, b_row_stride, b_step, COMPUTE)
         elif TURNED:
-            line, width = b_k + tl.arange(0, BLOCK_K), sums.shape[1]
-            b = operand(b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, width)
+            line = b_k + tl.arange(0, BLOCK_K)
+            b = operand(
+                b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, sums.shape[1]
+            )
             b = tl.trans(b)
         else:
             b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
