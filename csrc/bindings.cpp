@@ -35,9 +35,9 @@ QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
 }
 
 // stack: (matrices, stride). groups: (offsets, starts, how many, blocks of a line), offsets 0: none. noise: pointer to int64
-// [2], (seed, offset), or 0. The column form's draws come after the row form's.
+// [2], (seed, offset), or 0. The column form's draws come after the row form's. amax: pointer to fp32, or 0.
 int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, const py::tuple& stack,
-                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, int threads) {
+                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, int threads) {
     const u64* state = pointer<const u64>(noise);
     const u64 seed = state ? state[0] : 0, offset = state ? state[1] : 0;
     QuantizeParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, form(row, seed, offset),
@@ -46,6 +46,7 @@ int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     p.matrices = stack[0].cast<i64>(), p.matrix_stride = stack[1].cast<i64>();
     p.offsets = pointer<const i64>(groups[0].cast<u64>()), p.starts = pointer<const i64>(groups[1].cast<u64>());
     p.groups = groups[2].cast<i64>(), p.col.line = groups[3].cast<i64>();
+    p.amax = pointer<const u32>(amax);
     const py::gil_scoped_release release;
     return NVFP4_CALL(quantize, p);
 }

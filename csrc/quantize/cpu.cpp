@@ -1,4 +1,5 @@
-// quantize on the CPU: one read of x for the amax (of the values and of their transform), one for the codes of both forms.
+// quantize on the CPU: one read of x for the amax (of the values and of their transform) unless it is given, one for the codes
+// of both forms.
 //
 //   g = 448 * 6 / amax,  scale = e4m3(amax_block * g / 6),  code = e2m1(x / (scale / g))        (numerics/block_scale.h)
 //
@@ -188,8 +189,11 @@ void each_square(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols, Square& 
     }
 }
 
+constexpr u32 sign = 0x80000000u;
+
+// given: bits of the values' amax, or null.
 template <class T>
-Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int threads) {
+Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const u32* given, int threads) {
     const bool row_turns = is_nvfp4(row) && row.hadamard >= 0, col_turns = is_nvfp4(col) && col.hadamard >= 0;
     std::vector<Amax> found(static_cast<size_t>(threads));
     auto body = [&](int t, int n) {
@@ -197,8 +201,10 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
         Square s;
         alignas(64) float row_amax[16] = {}, col_amax[16] = {};
         each_unit(x, row_turns || col_turns ? unit_cols : scan_cols, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
-            const u32 raw = scan<T>(x, r, rows, c, cols);
-            a.raw = raw > a.raw ? raw : a.raw;
+            if (!given) {
+                const u32 raw = scan<T>(x, r, rows, c, cols);
+                a.raw = raw > a.raw ? raw : a.raw;
+            }
             if (!row_turns && !col_turns) return;
             each_square<T>(x, r, rows, c, cols, s, [&] {
                 if (row_turns) add_rotated_amax(s, false, static_cast<u32>(row.hadamard), row_amax);
@@ -209,8 +215,9 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
         a.col = largest16(col_amax);
         found[static_cast<size_t>(t)] = a;
     };
-    parallel(threads, body);
+    if (!given || row_turns || col_turns) parallel(threads, body);
     Amax total;
+    if (given) total.raw = *given & ~sign;
     for (const Amax& a : found) {
         total.raw = a.raw > total.raw ? a.raw : total.raw;
         total.row = a.row > total.row ? a.row : total.row;
@@ -238,9 +245,9 @@ void poison(const Form& f) {
 }
 
 template <class T>
-void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int threads) {
+void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const u32* given, int threads) {
     Amax amax;
-    if (is_nvfp4(row) || is_nvfp4(col)) amax = find_amax<T>(x, row, col, threads);
+    if (is_nvfp4(row) || is_nvfp4(col)) amax = find_amax<T>(x, row, col, given, threads);
     const bool finite = amax.raw < 0x7F800000u;
     const auto scale = [](const QuantizeForm& f, float a) {
         return tensor_scale(a, f.four_over_six == FourOverSix::off ? 448.0f : 256.0f);
@@ -272,7 +279,7 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, int 
     parallel(threads, body);
 }
 
-void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col) {
+void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col, const u32* amax) {
     Matrix x{data, p.dtype, rows, p.cols, p.row_stride, p.col_stride};
     if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places
         std::swap(x.rows, x.cols);
@@ -290,7 +297,7 @@ void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, 
     const int threads = static_cast<int>(p.threads < most ? p.threads : most);
     with_dtype(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        run<T>(x, row, col, threads);
+        run<T>(x, row, col, amax, threads);
     });
 }
 
@@ -311,17 +318,23 @@ QuantizeForm moved(QuantizeForm form, i64 blocks, i64 index) {
 void stack(const QuantizeParams& p) {
     const i64 row_blocks = p.rows * ceil_div(p.cols, run_length(p.row)), col_blocks = p.cols * ceil_div(p.rows, run_length(p.col));
     for (i64 e = 0; e < p.matrices; ++e) {
-        one(p, at(p, e * p.matrix_stride), p.rows, moved(p.row, e * row_blocks, e), moved(p.col, e * col_blocks, e));
+        one(p, at(p, e * p.matrix_stride), p.rows, moved(p.row, e * row_blocks, e), moved(p.col, e * col_blocks, e),
+            p.amax);
     }
 }
 
 void groups(const QuantizeParams& p) {
     const QuantizeForm none{Block::none, false, FourOverSix::off, -1, nullptr, nullptr, nullptr, 0, 0};
     const i64 run = run_length(p.col), used = p.starts[p.groups] / run;
-    if (p.row.block != Block::none) one(p, p.x, p.rows, p.row, none);
+    if (p.row.block != Block::none) {
+        u32 most = 0;
+        for (i64 e = 0; p.amax && e < p.groups; ++e) most = (p.amax[e] & ~sign) > most ? p.amax[e] & ~sign : most;
+        one(p, p.x, p.rows, p.row, none, p.amax ? &most : nullptr);
+    }
     for (i64 e = 0; e < p.groups; ++e) {
         const i64 begin = p.offsets[e];
-        one(p, at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e));
+        one(p, at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e),
+            p.amax ? p.amax + e : nullptr);
     }
     clear(moved(p.col, used, 0), p.cols, p.col.line - used, p.col.block == Block::b1x32 ? 32 : 8);
 }

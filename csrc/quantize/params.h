@@ -31,6 +31,7 @@ struct QuantizeParams {
     const i64* offsets = nullptr;
     const i64* starts = nullptr;
     i64 groups = 0;
+    const u32* amax = nullptr;  // fp32 as bits, of x or of each group, in the place of what a read of x finds; or null
 };
 
 // Return 0, 1 when memory ran out, or 2 when offsets are not ascending numbers from 0 to rows.

@@ -100,13 +100,21 @@ class Filling:
         target.copy_(value.reshape(target.shape))
 
 
-def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> None:
+def fill(
+    model: nn.Module,
+    fit: Fit,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    dequantize: bool,
+    within: tuple[str, ...] = ("",),
+) -> None:
     """Every tensor of `model`, from the checkpoint or, where that has none, as it is at a model's start.
 
+    within: names of the modules to fill; others stay as they are.
     Raises CheckpointError for scales that are NaN, infinite or negative, all of them named.
     """
     filling = Filling(fit, dtype, device, dequantize)
-    for piece in sorted(_pieces(fit, dequantize), key=_position):
+    for piece in sorted(_pieces(fit, dequantize, within), key=_position):
         filling.take(piece)
     fit.problems.check()
     for (module, part), tensor in filling.filled.items():
@@ -115,7 +123,7 @@ def fill(model: nn.Module, fit: Fit, dtype: torch.dtype | None, device: torch.de
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.backbone.embeddings.weight
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
+        if buffer.is_meta and _inside(name, within):
             drawn = name.rpartition(".")[2] in NOISE
             _put(model, name, new_noise(device) if drawn else torch.zeros_like(buffer, device=device))
 
@@ -145,8 +153,14 @@ def _by_expert(want: Want) -> list[tuple[int | None, tuple[Entry, bool]]]:
     return sorted(want.found.items(), key=lambda item: -1 if item[0] is None else item[0])
 
 
-def _pieces(fit: Fit, dequantize: bool) -> Iterator[Piece]:
+def _inside(name: str, within: tuple[str, ...]) -> bool:
+    return any(not module or f"{name}.".startswith(f"{module}.") for module in within)
+
+
+def _pieces(fit: Fit, dequantize: bool, within: tuple[str, ...]) -> Iterator[Piece]:
     for (module, part), want in fit.wants.items():
+        if not _inside(module, within):
+            continue
         quantized = module in fit.layers and part != "bias"
         if dequantize and (quantized and part != "weight" or part in ("k_scale", "v_scale")):
             continue

@@ -55,8 +55,9 @@ def check_file(flag: str, path: str | None) -> None:
         raise ValueError(f"{flag}: {path} {what}; do: name another file")
 
 
-def save_quantized(model, tokenizer, out: Path, write_more, read=None) -> None:
+def save_quantized(model, tokenizer, out: Path, write_more, read=None):
     """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there.
+    Returns what write_more does.
 
     In the published layout where the plan left every layer in high precision. read: of a model on the meta device, what gives
     its tensors by their names.
@@ -74,10 +75,11 @@ def save_quantized(model, tokenizer, out: Path, write_more, read=None) -> None:
             bytewise = tokenizer.name == "bytes"
             text = tokenizer_json(tokenizer) if bytewise else Path(tokenizer.name).read_text(encoding="utf-8")
             (part / "tokenizer.json").write_text(text, encoding="utf-8")
-        write_more(part)
+        result = write_more(part)
         if out.exists():
             out.rmdir()  # empty: check_out saw to it
         part.rename(out)
+        return result
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

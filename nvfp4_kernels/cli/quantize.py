@@ -8,8 +8,7 @@ from nvfp4_kernels.cli.machine import share_the_cores
 
 HELP = (
     "Quantize a trained model: by a published recipe, by patterns, or by measured sensitivity under a budget of bits. A "
-    "checkpoint is read and written layer by layer where its weights suffice; --calibrate, --text and --bits run the whole "
-    "model, in memory."
+    "checkpoint is read, run and written layer by layer; --bits, and runs of nvfp4 train, hold the whole model in memory."
 )
 EXAMPLE = "nvfp4 quantize --model runs/a --out quantized --recipe nano-nvfp4 --calibrate some.txt --text other.txt"
 
@@ -75,8 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         get_recipe(arguments.recipe)  # a wrong name is told before a model is read
     require(arguments.length >= 1, "length", arguments.length, "at least 1")
     source = Path(arguments.model)
-    weights_alone = arguments.calibrate is None and arguments.text is None and not (source / "run.json").is_file()
-    by_layer = weights_alone and arguments.bits is None
+    by_layer = arguments.bits is None and not (source / "run.json").is_file()
     report = (_by_layer if by_layer else _in_memory)(arguments, source, out, rules)
     print(render(report))
     held = "one layer at a time" if by_layer else "the whole model"
@@ -85,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _in_memory(arguments: argparse.Namespace, source: Path, out: Path, rules):
-    """Texts are run through the whole model."""
+    """The model of a run, or one whose layers' costs are measured in it."""
     from nvfp4_kernels.cli.models import load_with_tokenizer, read_text, save_quantized
     from nvfp4_kernels.ptq.quantize import quantize_model
 
@@ -94,30 +92,34 @@ def _in_memory(arguments: argparse.Namespace, source: Path, out: Path, rules):
     text = read_text("text", arguments.text, tokenizer)
     plan = plan_of(arguments, rules, model.config)
     report = quantize_model(model, plan, calibration, text, arguments.length, progress)
-    save_quantized(model, tokenizer, out, lambda folder: _write_report(report, folder))
-    return report
+    return save_quantized(model, tokenizer, out, lambda folder: _write_report(report, folder))
 
 
 def _by_layer(arguments: argparse.Namespace, source: Path, out: Path, rules):
-    """The weights alone: each layer is read, quantized and written by itself."""
+    """Each layer is read, run, quantized and written by itself."""
     from nvfp4_kernels.checkpoint.huggingface import open_model
-    from nvfp4_kernels.cli.models import require_checkpoint, save_quantized, tokenizer_beside
+    from nvfp4_kernels.cli.models import read_text, require_checkpoint, save_quantized, tokenizer_beside
     from nvfp4_kernels.ops._device import default_device
     from nvfp4_kernels.ptq.stream import Stream
 
     require_checkpoint(source)
     opened = open_model(source)
     tokenizer = tokenizer_beside(source, opened.config)
-    stream = Stream(opened, plan_of(arguments, rules, opened.config), default_device(), progress)
-    save_quantized(stream.model, tokenizer, out, lambda folder: _write_report(stream.report(), folder), stream.read)
-    return stream.report()
+    calibration = read_text("calibrate", arguments.calibrate, tokenizer)
+    text = read_text("text", arguments.text, tokenizer)
+    plan = plan_of(arguments, rules, opened.config)
+    stream = Stream(opened, plan, default_device(), calibration, text, arguments.length, progress)
+    return save_quantized(
+        stream.model, tokenizer, out, lambda folder: _write_report(stream.report(folder), folder), stream.read
+    )
 
 
-def _write_report(report, folder: Path) -> None:
+def _write_report(report, folder: Path):
     from nvfp4_kernels.ptq.plots import plot_errors
 
     report.save(folder)
     plot_errors(report, folder / "errors.png")
+    return report
 
 
 def patterns(given: list[str] | None):

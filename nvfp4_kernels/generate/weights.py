@@ -40,7 +40,8 @@ class ServedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.plain and (len(rows) > _PARTS * self.few or x.dtype == torch.float64):
+        count = rows.shape[0]
+        if self.plain and (count > _PARTS * self.few or x.dtype == torch.float64):
             return F.linear(x, self.weight, self.bias)
         if not self.plain and (isinstance(self.weight, PackedNVFP4Tensor) or not x.is_cpu):
             return matmul(x, self.weight, x.dtype, bias=self.bias)
@@ -50,8 +51,8 @@ class ServedLinear(nn.Module):
             return (
                 F.linear(x, self.weight, self.bias) if self.plain else kernel.run(rows, *rest).view(*x.shape[:-1], -1)
             )
-        parts = rows.split(self.few) if len(rows) <= _PARTS * self.few else (rows,)
-        y = torch.cat([kernel.run(part, *rest) for part in parts]) if len(parts) > 1 else kernel.run(rows, *rest)
+        in_parts = self.few < count <= _PARTS * self.few
+        y = torch.cat([kernel.run(p, *rest) for p in rows.split(self.few)]) if in_parts else kernel.run(rows, *rest)
         return y.view(*x.shape[:-1], y.shape[1])
 
 

@@ -1,6 +1,7 @@
 """Linear: torch.nn.Linear whose three GEMMs follow a recipe."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.linear import linear, quantize_weight
@@ -47,7 +48,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.recipe.quantized and x.dtype == self.weight.dtype:
             y = few_rows(x, self.weight, self.bias)  # a decoded token
-            return super().forward(x) if y is None else y
+            bias = None if self.bias is None else self.bias.to(x.dtype)  # of a bf16 checkpoint it is fp32
+            return F.linear(x, self.weight, bias) if y is None else y
         forms = self._forms.get(self.weight, self.recipe, self.noise)
         return linear(x, self.weight, self.bias, self.recipe, noise=self.noise, weight_forms=forms)
 

@@ -8,12 +8,14 @@ LIBRARY = torch.library.Library("nvfp4", "DEF")
 def unobserved(x: torch.Tensor) -> bool:
     """Whether an op on x may be run without torch's dispatcher, whose 10 to 15 us a decoded token pays a dozen times.
 
-    True where nobody would see the call: no gradients, compiler, profiler, mode, subclass or functorch transform.
+    True where nobody would see the call: no gradients, compiler, profiler, mode, subclass or functorch transform, and x has
+    values.
     """
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or x.is_meta
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.formats import e4m3
-from nvfp4_kernels.formats.layout import pad_last
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
-from nvfp4_kernels.ptq.calibrate import experts_as_modules
-from nvfp4_kernels.ptq.scales import round_e2m1_
+from nvfp4_kernels.ops.quantize.op import quantize
+from nvfp4_kernels.ptq.calibrate import DIVISOR, experts_as_modules
 
 
 @contextlib.contextmanager
@@ -41,13 +40,13 @@ def quantized_activations(model: nn.Module) -> Iterator[int]:
 
 
 def nvfp4(x: Tensor, input_scale: Tensor) -> Tensor:
-    """x [..., cols] under the global scale `input_scale`, the scale of each block of 16 by its largest value; in x's dtype."""
-    if x.numel() == 0:
-        return x
-    blocks = pad_last(x.float(), 16).unflatten(-1, (-1, 16)) / input_scale
-    scales = e4m3.decode(e4m3.encode(blocks.abs().amax(-1, keepdim=True) / 6))
-    values = round_e2m1_(blocks.abs() / scales.clamp(min=torch.finfo(torch.float32).tiny)) * scales * input_scale
-    return values.copysign(blocks).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    """x [..., cols] under the global scale `input_scale`, the scale of each block of 16 by its largest value; in x's dtype.
+
+    NaN everywhere if x has a NaN or an infinity.
+    """
+    x = x.detach()
+    amax = torch.where(x.isfinite().all(), input_scale * DIVISOR["nvfp4"], torch.nan)
+    return quantize(x.float(), amax=amax).dequantize().to(x.dtype)
 
 
 def fp8(x: Tensor, input_scale: Tensor) -> Tensor:

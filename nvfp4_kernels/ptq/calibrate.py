@@ -52,6 +52,12 @@ class Amaxes(dict):
         amax = self.keys_values[name]
         return torch.where(amax > 0, amax / e4m3.MAX, 1.0)
 
+    def check(self) -> None:
+        """Raises ValueError naming the layer that was given a NaN or an infinity."""
+        for name, amax in self.items():
+            finite = bool(torch.isfinite(amax).all())
+            require(finite, "calibrate", f"NaN or infinity as input of {name}", "finite activations")
+
     def see(self, name: str, x: Tensor, size: int = -1, expert: int | None = None) -> None:
         """Take in inputs [..., in] of a linear layer, or of one expert of `size`."""
         if name not in self:
@@ -139,8 +145,5 @@ def calibrate(model: nn.Module, ids: np.ndarray, length: int) -> Amaxes:
                     model.mtp(hidden[:, :-1], model.embed(ids[:, 1:]))
     finally:
         model.train(training)
-    for name, amax in amaxes.items():
-        require(
-            bool(torch.isfinite(amax).all()), "calibrate", f"NaN or infinity as input of {name}", "finite activations"
-        )
+    amaxes.check()
     return amaxes

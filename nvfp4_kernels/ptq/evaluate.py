@@ -6,7 +6,7 @@ before it in its window and the last one of the window before: position p has p 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from nvfp4_kernels.ops._check import require
 EDGES = (0, 128, 512, 2048, 8192, 32768, 131072, 524288)  # where buckets of positions begin
 TOKENS = 8192  # in one forward pass, unless a window is longer
 LOGITS = 1 << 28  # in one forward pass, at most: 512 MiB in bf16
+Run = Callable[[list[Tensor]], Iterable[Tensor]]  # batches of ids, int64 [rows, length] -> the logits of each
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,11 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, text: Text, length: int) -> Evaluation:
+def evaluate(model: nn.Module, text: Text, length: int, run: Run | None = None) -> Evaluation:
     """The model's own precision and recipe; it is put into eval mode and back.
 
-    length: tokens in a window; a shorter text is one shorter window. Raises ValueError naming the argument.
+    length: tokens in a window; a shorter text is one shorter window. run: what gives the model's logits; None: the model
+    itself. Raises ValueError naming the argument.
     """
     require(length >= 1, "length", length, "at least 1")
     ids = np.asarray(text.ids, np.int64)
@@ -103,11 +105,13 @@ def evaluate(model: nn.Module, text: Text, length: int) -> Evaluation:
     length = min(length, len(ids) - 1)
     sums, counts = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.int64)
     device, training = next(model.parameters()).device, model.training
+    run = run or (lambda batches: (model(rows.to(device)) for rows in batches))
+    cut = list(windows(ids, length, vocab))
     model.eval()
     start = time.perf_counter()
     try:
-        for rows, labels in windows(ids, length, vocab):
-            nats = token_nats(model(rows.to(device)), labels.to(device)).cpu()
+        for (rows, labels), logits in zip(cut, run([rows for rows, _ in cut]), strict=True):
+            nats = token_nats(logits, labels.to(logits.device)).cpu()
             sums[: rows.shape[1]] += nats.double().sum(0)
             counts[: rows.shape[1]] += rows.shape[0]
     finally:

@@ -136,7 +136,7 @@ def quantize_model(
         progress("quantize", len(losses), len(found))
     round_matrices(model)
     if plan.kv_cache and amaxes is not None:
-        _describe_cache(model, amaxes)
+        describe_cache(model, amaxes)
     after = _evaluate(model, text, length, "perplexity after", progress)
     with quantized_activations(model) as count:
         served = _evaluate(model, text, length, "perplexity, inputs quantized too", progress) if count else None
@@ -170,7 +170,7 @@ def round_matrices(model: nn.Module) -> None:
             module.down_proj.data = module.down_proj.to(model.config.dtype)
 
 
-def _describe_cache(model: nn.Module, amaxes: Amaxes) -> None:
+def describe_cache(model: nn.Module, amaxes: Amaxes) -> None:
     """The scales of an FP8 cache, as buffers of the projections that fill it, under their names in a checkpoint."""
     model.kv_cache_algorithm = "FP8"
     for name in filter(lambda name: not name.startswith("mtp."), amaxes.keys_values):

@@ -12,7 +12,7 @@ from tests.oracles.checkpoints import BASE, CASES
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.models.nemotron_h")
 
-CASES = {name: CASES[name] for name in ("plain", "latent", "groups", "biases")} | {
+CASES = {name: CASES[name] for name in ("plain", "latent", "groups", "biases", "odd-heads")} | {
     "no-conv-bias": dict(use_conv_bias=False, conv_kernel=3, norm_topk_prob=False),
     "head-dim-80": dict(mamba_head_dim=80, n_groups=1, ssm_state_size=48, num_key_value_heads=4),
     "attention-first": dict(hybrid_override_pattern="*ME-", n_routed_experts=4, num_experts_per_tok=1),

@@ -175,6 +175,19 @@ def test_the_short_way_is_taken_only_where_it_is_the_same():
         torch.testing.assert_close(traced(other), layer(other), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_bias_in_fp32_beside_a_bf16_weight(rows):
+    """As from_pretrained gives them, whether our kernel serves the rows or torch's."""
+    layer, x = nk.Linear(32, 48, True, dtype=torch.bfloat16), torch.randn(rows, 32).bfloat16()
+    with torch.no_grad():
+        layer.bias = nn.Parameter(layer.bias.float() + 3.1)
+        y, wanted = layer(x), x.double() @ layer.weight.double().T + layer.bias.double()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), wanted, atol=0.04, rtol=0)  # an ulp at 4, of the bias or of the sum, is 1/32
+    layer(x).sum().backward()
+    assert layer.bias.grad.dtype == torch.float32 and bool((layer.bias.grad == rows).all())
+
+
 def test_what_is_derived_is_made_anew():
     made = []
     derived = Derived(lambda t: made.append(1) or t.clone())

@@ -5,6 +5,7 @@ import torch
 
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import route
@@ -40,3 +41,19 @@ def test_second_derivatives_are_refused(backend, op):
     assert torch.isfinite(dx).all() and dx.any()
     with pytest.raises(RuntimeError, match=f"nk.{op}: got a second derivative"):
         torch.autograd.grad(dx.square().sum() + x.sum(), x)
+
+
+def experts(x):
+    return expert_mlp(x, route(torch.ones(6, 4), None, 2), torch.ones(4, 8, 8), torch.ones(4, 8, 8))
+
+
+@pytest.mark.parametrize("op", ["relu2", "gated_rms_norm", "router_logits", "route", "expert_mlp"])
+def test_decoding_skips_the_dispatcher_where_nobody_watches(op, monkeypatch):
+    call = (OPS | {"expert_mlp": lambda x: experts(x[0])})[op]
+    x = torch.randn(2, 6, 8)
+    watched = call(x)
+    monkeypatch.setattr(torch.ops.nvfp4, op, None)
+    with torch.no_grad():
+        assert torch.equal(call(x), watched)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        call(x)

@@ -62,6 +62,20 @@ def test_reference_equals_brute_force(rounding, scale):
     assert q.global_scale.item() == global_scale
 
 
+@pytest.mark.parametrize("amax", [0.0, 1e-42, 0.3, 9.0, 3e38])
+def test_given_amax(amax):
+    x = torch.randn(3, 32)
+    with nk.backend("reference"):
+        q = nk.quantize(x, amax=torch.tensor(amax))
+        most = nk.quantize(1e4 * x, four_over_six="mae", amax=torch.tensor(amax)).dequantize().abs().max().double()
+    codes, scales, global_scale = brute.quantize_1x16(x.numpy(), amax=amax)
+    np.testing.assert_array_equal(e2m1.unpack(q.codes).numpy(), codes)
+    np.testing.assert_array_equal(q.scales.view(torch.uint8).numpy(), scales)
+    assert q.global_scale.item() == global_scale
+    assert most <= 1.75 * amax * (1 + 1e-6) or amax in (0.0, 1e-42)
+    assert amax != 0.3 or most >= 1.75 * amax * (1 - 1e-6)
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))
 @settings(max_examples=60, deadline=None)
 def test_reference_equals_brute_force_on_any_floats(values):
@@ -216,6 +230,18 @@ def test_options_give_the_specified_shapes():
             "x: got a tensor that requires grad",
         ),
         (lambda: nk.quantize(torch.ones(4, 32), block="1x32", rounding="stochastic"), ValueError, "MXFP8"),
+        (lambda: nk.quantize(torch.ones(4, 32), amax=1.0), TypeError, "amax: got float; allowed: a torch.Tensor"),
+        (lambda: nk.quantize(torch.ones(4, 32), amax=torch.ones(1).half()), TypeError, "amax: got torch.float16"),
+        (
+            lambda: nk.quantize_pair(torch.ones(4, 32), *VARIANTS["1d"], amax=torch.ones(2)),
+            ValueError,
+            r"amax: got shape \[2\]",
+        ),
+        (
+            lambda: nk.quantize(torch.ones(4, 32), amax=torch.ones((), device="meta")),
+            ValueError,
+            "amax: got device meta",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(call, error, words):
@@ -238,4 +264,12 @@ def test_opcheck():
         ("", "16x16:nearest"),
         ("1x32:nearest",) * 2,
     ):
-        torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise))
+        amax = torch.ones(1) if "hadamard" in col else None
+        torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise, None, None, amax))
+
+
+def test_a_given_amax_compiles():
+    x, amax = torch.randn(17, 40), torch.tensor(2.0)
+    run = lambda x, amax: nk.quantize_pair(x, *VARIANTS["rht"], amax=amax)  # noqa: E731
+    for made, plain in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(x, amax), run(x, amax), strict=True):
+        assert torch.equal(made.codes, plain.codes) and torch.equal(made.global_scale, plain.global_scale)

@@ -116,6 +116,21 @@ def test_nan_stays_in_its_group(on):
         check_group(columns, 2, nk.quantize(x[32:], COLS["transform"], transpose=True), 16)
 
 
+@pytest.mark.parametrize("kind", ["nearest", "transform"])
+def test_given_amaxes(on, kind):
+    x, sizes, col = drawn(70, 40), [5, 0, 33, 32], COLS[kind]
+    for amax in ([0.5, 0.0, -70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
+        amax, o = torch.tensor(amax), offsets(sizes)
+        row_form, columns = nk.quantize_groups(x, o, ROW, col, amax=amax)
+        with nk.backend("reference"):
+            for part, wanted in zip(parts(row_form), parts(nk.quantize(x, ROW, amax=amax.abs().max())), strict=True):
+                same(part.flatten(), wanted.flatten())
+            for e, size in enumerate(sizes):
+                check_group(columns, e, nk.quantize(x[o[e] : o[e] + size], col, transpose=True, amax=amax[e]), col.run)
+        alone, _ = nk.quantize_groups(x, o, ROW, None, amax=amax)
+        same(alone.codes, row_form.codes)
+
+
 def test_views(on):
     wide = drawn(40, 64)
     o = offsets([7, 0, 33])
@@ -188,6 +203,7 @@ def test_errors():
         (dict(col=QuantSpec("16x16")), ValueError, "col: got block 16x16"),
         (dict(row=QuantSpec("16x16")), ValueError, "row: got block 16x16"),
         (dict(x=x[None]), ValueError, "x: got 3 dimensions"),
+        (dict(amax=torch.ones(3)), ValueError, r"amax: got shape \[3\]; allowed: 2 in all"),
     ):
         given_ = dict(x=x, offsets=o, row=ROW, col=COLS["nearest"]) | wrong
         with pytest.raises(error, match=text):
@@ -219,6 +235,7 @@ def test_opcheck():
     starts = torch.tensor([0, 16, 16, 48])
     for arguments in (
         (drawn(33, 20), str(ROW), str(COLS["transform"]), None, o, starts),
+        (drawn(33, 20), str(ROW), str(COLS["nearest"]), None, o, starts, torch.ones(3)),
         (drawn(33, 20), "", str(COLS["mxfp8"]), None, o, torch.tensor([0, 32, 32, 64])),
         (drawn(2, 33, 20), str(QuantSpec("16x16")), str(QuantSpec("16x16")), None),
     ):

@@ -24,6 +24,7 @@ from tests.ops.quantize_checks import (
     extreme,
     same_bytes,
     saturating,
+    to_hand_in,
 )
 from tests.ops.test_quantize import NAMES, VARIANTS
 from tests.oracles import nvfp4_brute as brute
@@ -108,6 +109,15 @@ def test_extremes(kind):
     for spec in (SPECS[2], SPECS[6], SPECS[8]):
         assert_same(x, spec, spec)
     assert_same(x.bfloat16(), SPECS[3], SPECS[4])
+
+
+@pytest.mark.parametrize("row, col", [(SPECS[4], None), (SPECS[0], SPECS[6]), (SPECS[7], SPECS[1])])
+def test_given_amax(row, col):
+    x = torch.randn(17, 48).bfloat16()
+    true = x.float().abs().max().view(1)
+    assert_reference(run("quantize", x, row, col, NOISE, None, true), x, row, col)
+    for amax in to_hand_in(x)[::5]:
+        assert_reference(run("quantize", x, row, col, NOISE, None, amax), x, row, col, amax)
 
 
 def test_rotation_beyond_bf16_saturates():

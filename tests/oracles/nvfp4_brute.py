@@ -43,10 +43,10 @@ def random_byte(block: int, element: int, seed: int, offset: int) -> int:
     return words[element // 4] >> 8 * (element % 4) & 255
 
 
-def quantize_1x16(x: np.ndarray, seed_offset: tuple[int, int] | None = None):
+def quantize_1x16(x: np.ndarray, seed_offset: tuple[int, int] | None = None, amax: float | None = None):
     """codes (one a byte) [rows, cols], scale bytes [rows, cols / 16], global scale; cols a multiple of 16, x finite float32."""
     with np.errstate(all="ignore"):
-        amax = F(np.abs(x).max())
+        amax = F(np.abs(x).max() if amax is None else amax)
         g_enc = F(1) if amax == 0 else min(F(F(2688) / amax), np.finfo(F).max)
         k, g_dec = F(g_enc * F(1 / 6)), F(F(1) / g_enc)
         codes = np.zeros(x.shape, np.uint8)
@@ -54,7 +54,7 @@ def quantize_1x16(x: np.ndarray, seed_offset: tuple[int, int] | None = None):
         for r in range(x.shape[0]):
             for b in range(x.shape[1] // 16):
                 block = x[r, 16 * b : 16 * b + 16]
-                scales[r, b] = nearest_even(float(F(np.abs(block).max() * k)), POSITIVE)
+                scales[r, b] = nearest_even(min(float(F(np.abs(block).max() * k)), 448.0), POSITIVE)
                 decode = F(F(POSITIVE[scales[r, b]]) * g_dec)
                 enc = np.finfo(F).max if decode == 0 else min(F(F(1) / decode), np.finfo(F).max)
                 for j, value in enumerate(block):

@@ -37,6 +37,8 @@ def test_values_against_the_oracle():
             assert abs(rounded) == pytest.approx(wanted * float(scale), rel=1e-6)
             assert rounded * value >= 0
     assert nvfp4(x.bfloat16(), scale).dtype == torch.bfloat16 and nvfp4(x[:0], scale).shape == (0, 40)
+    x[1, 3] = float("inf")
+    assert nvfp4(x, scale).isnan().all()
 
 
 def test_every_layer_with_a_scale_and_only_inside(make_model, ids):

@@ -11,6 +11,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.checkpoint.huggingface import open_model
 from nvfp4_kernels.checkpoint.save import save
+from nvfp4_kernels.ptq.evaluate import Text
 from nvfp4_kernels.ptq.quantize import Plan, quantize_model
 from nvfp4_kernels.ptq.stream import Stream
 from nvfp4_kernels.train.byte_level import tokenizer_json
@@ -21,6 +22,11 @@ PLANS = {
     "experts": Plan("experts", (("*.experts.*", "w4a16"),), None, "mse"),
     "some": Plan("some", (("*.down_proj", "w4a16"), ("*.up_proj", "w4a16"), ("*.in_proj", "bf16")), None, "max", "mae"),
     "none": Plan("none", (("*", "bf16"),)),
+}
+RULES = (("*.experts.*", "nvfp4"), ("*.[kq]_proj", "fp8"), ("*.in_proj", "nvfp4"))
+CALIBRATED = {
+    "calibrated": Plan("calibrated", RULES, kv_cache=True),
+    "evaluated": Plan("evaluated", (("*.experts.*", "w4a16"),)),
 }
 SHARD = 20_000
 
@@ -61,7 +67,30 @@ def test_the_same_files_as_in_memory(checkpoint, tmp_path, plan, source):
     assert all(tensor.is_meta for tensor in [*stream.model.parameters(), *stream.model.buffers()])
     files = written(stream.model, tmp_path / "streamed", stream.read)
     assert files == written(model, tmp_path / "in memory") and len(files) > 4
-    assert stream.report().to_dict() == report.to_dict()
+    assert stream.report(tmp_path / "streamed").to_dict() == report.to_dict()
+
+
+def without_times(report):
+    return {
+        key: {k: v for k, v in value.items() if "second" not in k} if isinstance(value, dict) else value
+        for key, value in report.to_dict().items()
+    }
+
+
+@pytest.mark.parametrize("plan", CALIBRATED.values(), ids=CALIBRATED)
+@pytest.mark.parametrize("source", [{}, dict(layout="transformers", dtype=None, tie_word_embeddings=True)], ids=str)
+def test_texts_say_the_same_as_in_memory(checkpoint, ids, tmp_path, plan, source):
+    """Input scales, scales of a cache, perplexities: to the bit, of batches of several windows and a rest."""
+    texts = Text(ids, 61, "calibration"), Text(ids[::-1], 60, "text")
+    texts = texts if plan.kv_cache else (None, texts[1])
+    folder = checkpoint(**source)
+    model = nk.HybridModel.from_pretrained(folder)
+    report = quantize_model(model, plan, *texts, 16)
+    stream = Stream(open_model(folder), plan, "cpu", *texts, 16)
+    files = written(stream.model, tmp_path / "streamed", stream.read)
+    assert files == written(model, tmp_path / "in memory") and len(files) > 4
+    assert without_times(stream.report(tmp_path / "streamed")) == without_times(report)
+    assert all(tensor.is_meta for tensor in stream.model.parameters())
 
 
 def test_each_tensor_is_read_once_and_each_layer_made_once(checkpoint, tmp_path, monkeypatch):
@@ -104,7 +133,8 @@ import sys
 from nvfp4_kernels.cli import main as cli
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
-arguments = ["quantize", "--pattern", "*.experts.*=w4a16", "--model"]
+text = sys.argv[3]
+arguments = ["quantize", "--pattern", "*.experts.*=nvfp4", "--calibrate", text, "--text", text, "--length", "64", "--model"]
 assert cli.main([*arguments, sys.argv[1], "--out", sys.argv[2] + "-first"]) == 0  # for what is imported at its first use
 before = peak()
 assert cli.main([*arguments, sys.argv[2], "--out", sys.argv[2] + "-quantized"]) == 0
@@ -113,7 +143,7 @@ print(peak() - before)
 
 
 def test_peak_of_the_host(tmp_path):
-    """The command grows by less than a shard and a layer, of a checkpoint of many."""
+    """The command, texts included, grows by less than a shard and a layer, of a checkpoint of many."""
     wide = dict(n_routed_experts=16, moe_latent_size=512, moe_intermediate_size=512, vocab_size=260)
     for name, config in (
         ("small", nk.preset("tiny", hybrid_override_pattern="E", vocab_size=260)),
@@ -129,7 +159,8 @@ def test_peak_of_the_host(tmp_path):
         (tmp_path / name / "tokenizer.json").write_text(tokenizer_json(ByteTokenizer(258)))
     files = [path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")]
     layer = 16 * 512 * 512 * 2
-    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    (tmp_path / "text").write_text("a text to run through all of it, " * 8)
+    command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("small", "large", "text"))]
     # what is freed goes back to the system: left alone, the allocator's thresholds move with what it has met
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, env=environment)

@@ -7,7 +7,7 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
-from nvfp4_kernels.ops._library import register
+from nvfp4_kernels.ops._library import register, unobserved
 from nvfp4_kernels.ops.grouped_matmul.op import (
     check_stack,
     from_parts,
@@ -49,7 +49,8 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
         require(fits, name, f"shape {list(shape)}", f"{list(wanted)}")
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
-    return torch.ops.nvfp4.expert_mlp(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
+    run = _run if unobserved(x) else torch.ops.nvfp4.expert_mlp
+    return run(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._cuda import address
-from nvfp4_kernels.ops.quantize._forms import Groups
+from nvfp4_kernels.ops.quantize._forms import Groups, put_amax
 
 SIDE, THREADS, STAGES = 64, 128, 3  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
@@ -56,10 +56,17 @@ def shared_bytes(itemsize: int) -> int:
     return STAGES * SIDE * SIDE * itemsize
 
 
-def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups | None = None) -> None:
+def run(
+    x: Tensor,
+    row: tuple,
+    col: tuple,
+    noise: Tensor | None,
+    groups: Groups | None = None,
+    amax: Tensor | None = None,
+) -> None:
     """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead).
 
-    x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows.
+    x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows. amax: fp32 [1] or [groups], or None.
     """
     if x.stride(-1) != 1 and x.stride(-2) == 1 and groups is None:
         x, row, col = x.mT, col, row  # column-major: the transpose is row-major, and its forms change places
@@ -88,7 +95,9 @@ def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups 
         return torch.empty(*shape, dtype=torch.int32, device=x.device)
 
     transforms = any(spec is not None and spec.hadamard is not None for spec, *_ in (row, col))
-    if groups is not None or transforms:
+    if amax is not None and not transforms:
+        found = amaxes(matrices, 3, 1) if groups is None else amaxes(3, count)
+    elif groups is not None or transforms:
         found = amaxes(matrices, 3, grid[0] * grid[1]) if groups is None else amaxes(3, count).zero_()
         given = parameters(rows, cols, x.stride(-2), found)
         _cuda.launch("quantize", f"amax_transforms_{name}", grid, THREADS, shared, given, x)
@@ -98,6 +107,8 @@ def run(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups 
         found = amaxes(matrices, 3, max(1, min(pieces, -(-BLOCKS_PER_PROCESSOR * processors // matrices))))
         given = parameters(lines, length, x.stride(-2), found)
         _cuda.launch("quantize", f"amax_values_{name}", (found.shape[2], 1, matrices), AMAX_THREADS, 0, given, x)
+    if amax is not None:
+        put_amax(amax, found)
     given = parameters(rows, cols, x.stride(-2), found)
     _cuda.launch("quantize", kernel(x.dtype, row[0], col[0]), grid, THREADS, shared, given, x)
 

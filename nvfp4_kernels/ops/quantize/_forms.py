@@ -43,6 +43,12 @@ def empty_forms(
     return form(row, rows, row_runs, lead), form(col, cols, runs, matrices)
 
 
+def put_amax(amax: Tensor, found: Tensor) -> None:
+    """Write amax, [1] or one for each group, where a kernel reads the largest magnitudes of the values: found[..., 0, :]."""
+    place = found.view(torch.float32)[..., 0, :]
+    torch.abs(amax.expand_as(place), out=place)
+
+
 def check_ascending(offsets: Tensor, rows: int) -> None:
     """Raise ValueError for offsets that are not ascending numbers from 0 to `rows`."""
     fits = offsets[0] == 0 and offsets[-1] == rows and bool((offsets.diff() >= 0).all())

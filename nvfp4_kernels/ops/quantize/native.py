@@ -17,21 +17,26 @@ NONE = (0, False, 0, -1, 0, 0, 0)
 NO_GROUPS = (0, 0, 0, 0)
 
 
-def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
+def refuses(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> str | None:
     return cuda.refuses(x, row, col) if _cuda.takes(x) else refuses_device(x)
 
 
-def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
+    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
     """
     rows, cols = x.shape[-2:]
     row_parts, col_parts = empty_forms(x, row, col, groups)
-    noise = None if noise is None else noise.contiguous()
+    noise, amax = (None if t is None else t.contiguous() for t in (noise, amax))
     if _cuda.takes(x):
         advance = int(row is not None and row.stochastic)
-        cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups)
+        cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups, amax)
         return (*row_parts, *col_parts)
     status = native.quantize(
         x.data_ptr(),
@@ -43,7 +48,7 @@ def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | 
         NO_GROUPS if groups is None else (*(t.data_ptr() for t in groups), len(groups[0]) - 1, col_parts[1].shape[1]),
         _form(row, row_parts),
         _form(col, col_parts),
-        0 if noise is None else noise.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (noise, amax)),
         torch.get_num_threads(),
     )
     if status == 2:

@@ -26,6 +26,7 @@ def quantize(
     transpose: bool = False,
     seed: int | Tensor | None = None,
     four_over_six: str | None = None,
+    amax: Tensor | None = None,
 ) -> Quantized:
     """Quantize `x` along its last axis (along its rows with transpose=True).
 
@@ -34,6 +35,11 @@ def quantize(
         "stochastic", hadamard (None, a 16-bit mask or 16 signs), four_over_six (None, "mae", "mse").
     transpose: quantize x.T instead; the result has shape [cols, rows].
     seed: for stochastic rounding, an int or an int64 tensor [2] (seed, offset); None draws one from torch's generator.
+    amax: fp32, one element, on x's device: the largest magnitude of x, as whoever made x knows it, which spares the read
+        of x that finds it; with the true one the result is the same bit for bit. What is larger saturates at 448 * 6 *
+        global_scale (amax itself; 1.75 amax under four_over_six). Of 0 the global scale is 1; NaN or an infinity, as it
+        must be where x has one, makes every decoded value NaN. A rotated form still finds the amax of the rotated values;
+        "1x32" has no use for it.
 
     Returns an NVFP4Tensor or MXFP8Tensor of the shape of x (of x.T). cols need be no multiple of anything: blocks are
     padded with zeros inside (a rotated form keeps its padding: the transform mixes it in, so cols becomes ceil16(cols)).
@@ -45,14 +51,19 @@ def quantize(
     if spec is None:
         spec = QuantSpec(block, rounding, None if hadamard is None else sign_mask(hadamard), four_over_six)
     _check(x, transpose or spec.block == "16x16")
+    amax = _amax(x, amax, 1)
     noise = _noise(x, seed, spec.stochastic)
     if transpose:
-        return _form(_call(x, None, spec, noise)[3:], spec, (x.shape[1], x.shape[0]))
-    return _form(_call(x.reshape(-1, x.shape[-1]), spec, None, noise)[:3], spec, x.shape)
+        return _form(_call(x, None, spec, noise, amax)[3:], spec, (x.shape[1], x.shape[0]))
+    return _form(_call(x.reshape(-1, x.shape[-1]), spec, None, noise, amax)[:3], spec, x.shape)
 
 
 def quantize_pair(
-    x: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: int | Tensor | None = None
+    x: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: int | Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Quantized | Tensor, Quantized | Tensor]:
     """The row form of `x` and the column form (of x.T), from the same values in one pass; None means high precision.
 
@@ -60,15 +71,17 @@ def quantize_pair(
     row, col: QuantSpec or None. For None the form is x itself, or x.T as a view.
     noise: for stochastic rounding, int64 [2] (seed, offset). The row form draws at `offset`, the column form at the next
         offset when the row form is stochastic too. None draws a seed from torch's generator.
+    amax: as in quantize, for both forms.
 
     Returns (row form [rows, cols], column form [cols, rows]). With block "16x16" both decode to the same values.
     Raises as quantize does.
     """
     _check(x, True)
+    amax = _amax(x, amax, 1)
     if row is None and col is None:
         return x, x.t()
     stochastic = (row is not None and row.stochastic) or (col is not None and col.stochastic)
-    parts = _call(x, row, col, _noise(x, noise, stochastic))
+    parts = _call(x, row, col, _noise(x, noise, stochastic), amax)
     return (
         x if row is None else _form(parts[:3], row, x.shape),
         x.t() if col is None else _form(parts[3:], col, (x.shape[1], x.shape[0])),
@@ -76,7 +89,12 @@ def quantize_pair(
 
 
 def quantize_groups(
-    x: Tensor, offsets: Tensor, row: QuantSpec | None, col: QuantSpec | None, noise: int | Tensor | None = None
+    x: Tensor,
+    offsets: Tensor,
+    row: QuantSpec | None,
+    col: QuantSpec | None,
+    noise: int | Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Quantized | Tensor, Columns | Tensor]:
     """As quantize_pair, where each group of rows is a matrix of its own to the column form: the tokens of each expert.
 
@@ -84,6 +102,7 @@ def quantize_groups(
     offsets: int64 [groups + 1], ascending from 0 to rows, on x's device; nothing of it is read back to the host.
     row, col: QuantSpec or None; col of block "1x16" or "1x32". For None the form is x itself, or x.T as a view.
     noise: as in quantize_pair. A block draws by its place in the whole form, so that no two groups share noise.
+    amax: as in quantize, but fp32 [groups], of each group's rows; the row form takes the largest.
 
     Returns (row form [rows, cols], with one global scale; Columns, with a global scale for each group). A NaN or an infinity
     makes its own group NaN, and all of the row form. A group's values depend on no other group, but for stochastic noise.
@@ -93,15 +112,16 @@ def quantize_groups(
     require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
     require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
     same_device("offsets", offsets, x.device)
+    amax = _amax(x, amax, len(offsets) - 1)
     require(col is None or col.block != "16x16", "col", "block 16x16", "1x16 or 1x32: tiles would span groups")
     if col is None:
-        return quantize_pair(x, row, None, noise)
+        return quantize_pair(x, row, None, noise, None if amax is None else amax.abs().amax())
     require(
         row is None or row.block != "16x16", "row", "block 16x16", "1x16 or 1x32 beside groups: tiles would span them"
     )
     starts = group_starts(offsets, col.run)
     stochastic = col.stochastic or (row is not None and row.stochastic)
-    parts = _call(x, row, col, _noise(x, noise, stochastic), (offsets.contiguous(), starts))
+    parts = _call(x, row, col, _noise(x, noise, stochastic), amax, (offsets.contiguous(), starts))
     columns = Columns(*parts[3:5], parts[5] if col.format == "nvfp4" else None, starts, col.hadamard)
     return x if row is None else _form(parts[:3], row, x.shape), columns
 
@@ -122,7 +142,7 @@ def quantize_stack(
     if row is None and col is None:
         return Stack(x), Stack(x.transpose(1, 2))
     stochastic = (row is not None and row.stochastic) or (col is not None and col.stochastic)
-    parts = _call(x, row, col, _noise(x, noise, stochastic))
+    parts = _call(x, row, col, _noise(x, noise, stochastic), None)
     return _stack(x, row, parts[:3]), _stack(x.transpose(1, 2), col, parts[3:])
 
 
@@ -155,6 +175,17 @@ def _noise(x: Tensor, seed: int | Tensor | None, stochastic: bool) -> Tensor | N
     return torch.tensor([seed, 0], dtype=torch.int64, device=x.device)
 
 
+def _amax(x: Tensor, amax: Tensor | None, count: int) -> Tensor | None:
+    """[count], or None, as where there is nothing to have one."""
+    if amax is None:
+        return None
+    require(isinstance(amax, Tensor), "amax", type(amax).__name__, "a torch.Tensor or None", TypeError)
+    require(amax.dtype == torch.float32, "amax", amax.dtype, "float32", TypeError)
+    require(amax.numel() == count, "amax", f"shape {list(amax.shape)}", f"{count} in all, one for each global scale")
+    same_device("amax", amax, x.device)
+    return amax.detach().reshape(-1) if count else None
+
+
 def _form(parts: tuple[Tensor, ...], spec: QuantSpec, shape) -> Quantized:
     codes, scales, global_scale = parts
     lead = tuple(shape[:-1])
@@ -171,9 +202,10 @@ def _call(
     row: QuantSpec | None,
     col: QuantSpec | None,
     noise: Tensor | None,
-    groups: tuple[Tensor, Tensor] | tuple[()] = (),
+    amax: Tensor | None,
+    groups: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> tuple[Tensor, ...]:
-    return torch.ops.nvfp4.quantize(x, str(row or ""), str(col or ""), noise, *groups)
+    return torch.ops.nvfp4.quantize(x, str(row or ""), str(col or ""), noise, *groups, amax)
 
 
 def _parse(row: str, col: str) -> tuple[QuantSpec | None, QuantSpec | None]:
@@ -181,21 +213,33 @@ def _parse(row: str, col: str) -> tuple[QuantSpec | None, QuantSpec | None]:
 
 
 def _run(
-    x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
+    x: Tensor,
+    row: str,
+    col: str,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    arguments = (x, *_parse(row, col), noise, None if offsets is None else (offsets, starts))
+    arguments = (x, *_parse(row, col), noise, None if offsets is None else (offsets, starts), amax)
     return select("quantize", *arguments).run(*arguments)
 
 
 def _fake(
-    x: Tensor, row: str, col: str, noise: Tensor | None, offsets: Tensor | None = None, starts: Tensor | None = None
+    x: Tensor,
+    row: str,
+    col: str,
+    noise: Tensor | None,
+    offsets: Tensor | None = None,
+    starts: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     row_parts, col_parts = empty_forms(x, *_parse(row, col), None if offsets is None else (offsets, starts))
     return (*row_parts, *col_parts)
 
 
 register(
-    "quantize(Tensor x, str row, str col, Tensor? noise, Tensor? offsets=None, Tensor? starts=None)"
+    "quantize(Tensor x, str row, str col, Tensor? noise, Tensor? offsets=None, Tensor? starts=None, Tensor? amax=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,

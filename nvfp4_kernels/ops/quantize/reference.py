@@ -17,25 +17,32 @@ from nvfp4_kernels.ops.quantize._forms import Groups, Spec, check_ascending, emp
 FLT_MAX = torch.finfo(torch.float32).max
 
 
-def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
+def refuses(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> str | None:
     return None
 
 
-def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
+    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
     """
     row_parts, col_parts = empty_forms(x, row, col, groups)
+    amax = None if amax is None else amax.abs()
+    largest = None if amax is None else amax.amax()
     if row is not None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
-            _write(row_parts, x[index], row, noise, 0, index)
+            _write(row_parts, x[index], row, noise, 0, index, largest)
     advance = int(row is not None and row.stochastic)
     if col is None:
         return (*row_parts, *col_parts)
     if groups is None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
-            _write(col_parts, x[index].t(), col, noise, advance, index)
+            _write(col_parts, x[index].t(), col, noise, advance, index, largest)
         return (*row_parts, *col_parts)
     offsets, starts = groups
     check_ascending(offsets, len(x))
@@ -43,12 +50,20 @@ def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | 
         part.view(torch.uint8).zero_()  # what no group has
     places = zip(offsets.tolist(), offsets.tolist()[1:], starts.tolist(), starts.tolist()[1:], strict=False)
     for group, (begin, end, first, last) in enumerate(places):
-        _write(col_parts, x[begin:end].t(), col, noise, advance, group, slice(first // col.run, last // col.run))
+        own = None if amax is None else amax[group]
+        _write(col_parts, x[begin:end].t(), col, noise, advance, group, own, slice(first // col.run, last // col.run))
     return (*row_parts, *col_parts)
 
 
 def _write(
-    parts, x: Tensor, spec: QuantSpec, noise: Tensor | None, advance: int, index, runs: slice | None = None
+    parts,
+    x: Tensor,
+    spec: QuantSpec,
+    noise: Tensor | None,
+    advance: int,
+    index,
+    amax: Tensor | None,
+    runs: slice | None = None,
 ) -> None:
     """Put the form of one matrix where it belongs: matrix `index` of a stack, or group `index` at `runs` of each line."""
     codes, scales, global_scale = parts
@@ -56,7 +71,7 @@ def _write(
     lines = torch.arange(x.shape[0], device=x.device)[:, None] * line
     block = torch.arange(line, device=x.device)[runs or slice(None)]
     before = index * x.shape[0] * line if runs is None and index is not ... else 0
-    made = _form(x, spec, noise, advance, before + lines + block)
+    made = _form(x, spec, noise, advance, before + lines + block, amax)
     if runs is None:
         codes[index], scales[index] = made[:2]
     else:
@@ -67,12 +82,12 @@ def _write(
 
 
 def _form(
-    x: Tensor, spec: QuantSpec, noise: Tensor | None, advance: int, numbers: Tensor
+    x: Tensor, spec: QuantSpec, noise: Tensor | None, advance: int, numbers: Tensor, given: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and global scale of one matrix whose blocks have these numbers [rows, runs] in the noise."""
     if spec.format == "mxfp8":
         return _mxfp8(x)
-    finite = torch.isfinite(x).all()
+    finite = torch.isfinite(x if given is None else given).all()
     values = x if spec.hadamard is None else hadamard.run(x, spec.hadamard)
     values = torch.where(finite, values.to(torch.float32), 0)
     rows, padded = x.shape[0], ceil_to(x.shape[1], 16)
@@ -80,7 +95,10 @@ def _form(
 
     amax = _block_amax(blocks, spec)
     scale_max = 256.0 if spec.four_over_six else e4m3.MAX
-    amax_tensor = amax.amax() if amax.numel() else amax.new_zeros(())
+    if given is not None and spec.hadamard is None:
+        amax_tensor = torch.where(finite, given, 0)
+    else:
+        amax_tensor = amax.amax() if amax.numel() else amax.new_zeros(())
     g_enc = torch.div(_like(scale_max * e2m1.MAX, amax), amax_tensor).clamp(max=FLT_MAX)
     g_enc = torch.where(amax_tensor == 0, 1.0, g_enc)
     g_dec = torch.div(torch.ones_like(g_enc), g_enc)

@@ -1,4 +1,4 @@
-"""quantize in Triton: one read of x for the amax (_triton_amax.py), one for the codes and scales of both forms.
+"""quantize in Triton: one read of x for the amax (_triton_amax.py) unless it is given, one for both forms' codes and scales.
 
 A thread holds whole blocks: 16 consecutive values of a row for the row form, of a column for the column form, whose second
 load of the tile finds it in the L1 cache. No thread so ever waits for another, but for the one amax of a 16x16 tile; the
@@ -22,7 +22,9 @@ from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
 
 
-def refuses(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> str | None:
+def refuses(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> str | None:
     return refuses_device(x)
 
 
@@ -165,28 +167,31 @@ def quantize_kernel(
                 )  # fmt: skip
 
 
-def run(x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor, row: Spec, col: Spec, noise: Tensor | None, groups: Groups | None = None, amax: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
+    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
     """
     row_parts, col_parts = empty_forms(x, row, col, groups)
     advance = int(row is not None and row.stochastic)
     if groups is not None:
         for part in col_parts:
             part.view(torch.uint8).zero_()  # what no group has
-        _launch_groups(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups)
+        _launch_groups(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups, amax)
     elif x.dim() == 2:
-        _launch(x, (row, row_parts, 0, 0), (col, col_parts, advance, 0), noise)
+        _launch(x, (row, row_parts, 0, 0), (col, col_parts, advance, 0), noise, amax)
     else:
         for e in range(len(x)):
             forms = [(codes, scales, g[e] if g.numel() else g) for codes, scales, g in (row_parts, col_parts)]
             before = [e * (scales[0].numel() if scales.dim() == 3 else 0) for _, scales, _ in forms]
-            _launch(x[e], (row, forms[0], 0, before[0]), (col, forms[1], advance, before[1]), noise)
+            _launch(x[e], (row, forms[0], 0, before[0]), (col, forms[1], advance, before[1]), noise, amax)
     return (*row_parts, *col_parts)
 
 
-def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
+def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tensor | None) -> None:
     """row, col: (QuantSpec or None, its tensors, how far the noise's offset is ahead, scales of a stack's earlier matrices)."""
     if x.stride(0) == 1 and x.stride(1) != 1:  # column-major: the transpose is row-major, and its forms change places
         x, row, col = x.t(), col, row
@@ -194,7 +199,7 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     words, x = wide(x), readable(x)
     row_spec, col_spec = row[0], col[0]
     scaled = [spec for spec in (row_spec, col_spec) if spec is not None and spec.format == "nvfp4"]
-    found = amaxes(x, row_spec, col_spec, words) if scaled else x
+    found = amaxes(x, row_spec, col_spec, words, amax) if scaled else x
     programs = found.shape[1] if scaled else 0
     tall, broad, warps = tile(rows, cols, row_spec, col_spec)
     across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
@@ -215,11 +220,13 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None) -> None:
     )
 
 
-def _launch_groups(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups) -> None:
+def _launch_groups(
+    x: Tensor, row: tuple, col: tuple, noise: Tensor | None, groups: Groups, amax: Tensor | None
+) -> None:
     (rows, cols), (offsets, starts), count = x.shape, groups, len(groups[0]) - 1
     words, x = wide(x), readable(x)
     scaled = [spec for spec in (row[0], col[0]) if spec is not None and spec.format == "nvfp4"]
-    found = group_amaxes(x, row[0], col[0], offsets) if scaled else x
+    found = group_amaxes(x, row[0], col[0], offsets, amax) if scaled else x
     tall, broad, warps = tile(rows, cols, row[0], col[0])
     launch(
         quantize_kernel,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._check import require, same_device
 from nvfp4_kernels.ops._dispatch import select
-from nvfp4_kernels.ops._library import register_differentiable
+from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def route(
         require(tuple(bias.shape) == (experts,), "bias", f"shape {list(bias.shape)}", f"[{experts}]")
         require(torch.is_floating_point(bias), "bias", bias.dtype, "a floating-point tensor", TypeError)
         same_device("bias", bias, logits.device)
-    return Routing(*torch.ops.nvfp4.route(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
+    run = _run if unobserved(logits) else torch.ops.nvfp4.route
+    return Routing(*run(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:

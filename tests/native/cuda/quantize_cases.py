@@ -6,7 +6,16 @@ import torch
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops.quantize import _cuda
-from tests.ops.quantize_checks import EXTREMES, NOISE, SPECS, assert_golden, assert_reference, extreme, saturating
+from tests.ops.quantize_checks import (
+    EXTREMES,
+    NOISE,
+    SPECS,
+    assert_golden,
+    assert_reference,
+    extreme,
+    saturating,
+    to_hand_in,
+)
 from tests.ops.test_quantize import NAMES, VARIANTS
 
 NVFP4 = [spec for spec in SPECS if spec.format == "nvfp4"]
@@ -66,6 +75,16 @@ def test_extremes(kind):
     for row, col in ((SR, TURNED), (TURNED, TILES), (QuantSpec(four_over_six="mse"), QuantSpec(four_over_six="mae"))):
         assert_same(x, row, col)
     assert_same(x.bfloat16(), PLAIN, TURNED)
+
+
+@pytest.mark.parametrize("row, col", [(SR, None), (PLAIN, TILES), (PLAIN, TURNED), (TURNED, TURNED_SR)])
+def test_given_amax(model, row, col):
+    x = torch.randn(40, 100).bfloat16()
+    assert_reference(run(x, row, col, NOISE, None, x.float().abs().max().view(1)), x, row, col)
+    for amax in to_hand_in(x):
+        assert_reference(run(x, row, col, NOISE, None, amax), x, row, col, amax)
+    passes = sum(kernel.startswith("amax") for kernel in model.kernels)
+    assert passes == (7 if TURNED in (row, col) else 0)
 
 
 def test_rotation_beyond_bf16_saturates():

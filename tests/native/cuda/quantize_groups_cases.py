@@ -26,8 +26,8 @@ def places(sizes, run=16):
     return offsets, group_starts(offsets, run)
 
 
-def assert_same(x, row, col, groups=None):
-    wanted, found = reference.run(x, row, col, NOISE, groups), run(x, row, col, NOISE, groups)
+def assert_same(x, row, col, groups=None, amax=None):
+    wanted, found = reference.run(x, row, col, NOISE, groups, amax), run(x, row, col, NOISE, groups, amax)
     for part, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert same_bytes(a, b), f"part {part} of {row} / {col}, x {list(x.shape)} {x.dtype} {groups}"
 
@@ -49,6 +49,13 @@ def test_blocks_of_several_tiles(monkeypatch, down):
     monkeypatch.setattr(_cuda, "tiles_down", lambda *_: down)
     for sizes in ([63, 64, 65, 0, 191, 192, 193, 1], [400, 7]):
         assert_same(drawn(sum(sizes), 40), PLAIN, TURNED_SR, places(sizes))
+
+
+def test_given_amaxes():
+    x, groups = drawn(70, 40), places([5, 0, 33, 32])
+    for amax in ([0.5, 0.0, 70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
+        for row, col in ((PLAIN, TURNED), (SR, PLAIN), (None, CHOOSING)):
+            assert_same(x, row, col, groups, torch.tensor(amax))
 
 
 def test_more_groups_than_threads():
