@@ -69,9 +69,8 @@ int call_hadamard(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
 // (kind, data, scales, global_scale, rows, cols, row_stride, col_stride)
 Operand operand(const py::tuple& t) {
     const Kind kind = static_cast<Kind>(t[0].cast<int>());
-    const i64 cols = t[5].cast<i64>(), row_stride = kind < Kind::nvfp4 ? t[6].cast<i64>() : cols;  // codes are contiguous
     return {kind, pointer<const void>(t[1].cast<u64>()), pointer<const u8>(t[2].cast<u64>()),
-            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), cols, row_stride, t[7].cast<i64>()};
+            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), t[5].cast<i64>(), t[6].cast<i64>(), t[7].cast<i64>()};
 }
 
 int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype, u64 out, int out_dtype, bool accumulate,

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn.moe import Experts, MoE
+from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ops import _triton
 
 ROOT = Path(__file__).parent.parent
@@ -107,3 +108,17 @@ def test_mixture_of_experts(recipe, latent):
     for name, p in block.named_parameters():
         assert p.grad is not None and p.grad.shape == p.shape, name
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", [NVFP4Weight, FP8Weight])
+def test_frozen_mixture_of_experts(kind):
+    """Gradients reach the router and the input through weights that are kept quantized."""
+    with torch.device("meta"):
+        block = MoE(64, 8, 3, 48, 32, 32)
+        block.experts = QuantizedExperts(kind(32, 48, experts=8), kind(48, 32, experts=8))
+        block.fc1_latent_proj, block.fc2_latent_proj = kind(64, 32), kind(32, 64)
+    x = torch.empty(2, 17, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with NoHost():
+        y, _ = block(x)
+        y.float().square().mean().backward()
+    assert x.grad.shape == x.shape and block.gate.weight.grad.shape == block.gate.weight.shape

@@ -61,6 +61,14 @@ def decoding(rows: int, experts: int, width: int, size: int):
     triton.run(Stack(empty(rows, size)), stack, offsets, torch.bfloat16)
 
 
+def frozen(rows: int, experts: int, width: int, size: int):
+    """The gradient of x through NVFP4 weights, and what FP8 weights give."""
+    x, dy, offsets = empty(rows, size), empty(rows, width), empty(experts + 1, dtype=torch.int64)
+    triton.run(Stack(dy), quantized("nvfp4", experts, width, size, groups=experts).mT, offsets, torch.bfloat16)
+    fp8 = Stack(empty(experts, width, size, dtype=torch.float8_e4m3fn), None, empty(experts, dtype=torch.float32))
+    triton.run(Stack(x), fp8, offsets, torch.bfloat16)
+
+
 CASES = {
     "Nano up, 8192 tokens": lambda: training(8192 * 6, 128, 1856, 2688, 8192),
     "Nano up, 8192 tokens, NVFP4 training": lambda: quantized_training("nvfp4", 8192 * 6, 128, 1856, 2688, 8192),
@@ -69,5 +77,6 @@ CASES = {
     "Super down, 8192 tokens": lambda: training(8192 * 22, 512, 1024, 2688),
     "Nano up, 1 token": lambda: decoding(6, 128, 1856, 2688),
     "Nano down, 64 tokens": lambda: decoding(64 * 6, 128, 2688, 1856),
+    "Nano up, 8192 tokens, frozen": lambda: frozen(8192 * 6, 128, 1856, 2688),
     "Super up, 8192 tokens, NVFP4": lambda: decoding(8192 * 22, 512, 2688, 1024),
 }

@@ -28,6 +28,10 @@ static inline void decode_nvfp4(const u8* codes, float scale, F* out) {
     for (int i = 0; i < vectors16; ++i) out[i] = lookup16(e2m1_values, nibbles[i]) * F(scale);
 }
 
+// An element of E4M3, as those of simd.h.
+struct E4m3 { u8 bits; };
+static inline F load(const E4m3* p) { return e4m3_decode<F>(load_bytes(&p->bits)); }
+
 // Sixteen E4M3 values times `scale`.
 static inline void decode_e4m3(const u8* codes, float scale, F* out) {
     for (int i = 0; i < vectors16; ++i) out[i] = e4m3_decode<F>(load_bytes(codes + i * F::lanes)) * F(scale);

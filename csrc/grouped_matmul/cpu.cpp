@@ -16,7 +16,7 @@ constexpr i64 packing = 24;
 
 // x from a place on that lies `values` values later in memory, whole blocks where it is quantized.
 Operand later(const Operand& x, i64 values) {
-    constexpr i64 halves[] = {8, 4, 4, 1, 2};  // of a byte, by kind
+    constexpr i64 halves[] = {8, 4, 4, 2, 1, 2};  // of a byte, by kind
     Operand moved = x;
     moved.data = static_cast<const char*>(x.data) + values * halves[static_cast<int>(x.kind)] / 2;
     if (x.scales) moved.scales = x.scales + values / (x.kind == Kind::nvfp4 ? 16 : 32);

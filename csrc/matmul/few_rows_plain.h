@@ -22,7 +22,7 @@ constexpr int plain_cols = 2;
 // Whether b's rows lie in memory as the kernel wants to read them.
 template <class P>
 static inline bool reads_plain(const Operand& b) {
-    return b.kind < Kind::nvfp4 && b.col_stride == 1 && (P::values == 1 || b.kind == Kind::bf16);
+    return b.kind < Kind::nvfp4 && b.col_stride == 1 && (P::values == 1 || b.kind == Kind::bf16 || b.kind == Kind::fp8);
 }
 
 // Steps from a row in memory.
@@ -30,6 +30,8 @@ template <class P, class T>
 static inline auto load_steps(const T* from) {
     if constexpr (P::values == 1) {
         return load(from);
+    } else if constexpr (std::is_same<T, E4m3>::value) {
+        return P::narrow(load(from), load(from + F::lanes));
     } else {
         return load(reinterpret_cast<const typename P::Step*>(from));
     }
@@ -117,6 +119,7 @@ static inline bool multiply_few_plain(const MatmulParams& p, const T* b, Range c
 
 template <class P, class Done>
 static inline bool multiply_few_plain(const MatmulParams& p, Range cols, Done done) {
+    if (p.b.kind == Kind::fp8) return multiply_few_plain<P>(p, static_cast<const E4m3*>(p.b.data), cols, done);
     if constexpr (P::values == 1) {
         switch (p.b.kind) {
             case Kind::fp16: return multiply_few_plain<P>(p, static_cast<const Half*>(p.b.data), cols, done);

@@ -11,13 +11,14 @@ namespace NVFP4_ISA {
 
 static inline bool exact_in_bf16(const Operand& x) { return x.kind != Kind::fp32 && x.kind != Kind::fp16; }
 
-// Values k .. k + length (multiples of 16) of a row of a quantized operand; decode16(k, out) gives sixteen of them.
-template <class P, class Decode>
-static inline void read_blocks(i64 k, i64 length, typename P::Step* out, Decode decode16) {
-    for (i64 j = 0; j < length; j += 16) {
-        F values[vectors16];
-        decode16(k + j, values);
-        P::put16(values, out + j / P::values);
+// Calls f with a function of x in blocks: decode16(at, out) gives the sixteen values from value `at` in memory on.
+template <class Function>
+static inline void with_blocks(const Operand& x, Function f) {
+    const u8 *codes = static_cast<const u8*>(x.data), *scales = x.scales;
+    if (x.kind == Kind::nvfp4) {
+        f([=](i64 at, F* out) { decode_nvfp4(codes + at / 2, e4m3_values.v[scales[at / 16]], out); });
+    } else {
+        f([=](i64 at, F* out) { decode_e4m3(codes + at, e8m0_value(scales[at / 32]), out); });
     }
 }
 
@@ -52,7 +53,6 @@ template <class P>
 static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typename P::Step* out) {
     row = stored_row(x, row);
     const i64 left = x.cols > k ? x.cols - k : 0, inside = left < length ? left : length;
-    const u8* bytes = static_cast<const u8*>(x.data);
     const auto plain = [&](auto* data) {
         read_plain<P>(data + (inside ? row * x.row_stride + k * x.col_stride : 0), x.col_stride, inside, length, out);
     };
@@ -60,19 +60,16 @@ static inline void read_row(const Operand& x, i64 row, i64 k, i64 length, typena
         case Kind::fp32: return plain(static_cast<const Single*>(x.data));
         case Kind::fp16: return plain(static_cast<const Half*>(x.data));
         case Kind::bf16: return plain(static_cast<const Brain*>(x.data));
-        case Kind::nvfp4: {
-            const u8* codes = bytes + row * (x.row_stride / 2);
-            const u8* scales = x.scales + row * (x.row_stride / 16);
-            read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_nvfp4(codes + at / 2, e4m3_values.v[scales[at / 16]], v); });
-            break;
-        }
-        case Kind::mxfp8: {
-            const u8* codes = bytes + row * x.row_stride;
-            const u8* scales = x.scales + row * (x.row_stride / 32);
-            read_blocks<P>(k, inside, out, [=](i64 at, F* v) { decode_e4m3(codes + at, e8m0_value(scales[at / 32]), v); });
-            break;
-        }
+        case Kind::fp8: return plain(static_cast<const E4m3*>(x.data));
+        default: break;
     }
+    with_blocks(x, [&](auto decode16) {
+        for (i64 j = 0; j < inside; j += 16) {
+            F values[vectors16];
+            decode16(row * x.row_stride + k + j, values);
+            P::put16(values, out + j / P::values);
+        }
+    });
     __builtin_memset(out + inside / P::values, 0, static_cast<size_t>((length - inside) / P::values) * 4);
 }
 
@@ -112,14 +109,47 @@ static inline void turn_side_by_side(const Operand& x, const T* from, i64 row, i
     }
 }
 
+// The same where blocks lie along the rows; `row` is a multiple of 16.
+template <class P>
+static inline void turn_blocks(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width) {
+    constexpr i64 ahead = 16;
+    const i64 per_byte = x.kind == Kind::nvfp4 ? 2 : 1;
+    with_blocks(x, [&](auto decode16) {
+        for (i64 s = 0; s < length / P::values; ++s) {
+            const i64 col = k + s * P::values;
+            for (i64 v = 0; v < P::values && col + v + ahead < x.cols; ++v) {
+                __builtin_prefetch(static_cast<const u8*>(x.data) + ((col + v + ahead) * x.col_stride + row) / per_byte, 0, 2);
+            }
+            for (i64 g = 0; g < count; g += 16) {
+                F values[P::values][vectors16];
+                for (i64 v = 0; v < P::values; ++v) {
+                    for (F& zero : values[v]) zero = F(0.0f);
+                    if (col + v < x.cols) decode16((col + v) * x.col_stride + row + g, values[v]);
+                }
+                typename P::Step* to = out + s * width + g;
+                for (int i = 0; i < vectors16; ++i) {
+                    if constexpr (P::values == 1) {
+                        store(to + i * F::lanes, values[0][i]);
+                    } else {
+                        store(to + i * F::lanes, (bits(values[0][i]) >> 16) | bits(values[1][i]));
+                    }
+                }
+            }
+        }
+    });
+}
+
 template <class P>
 static inline bool side_by_side(const Operand& x) {
-    return x.kind < Kind::nvfp4 && x.row_stride == 1 && x.col_stride != 1 && !x.row_index && (P::values == 1 || x.kind == Kind::bf16);
+    if (x.row_index || x.row_stride != 1) return false;
+    return x.scales || (x.col_stride != 1 && (P::values == 1 || x.kind == Kind::bf16 || x.kind == Kind::fp8));
 }
 
 template <class P>
 static inline void turn_rows(const Operand& x, i64 row, i64 count, i64 k, i64 length, typename P::Step* out, i64 width) {
     const auto turn = [&](auto* from) { turn_side_by_side<P>(x, from, row, count, k, length, out, width); };
+    if (x.scales) return turn_blocks<P>(x, row, count, k, length, out, width);
+    if (x.kind == Kind::fp8) return turn(static_cast<const E4m3*>(x.data));
     if constexpr (P::values == 1) {
         if (x.kind == Kind::fp32) return turn(static_cast<const Single*>(x.data));
         if (x.kind == Kind::fp16) return turn(static_cast<const Half*>(x.data));
@@ -149,7 +179,7 @@ static inline void read_rows(const Operand& x, i64 row, i64 count, i64 k, i64 le
 __attribute__((always_inline)) static inline void prefetch_row(const Operand& x, i64 row, i64 k, i64 length) {
     if (row >= x.rows || k >= x.cols || (x.kind < Kind::nvfp4 && x.col_stride != 1)) return;
     const char* base = static_cast<const char*>(x.data);
-    const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind == Kind::mxfp8 ? 4 : 8;  // of a byte
+    const i64 quarters = x.kind == Kind::fp32 ? 16 : x.kind == Kind::nvfp4 ? 2 : x.kind >= Kind::fp8 ? 4 : 8;  // of a byte
     row = stored_row(x, row);
     const char* from = base + (row * x.row_stride + k) * quarters / 4;
     for (i64 i = 0; i < length * quarters / 4; i += 64) __builtin_prefetch(from + i, 0, 2);

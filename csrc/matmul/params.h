@@ -4,15 +4,17 @@
 
 namespace nvfp4 {
 
-enum class Kind { fp32, fp16, bf16, nvfp4, mxfp8 };
+enum class Kind { fp32, fp16, bf16, fp8, nvfp4, mxfp8 };  // fp8: plain E4M3
 
 struct Operand {
     Kind kind;
     const void* data;           // codes (contiguous rows), or values
     const u8* scales;           // of nvfp4 (E4M3) and mxfp8 (E8M0), rows as far apart; else null
-    const float* global_scale;  // of nvfp4, else null
+    const float* global_scale;  // of nvfp4 and fp8, else null
     i64 rows, cols;             // cols as stored: padded to whole blocks when quantized; values beyond count as zero
-    i64 row_stride, col_stride; // in values; of a quantized operand the first alone, whole blocks
+    // In values. Blocks of nvfp4 and mxfp8 lie along the columns, rows whole blocks apart; or, where the row stride is 1, along the
+    // rows, which are then as many as stored.
+    i64 row_stride, col_stride;
     const i64* row_index = nullptr;  // [rows]: which stored row each row is; null: itself
     const i64* col_index = nullptr;  // [cols]: alike; of plain operands whose rows lie side by side and whose columns do not
 };

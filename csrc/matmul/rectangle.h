@@ -136,7 +136,8 @@ static inline void no_products(const MatmulParams& p, float g, Range cols) {
 // Whether the product is made row by row of b, without packing b: the threads then share its columns alone.
 template <class P>
 static inline bool few(const MatmulParams& p) {
-    return p.b.kind == Kind::nvfp4 ? p.a.rows <= most_few_rows : reads_plain<P>(p.b) && p.a.rows <= most_few_plain;
+    if (p.b.scales) return p.b.kind == Kind::nvfp4 && p.b.row_stride != 1 && p.a.rows <= most_few_rows;
+    return reads_plain<P>(p.b) && p.a.rows <= most_few_plain;
 }
 
 // Columns `cols` of all rows of the result. False: memory ran out.

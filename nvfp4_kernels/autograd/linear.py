@@ -1,6 +1,7 @@
 """y = x W^T with each of the three GEMMs' operands in the format that the recipe gives it.
 
-Forward keeps what backward needs and no more: the column forms of x and W, quantized, never x itself.
+Forward keeps what backward needs and no more: the column forms of x and W, quantized, never x itself; of a weight without
+gradient that of W alone.
 """
 
 import torch
@@ -20,11 +21,11 @@ Forms = tuple[Operand, Operand]
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, noise, recipe, weight_forms):
+    def forward(ctx, x, weight, bias, noise, recipe, weight_forms, wanted):
         # x [tokens, in], weight [out, in]
-        x_row, x_col = quantize_pair(x, recipe.fprop_x, recipe.wgrad_x, noise)
+        x_row, x_col = quantize_pair(x, recipe.fprop_x, recipe.wgrad_x if wanted else None, noise)
         w_row, w_col = weight_forms or quantize_weight(weight, recipe, noise)
-        save(ctx, x_col, w_col)
+        save(ctx, x_col if wanted else None, w_col)  # wanted: the weight's gradient
         ctx.recipe, ctx.noise, ctx.dtypes = recipe, noise, (weight.dtype, None if bias is None else bias.dtype)
         return matmul(x_row, w_row, x.dtype, bias=bias)  # [tokens, out]
 
@@ -34,13 +35,13 @@ class _Linear(torch.autograd.Function):
         x_col, w_col = saved(ctx)
         recipe, (w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
-        dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy, noise)
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
+        dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy if wants_dw else None, noise)
         dx = matmul(dy_row, w_col, dy.dtype) if wants_dx else None  # dy [tokens, out] @ w_col [in, out].T
         dw = matmul(dy_col, x_col, w_dtype) if wants_dw else None  # dy_col [out, tokens] @ x_col [in, tokens].T
         db = dy.sum(0, dtype=torch.float32).to(bias_dtype) if wants_db else None
         advance(ctx.noise, recipe)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, *[None] * 4
 
 
 def linear(
@@ -73,7 +74,8 @@ def linear(
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, noise, recipe, weight_forms)
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, noise, recipe, weight_forms, wanted)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -21,7 +21,7 @@ def save(ctx, *operands: Operand | Stack | Columns | None) -> None:
                 shell, parts = None, {"": operand}
             case Stack() | Columns():
                 parts = {name: part for name, part in operand._asdict().items() if isinstance(part, Tensor)}
-                shell = type(operand), None, operand.hadamard
+                shell = operand._replace(**dict.fromkeys(parts))
             case _:
                 parts = operand.tensors()
                 shell = type(operand), operand.shape, getattr(operand, "hadamard", None)
@@ -37,10 +37,10 @@ def saved(ctx) -> list[Operand | Stack | Columns | None]:
         if shell is None:
             operands.append(parts.get(""))
             continue
-        kind, shape, hadamard = shell
-        if shape is None:
-            operands.append(kind(**{"global_scales": None} | parts, hadamard=hadamard))
+        if isinstance(shell, (Stack, Columns)):
+            operands.append(shell._replace(**parts))
             continue
+        kind, shape, hadamard = shell
         operand = kind(**parts, shape=shape)
         operands.append(operand if hadamard is None else replace(operand, hadamard=hadamard))
     return operands

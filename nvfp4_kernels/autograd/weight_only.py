@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
-from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul, unpacked
 from nvfp4_kernels.ops.matmul.op import matmul
 
 
@@ -39,13 +38,7 @@ class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        kind, shape = PackedNVFP4Tensor if ctx.weight.packed else NVFP4Tensor, (ctx.weight.rows, ctx.cols)
-        bounds, dx = ctx.offsets.tolist(), dy.new_empty(dy.shape[0], ctx.cols)
-        for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if start < end:
-                weight = kind(*(part[e] for part in ctx.weight[:3]), torch.Size(shape))
-                dx[start:end] = dy[start:end] @ weight.dequantize(dy.dtype)
-        return dx, None, None
+        return grouped_matmul(dy, unpacked(ctx.weight, ctx.cols).mT, ctx.offsets), None, None
 
 
 class _WeightOnly(torch.autograd.Function):

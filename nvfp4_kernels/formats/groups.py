@@ -7,16 +7,22 @@ from torch import Tensor
 
 
 class Stack(NamedTuple):
-    """One matrix [rows, cols] for each group: plain values, NVFP4 with a global scale for each matrix, or MXFP8.
+    """One matrix [rows, cols] for each group: plain values, NVFP4 or FP8 with a global scale for each matrix, or MXFP8.
 
     NVFP4 may be packed, in the layout of formats/packed.py: int32 values [groups, rows / 16, ceil128(cols) / 64, 32, 4] and
     scales [groups, rows / 16, ceil128(cols) / 128, 32].
     """
 
-    values: Tensor  # float [groups, rows, cols]; codes uint8 [groups, rows, ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
+    values: Tensor  # float, FP8 [groups, rows, cols]; codes uint8 [.., ceil16(cols) / 2], MXFP8 E4M3 [.., ceil32(cols)]
     scales: Tensor | None = None  # E4M3 [.., ceil16(cols) / 16]; MXFP8 uint8 [.., ceil32(cols) / 32]
-    global_scales: Tensor | None = None  # NVFP4: fp32 [groups]
+    global_scales: Tensor | None = None  # NVFP4, FP8: fp32 [groups]
     hadamard: int | None = None  # NVFP4: the sign mask of the transform that each row went through
+    turned: bool = False  # NVFP4, MXFP8: the matrices are the transposes of what values and scales say
+
+    @property
+    def mT(self) -> "Stack":  # noqa: N802, as torch calls it
+        """The transposes, nothing moved; not of packed matrices. What was padding of rows is rows of zeros."""
+        return self._replace(values=self.values.mT) if self.scales is None else self._replace(turned=not self.turned)
 
     @property
     def packed(self) -> bool:
@@ -24,7 +30,9 @@ class Stack(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of a matrix."""
+        """Of a matrix; of a transpose as many as there are values in a stored row, padding included."""
+        if self.turned:
+            return self.values.shape[-1] * (2 if self.values.dtype == torch.uint8 else 1)
         return self.values.shape[1] * 16 if self.packed else self.values.shape[-2]
 
 

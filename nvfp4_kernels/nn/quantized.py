@@ -56,19 +56,14 @@ class QuantizedWeight(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert: offsets[e] to offsets[e + 1] are those of e."""
         if self.experts is None:
-            return self._product(x, None)
-        return self._products(x, offsets)
+            return self._product(x)
+        return weight_only_experts(x, self.stack(), offsets)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, [out, in] or [experts, out, in]."""
         if self.experts is None:
             return self._decode(None, dtype)
         return torch.stack([self._decode(e, dtype) for e in range(self.experts)])
-
-    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
-        parts = x.split(offsets.diff().tolist())
-        y = [self._product(part, e) for e, part in enumerate(parts) if len(part)]
-        return torch.cat(y) if y else x.new_zeros(0, self.out_features)
 
     def extra_repr(self) -> str:
         lead = "" if self.experts is None else f"experts={self.experts}, "
@@ -195,9 +190,6 @@ class NVFP4Weight(QuantizedWeight):
             self.unpack()
         return made
 
-    def _products(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return weight_only_experts(x, self.stack(), offsets)
-
     def _forms(self):
         rows, cols = self.out_features, self.in_features
         return {
@@ -206,8 +198,8 @@ class NVFP4Weight(QuantizedWeight):
             "weight_scale_2": (torch.float32, ()),
         }
 
-    def _product(self, x: Tensor, expert: int | None) -> Tensor:
-        return weight_only(x, self.tensor(expert), self.bias)
+    def _product(self, x: Tensor) -> Tensor:
+        return weight_only(x, self.tensor(), self.bias)
 
     def _decode(self, expert: int | None, dtype: torch.dtype) -> Tensor:
         return self.tensor(expert).dequantize(dtype)
@@ -232,14 +224,17 @@ class FP8Weight(QuantizedWeight):
             "weight_scale": (torch.float32, ()),
         }
 
-    def _product(self, x: Tensor, expert: int | None) -> Tensor:
-        codes, scale = self._part(self.weight, expert), self._part(self.weight_scale, expert)
-        padding = -self.in_features % 32
+    def stack(self) -> Stack:
+        """All experts' weights as nk.grouped_matmul takes them."""
+        return Stack(self.weight, None, self.weight_scale)
+
+    def _product(self, x: Tensor) -> Tensor:
+        codes, padding = self.weight, -self.in_features % 32
         if padding:
             x, codes = F.pad(x, (0, padding)), F.pad(codes.view(torch.uint8), (0, padding)).view(codes.dtype)
         ones = torch.full((), 127, dtype=torch.uint8, device=codes.device)  # E4M3 is MXFP8 with block scales of 2^0
         scales = ones.expand(self.out_features, codes.shape[1] // 32)
-        return weight_only(x, MXFP8Tensor(codes, scales, codes.shape), self.bias, scale)
+        return weight_only(x, MXFP8Tensor(codes, scales, codes.shape), self.bias, self.weight_scale)
 
     def _decode(self, expert: int | None, dtype: torch.dtype) -> Tensor:
         return (self._part(self.weight, expert).float() * self._part(self.weight_scale, expert)).to(dtype)
@@ -266,7 +261,6 @@ class QuantizedExperts(nn.Module):
             for part in parts:
                 part.unpack()
 
-    def stacks(self) -> tuple[Stack, Stack] | None:
-        """Both as nk.expert_mlp takes them, or None where it does not take their format."""
-        parts = self.up_proj, self.down_proj
-        return tuple(part.stack() for part in parts) if all(isinstance(part, NVFP4Weight) for part in parts) else None
+    def stacks(self) -> tuple[Stack, Stack]:
+        """Both as nk.expert_mlp takes them."""
+        return self.up_proj.stack(), self.down_proj.stack()

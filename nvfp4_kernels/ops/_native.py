@@ -5,6 +5,7 @@ import warnings
 import torch
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as csrc numbers them
+FP8, NVFP4, MXFP8 = 3, 4, 5  # the kinds of a product's operand beyond them
 
 try:
     from nvfp4_kernels import _native as native

@@ -135,12 +135,13 @@ def _grouped_matmul() -> Iterator[Case]:
             )
 
         def run(x, dy, w, offsets, codes, scales, global_scale) -> dict:
+            nvfp4 = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
             return {
                 "y": grouped_matmul(x, w, offsets, FP32),
-                "y of NVFP4": grouped_matmul(
-                    x, Stack(codes, scales.view(torch.float8_e4m3fn), global_scale), offsets, FP32
-                ),
+                "y of NVFP4": grouped_matmul(x, nvfp4, offsets, FP32),
+                "y of FP8": grouped_matmul(x, Stack(w.to(torch.float8_e4m3fn), None, global_scale), offsets, FP32),
                 "dx": grouped_matmul(dy, w.transpose(1, 2), offsets, FP32),
+                "dx of NVFP4": grouped_matmul(dy, nvfp4.mT, offsets, FP32),
                 "dw": grouped_matmul(dy.t(), x.t(), offsets, FP32),
             }
 

@@ -1,5 +1,7 @@
 """nk.linear: its three GEMMs against an fp64 oracle that decodes the very operands, and its behaviour as a layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,11 +74,17 @@ def test_shapes_dtypes_and_empty_batches():
 
 
 def test_saves_the_quantized_column_form_and_not_x():
-    sizes = []
+    """And of a frozen weight nothing of x at all, in whatever precision its gradient would have been."""
     x, w, _, _ = tensors(256, 128, 64, torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-        nk.linear(x, w)
-    assert sum(sizes) == 256 * 128 * 9 // 16 + 64 * 128 * 9 // 16 + 8
+    for recipe in (NVFP4, replace(NVFP4, wgrad_x=None, wgrad_dy=None)):
+        for frozen in (False, True):
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t
+            ):
+                nk.linear(x, w.detach() if frozen else w, recipe=recipe)
+            of_x = 0 if frozen else 256 * 128 * 9 // 16 + 4 if recipe.wgrad_x else x.nbytes
+            assert sum(sizes) == of_x + 64 * 128 * 9 // 16 + 4
 
 
 def test_autocast():
@@ -94,12 +102,15 @@ def test_second_derivative_is_refused():
 
 
 def test_frozen_parts_get_no_gradient():
+    """And the other part has the gradient that it has beside them, noise included."""
     x, w, _, dy = tensors()
-    nk.linear(x.detach(), w).backward(dy)
-    assert x.grad is None and w.grad is not None
+    noise = torch.tensor([5, 0])
+    dx, dw = torch.autograd.grad(nk.linear(x, w, noise=noise.clone()), (x, w), dy)
+    nk.linear(x.detach(), w, noise=noise.clone()).backward(dy)
+    assert x.grad is None and torch.equal(w.grad, dw)
     x2 = x.detach().requires_grad_()
-    nk.linear(x2, w.detach()).backward(dy)
-    assert x2.grad is not None
+    nk.linear(x2, w.detach(), noise=noise.clone()).backward(dy)
+    assert torch.equal(x2.grad, dx)
 
 
 def test_given_forms_are_used():

@@ -134,17 +134,23 @@ struct Matrices {
         if (quantized) return {Kind::nvfp4, codes.data(), scales.data(), global.data(), rows, cols, cols, 0};
         return {Kind::bf16, plain.data(), nullptr, nullptr, rows, cols, cols, 1};
     }
+    // Of the transposes.
+    Operand turned() const { return {Kind::nvfp4, codes.data(), scales.data(), global.data(), cols, rows, 1, cols}; }
 };
 
 // y [rows, n] in double of a [rows, k] and the matrix of each row's group.
-std::vector<double> product(const std::vector<double>& a, const Matrices& b, const Longs& offsets) {
-    std::vector<double> y(count(offsets.back() * b.rows));
+std::vector<double> product(const std::vector<double>& a, const Matrices& b, const Longs& offsets, bool turned = false) {
+    const i64 n = turned ? b.cols : b.rows, length = turned ? b.rows : b.cols;
+    std::vector<double> y(count(offsets.back() * n));
     for (i64 e = 0; e < b.groups; ++e) {
         for (i64 r = offsets[count(e)]; r < offsets[count(e + 1)]; ++r) {
-            for (i64 j = 0; j < b.rows; ++j) {
+            for (i64 j = 0; j < n; ++j) {
                 double sum = 0;
-                for (i64 k = 0; k < b.cols; ++k) sum += a[count(r * b.cols + k)] * b.values[count((e * b.rows + j) * b.cols + k)];
-                y[count(r * b.rows + j)] = sum;
+                for (i64 k = 0; k < length; ++k) {
+                    const i64 row = turned ? k : j, col = turned ? j : k;
+                    sum += a[count(r * length + k)] * b.values[count((e * b.rows + row) * b.cols + col)];
+                }
+                y[count(r * n + j)] = sum;
             }
         }
     }
@@ -153,17 +159,17 @@ std::vector<double> product(const std::vector<double>& a, const Matrices& b, con
 
 int grouped(const GroupedMatmulParams& p) { return NVFP4_CALL_BF16(grouped_matmul, p); }
 
-void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized) {
+void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized, bool turned = false) {
     const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
-    const Matrices b(groups, n, k, quantized);
+    const Matrices b(groups, turned ? k : n, turned ? n : k, quantized);
     const Floats a = numbers(rows * k);
     const std::vector<u16> narrow = halves(a);
-    const std::vector<double> exact = product({a.begin(), a.end()}, b, offsets);
+    const std::vector<double> exact = product({a.begin(), a.end()}, b, offsets, turned);
     for (bool wide : {false, true}) {
         const Operand left{wide ? Kind::fp32 : Kind::bf16, wide ? static_cast<const void*>(a.data()) : narrow.data(), nullptr, nullptr,
                            rows, k, k, 1};
         Floats y(count(rows * n)), again(y.size());
-        GroupedMatmulParams p{left, b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 1};
+        GroupedMatmulParams p{left, turned ? b.turned() : b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 1};
         expect(grouped(p) == 0, "grouped_matmul status");
         p.out = again.data(), p.threads = 3;
         grouped(p);
@@ -272,6 +278,8 @@ void experts_everywhere() {
             grouped_products({0, 0, 70, 70}, 130, 48, quantized);
             grouped_products({0, 12, 25}, 17, 1856, quantized);
             grouped_products({0, 0}, 5, 16, quantized);
+            if (quantized) grouped_products({0, 5, 5, 22, 23}, 80, 33, true, true);
+            if (quantized) grouped_products({0, 0, 70, 70}, 48, 1856, true, true);
         }
         for (bool gathered : {false, true}) {
             divided_sums({0, 5, 5, 22, 23}, 48, 33, gathered), divided_sums({0, 140, 140}, 5, 70, gathered);

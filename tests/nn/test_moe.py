@@ -7,7 +7,7 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn.moe import MoE, sequence_balance_loss
-from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedExperts
+from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
 
 CASES = {  # hidden, experts, top_k, width, shared, latent, n_group, topk_group
     "plain": (64, 8, 3, 48, 96, None, 1, 1),
@@ -87,12 +87,17 @@ def test_serving_and_training_agree_in_bf16():
 
 
 @pytest.mark.parametrize("tokens", [1, 17])
-def test_nvfp4_experts_are_served_as_their_decoded_weights(tokens):
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_quantized_experts_are_served_as_their_decoded_weights(tokens, kind):
     moe = block("latent").eval()
-    up, down = (
-        NVFP4Weight.from_tensors([nk.quantize(w) for w in stacked.detach()])
-        for stacked in (moe.experts.up_proj, moe.experts.down_proj)
-    )
+
+    def kept(stacked):
+        if kind == "nvfp4":
+            return NVFP4Weight.from_tensors([nk.quantize(w) for w in stacked])
+        scales = torch.arange(1, len(stacked) + 1) / 1000
+        return FP8Weight.from_tensors((stacked / scales[:, None, None]).to(torch.float8_e4m3fn), scales)
+
+    up, down = (kept(stacked.detach()) for stacked in (moe.experts.up_proj, moe.experts.down_proj))
     x = torch.randn(1, tokens, 64, requires_grad=True)
     with torch.no_grad():
         moe.experts.up_proj.copy_(up.dequantize())

@@ -96,14 +96,14 @@ def test_names_are_the_published_ones():
     assert set(LAYERS["fp8"]().state_dict()) == {"weight", "weight_scale", "bias"}
 
 
-@pytest.mark.parametrize("sizes", [[5, 0, 12, 1], [0, 0, 18, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("sizes", [[5, 0, 12, 1], [0, 0, 18, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_experts(sizes, weighted):
     num, size, width = 4, 48, 32
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     up = NVFP4Weight.from_tensors([nk.quantize(drawn(width, size, seed=e)) for e in range(num)])
     down = FP8Weight.from_tensors(fp8_codes(num, size, width), torch.rand(num) + 0.1)
-    x, weights = drawn(sum(sizes), size, seed=9), torch.rand(sum(sizes)) if weighted else None
+    x, weights = drawn(sum(sizes), size, seed=9).requires_grad_(), torch.rand(sum(sizes)) if weighted else None
     y = QuantizedExperts(up, down)(x, offsets, weights)
     assert y.shape == (sum(sizes), size)
     plain = Experts(num, size, width)
@@ -113,11 +113,16 @@ def test_experts(sizes, weighted):
     for e in range(num):
         torch.testing.assert_close(up.dequantize()[e].double(), decoded(up, e), rtol=1e-7, atol=0)
     torch.testing.assert_close(y, plain(x, offsets, weights).detach(), rtol=1e-4, atol=1e-2)
+    dy = drawn(sum(sizes), size, seed=10)
+    (dx,) = torch.autograd.grad(y, x, dy)
     of_expert = torch.arange(num).repeat_interleave(torch.tensor(sizes))
     for row, e in enumerate(of_expert.tolist()):
-        hidden = (decoded(up, e) @ x[row].double()).relu() ** 2 * (weights[row].double() if weighted else 1)
+        token = x[row].detach().double().requires_grad_()
+        hidden = (decoded(up, e) @ token).relu() ** 2 * (weights[row].double() if weighted else 1)
         wanted = decoded(down, e) @ hidden
         assert (y[row].double() - wanted).norm() <= 1e-5 * wanted.norm()
+        (gradient,) = torch.autograd.grad(wanted, token, dy[row].double())
+        assert (dx[row].double() - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_errors():

@@ -14,6 +14,7 @@ from tests.ops.test_grouped_matmul import LOADS, drawn, error, offsets
 from tests.oracles.experts_brute import E2M1, E4M3, grouped, groups_of
 
 SPECS = {"nvfp4": nk.QuantSpec("1x16"), "mxfp8": nk.QuantSpec("1x32"), "rotated": nk.QuantSpec("1x16", hadamard=0xD7E8)}
+SPECS |= {"tiles": nk.QuantSpec("16x16")}
 RUNS = {"nvfp4": 16, "mxfp8": 32, "rotated": 16, "plain": 1}
 LIMIT = 1e-6
 
@@ -45,6 +46,10 @@ def stack_of(kind, groups, n, k, dtype=torch.float32):
     if kind == "plain":
         plain = torch.stack(matrices)
         return plain, plain.double()
+    if kind == "fp8":
+        codes = torch.stack(matrices).div(4).to(torch.float8_e4m3fn)
+        scales = torch.randn(groups)
+        return Stack(codes, None, scales), E4M3[codes.view(torch.uint8).long()] * scales.double()[:, None, None]
     forms = [nk.quantize(m, SPECS[kind]) for m in matrices]
     names = ("codes", "scales") if kind == "mxfp8" else ("codes", "scales", "global_scale")
     parts = [
@@ -89,7 +94,7 @@ def common(a, b):
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(
-    "kinds", ["nvfp4 nvfp4", "mxfp8 mxfp8", "rotated rotated", "nvfp4 mxfp8", "nvfp4 plain", "plain mxfp8"]
+    "kinds", ["nvfp4 nvfp4", "mxfp8 mxfp8", "rotated rotated", "nvfp4 mxfp8", "nvfp4 plain", "plain mxfp8", "plain fp8"]
 )
 def test_rows(serving, load, kinds):
     sizes, (left, right) = LOADS[load], kinds.split()
@@ -100,6 +105,21 @@ def test_rows(serving, load, kinds):
         y = serving(a, b, offsets(sizes), torch.float32)
         assert y.shape == (sum(sizes), n) and error(y, truth) < LIMIT
         assert torch.equal(serving(a, b, offsets(sizes), torch.bfloat16), y.bfloat16())
+
+
+@pytest.mark.parametrize("load", ["mixed", "all to one", "one row", "no rows"])
+@pytest.mark.parametrize("kinds", ["plain nvfp4", "nvfp4 tiles", "plain mxfp8", "plain fp8"])
+def test_transposes(serving, load, kinds):
+    """Of matrices [k, n] as stored, their rows padded: what passes gradients through weights that have no other form."""
+    sizes, (left, right) = LOADS[load], kinds.split()
+    for n, k in ((33, 80), (16, 17)):
+        a, a_values = rows_of(left, sum(sizes), k, torch.bfloat16)
+        b, b_values = stack_of(right, len(sizes), k, n, torch.bfloat16)
+        truth = grouped(a_values[:, :k], b_values.mT, sizes)
+        y = serving(a, b.mT, offsets(sizes), torch.float32)
+        assert y.shape == truth.shape and error(y, truth) < LIMIT and not y[:, n:].any()
+        assert torch.equal(serving(a, b.mT, offsets(sizes), torch.bfloat16), y.bfloat16())
+        assert all(x is y for x, y in zip(b.mT.mT, b, strict=True)) or right == "fp8"
 
 
 @pytest.mark.parametrize("load", LOADS)
@@ -167,6 +187,14 @@ def test_shapes_on_each_instruction_set(isa, kind, n, k):
     with nk.backend("native"):
         (a, a_values), (b, b_values) = rows_of(kind, 110, k, torch.float32), stack_of(kind, 5, n, k)
         assert error(grouped_matmul(a, b, offsets(sizes), torch.float32), grouped(a_values, b_values, sizes)) < LIMIT
+        for dtype in (torch.bfloat16, torch.float32):
+            for stored in (kind, "fp8"):
+                (b, b_values), (dy, dy_values) = stack_of(stored, 5, n, k), rows_of("plain", 110, n, dtype)
+                dx = grouped_matmul(dy, b.mT, offsets(sizes), torch.float32)
+                assert error(dx, grouped(dy_values, b_values.mT, sizes)) < LIMIT
+            x, x_values = rows_of("plain", 110, k, dtype)
+            y = grouped_matmul(x, b, offsets(sizes), torch.float32)
+            assert error(y, grouped(x_values, b_values, sizes)) < LIMIT
         (a, a_values), (b, b_values) = (columns_of(kind, drawn(110, width), sizes) for width in (n, k))
         truth = torch.stack([x @ y.t() for x, y in zip(a_values, b_values, strict=True)])
         assert error(grouped_matmul(a, b, offsets(sizes), torch.float32), truth) < LIMIT
@@ -175,6 +203,7 @@ def test_shapes_on_each_instruction_set(isa, kind, n, k):
 def test_threads_change_nothing():
     sizes, before = [70, 0, 3, 200, 12, 15], torch.get_num_threads()
     calls = [(rows_of("nvfp4", 300, 512, torch.float32)[0], stack_of("nvfp4", 6, 170, 512)[0])]
+    calls += [(drawn(300, 170), stack_of(kind, 6, 170, 512)[0].mT) for kind in ("nvfp4", "fp8")]
     calls += [tuple(columns_of("rotated", drawn(300, width), sizes)[0] for width in (64, 200))]
     results = []
     try:
@@ -227,6 +256,10 @@ def test_registered_op_is_sound():
     parts = [[rows.codes, rows.scales.view(torch.uint8), rows.global_scale, None]]
     parts += [[stack.values, stack.scales.view(torch.uint8), stack.global_scales, None]]
     torch.library.opcheck(op, (*parts[0], *parts[1], offsets(sizes), None, "bfloat16"), test_utils=checks)
+    plain = [drawn(9, 5), None, None, None]
+    torch.library.opcheck(op, (*plain, *parts[1], offsets(sizes), None, "float32", True), test_utils=checks)
+    fp8 = [torch.zeros(3, 8, 5, dtype=torch.uint8), None, torch.ones(3), None]
+    torch.library.opcheck(op, (*plain, *fp8, offsets(sizes), None, "float32"), test_utils=checks)
 
 
 def good():
@@ -245,6 +278,14 @@ def good():
         (lambda g: dict(b=torch.zeros(2, 8, 5)), ValueError, "a: got Columns with a stack"),
         (lambda g: dict(b=g["a"], rows=torch.zeros(5, dtype=torch.int64)), ValueError, "b: got a quantized matrix with rows"),
         (lambda g: dict(a=nk.quantize(torch.ones(8, 5))), TypeError, "a: got NVFP4Tensor"),
+        (
+            lambda g: dict(a=rows_of("rotated", 5, 16, torch.float32)[0], b=stack_of("rotated", 2, 16, 16)[0].mT),
+            ValueError, "b: got transposes of a rotated or packed form",
+        ),
+        (
+            lambda g: dict(a=torch.zeros(5, 7), b=stack_of("fp8", 2, 3, 7)[0]._replace(global_scales=torch.ones(3))),
+            ValueError, r"b: got FP8 \(torch.float8_e4m3fn, torch.float32, \(3,\)\)",
+        ),
         (lambda g: dict(a=nk.quantize(torch.ones(5, 40)), b=torch.zeros(2, 8, 39)), ValueError, "a and b: got K = 40"),
         (lambda g: dict(b=torch.zeros(8, 5, dtype=torch.float64)), TypeError, "a, b and out_dtype"),
     ],

@@ -23,8 +23,8 @@ from nvfp4_kernels.ops.route.op import Routing
 def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
     """y[token] = sum over its choices of weight * down[e] @ relu(up[e] @ x[token])^2, for the expert e of each choice.
 
-    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain or NVFP4; packed NVFP4
-        is read in place by CUDA's kernels for bf16, and unpacked for all others.
+    x: bf16, fp16 or fp32 [tokens, size]. up: [experts, width, size], down: [experts, size, width], plain, NVFP4 or FP8; packed
+        NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
     Returns [tokens, size] of x's dtype. Sums run in fp32; the hidden values are rounded to x's dtype once, after the square.
     No gradients: nk.experts has them. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
@@ -36,8 +36,11 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
-        require(stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32 or NVFP4", TypeError)
+        require(
+            stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32, NVFP4, FP8", TypeError
+        )
         check_stack(name, stack, x.device)
+        require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
         require(stack.values.dim() > 2, name, f"{stack.values.dim()} dimensions", "3, [experts, out, in]")
         shape = stack.values.shape[0], stack.rows, length(stack)
         size, width = x.shape[1], stacks[0].rows if stacks else stack.rows

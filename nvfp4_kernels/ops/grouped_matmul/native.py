@@ -6,10 +6,8 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, FP8, MXFP8, NVFP4, check, native, refuses_device, refuses_float
 from nvfp4_kernels.ops.grouped_matmul import _cuda
-
-NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 
 
 def refuses(
@@ -32,7 +30,7 @@ def run(
         b, rows = Stack(b.values.t().index_select(0, rows).t()), None  # the kernel gathers columns that lie apart
     left, (right, stride) = operand(a)[0], operand(b)
     groups, count = offsets.numel() - 1, len(a.values) if rows is None else len(rows)
-    shape = (groups, len(a.values), len(b.values)) if sums else (count, b.values.shape[1])
+    shape = (groups, len(a.values), len(b.values)) if sums else (count, b.rows)
     y = torch.empty(shape, dtype=out_dtype)
     starts = tuple(x.starts.data_ptr() if isinstance(x, Columns) else 0 for x in (a, b))
     threads = torch.get_num_threads()
@@ -51,20 +49,17 @@ def run(
 
 def readable(x: Stack | Columns) -> Stack | Columns:
     """The same with codes and scales in order, as the kernels read them; plain values may have any strides."""
-    if x.scales is None:
-        return x
-    g = x.global_scales
-    return x._replace(
-        values=x.values.contiguous(), scales=x.scales.contiguous(), global_scales=None if g is None else g.contiguous()
-    )
+    names = ("global_scales",) if x.scales is None else ("values", "scales", "global_scales")
+    return x._replace(**{n: part.contiguous() for n in names if (part := getattr(x, n)) is not None})
 
 
 def operand(x: Stack | Columns) -> tuple[tuple, int]:
     """The first matrix as csrc/bindings.cpp calls an operand, and the values from it to the next."""
     values, scales, global_scales = x[:3]
+    places = [0 if part is None else part.data_ptr() for part in (values, scales, global_scales)]
     if scales is None:
-        stride = values.stride(0) if values.dim() == 3 else 0
-        return (DTYPES[values.dtype], values.data_ptr(), 0, 0, *values.shape[-2:], *values.stride()[-2:]), stride
+        kind, stride = DTYPES.get(values.dtype, FP8), values.stride(0) if values.dim() == 3 else 0
+        return (kind, *places, *values.shape[-2:], *values.stride()[-2:]), stride
     rows, cols = values.shape[-2], values.shape[-1] * (1 if global_scales is None else 2)
-    places = values.data_ptr(), scales.data_ptr(), 0 if global_scales is None else global_scales.data_ptr()
-    return (MXFP8 if global_scales is None else NVFP4, *places, rows, cols, cols, 1), rows * cols
+    shape = (cols, rows, 1, cols) if getattr(x, "turned", False) else (rows, cols, cols, 1)
+    return (MXFP8 if global_scales is None else NVFP4, *places, *shape), rows * cols

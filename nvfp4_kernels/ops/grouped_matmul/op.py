@@ -26,8 +26,9 @@ def grouped_matmul(
     a: bf16, fp16 or fp32 (or fp64, then b and y too), any strides, or quantized. out_dtype: that of a plain operand by
         default, bf16 where there is none.
     offsets: int64 [groups + 1], ascending from 0, on a's device; nothing of it is read back to the host.
-    b a stack [groups, N, K], plain, NVFP4 or MXFP8: a is [rows, K], plain, NVFP4Tensor or MXFP8Tensor, its rows in the order
-        of the groups; y is [rows, N]. Packed NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
+    b a stack [groups, N, K], plain, NVFP4, MXFP8 or FP8: a is [rows, K], plain, NVFP4Tensor or MXFP8Tensor, its rows in the
+        order of the groups; y is [rows, N]. Of a quantized stack's transposes (mT) N is as stored, padding included. Packed
+        NVFP4 is read in place by CUDA's kernels for bf16, and unpacked for all others.
     b a plain matrix [N, rows] or Columns of N lines: a is [M, rows] or Columns of M lines, and the sum is divided; y is
         [groups, M, N], zero for a group without rows.
     rows: int64 [rows] on a's device, or None. The rows are gathered as they are read: beside a stack row r is row rows[r] of
@@ -36,9 +37,9 @@ def grouped_matmul(
         packed matrices some row of a).
 
     For a layer y = x w^T of each expert: forward grouped_matmul(x, w, o), the gradient of x
-    grouped_matmul(dy, w.transpose(1, 2), o), that of w grouped_matmul(dy.t(), x.t(), o); with x not sorted by expert the first
-    and the last take rows. Operands that went through the Hadamard transform must share its signs. A global scale that is not
-    finite makes its products NaN.
+    grouped_matmul(dy, w.mT, o), that of w grouped_matmul(dy.t(), x.t(), o); with x not sorted by expert the first and the last
+    take rows. Operands that went through the Hadamard transform must share its signs. A global scale that is not finite makes
+    its products NaN.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     signs_a, signs_b = (getattr(x, "hadamard", None) for x in (a, b))
@@ -51,7 +52,9 @@ def grouped_matmul(
     if rows is not None:
         index_tensor("rows", rows, left.values.device)
     check_stack("b", right, left.values.device)
-    plain = [x.values.dtype for x in (left, right) if x.scales is None]
+    whole = signs_b is None and not right.packed
+    require(whole or not right.turned, "b", "transposes of a rotated or packed form", "transposes of others")
+    plain = [x.values.dtype for x in (left, right) if x.scales is None and x.global_scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
     require(out_dtype in (*FLOATS, torch.float64), "out_dtype", out_dtype, "a floating-point type", TypeError)
     types = {*plain, out_dtype}
@@ -64,7 +67,7 @@ def grouped_matmul(
         )
         require(right.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(right.values) + 1}")
         k = a.shape[1] if isinstance(a, Rows) else length(left)
-        fits = ceil_to(k, run_of(right)) == depth
+        fits = ceil_to(k, 1 if right.turned else run_of(right)) == depth
     else:
         require(isinstance(a, (Tensor, Columns)), "a", type(a).__name__, "a plain matrix or Columns, as b", TypeError)
         for name, x in (("a", a), ("b", b)):
@@ -78,7 +81,7 @@ def grouped_matmul(
     require(fits, "a and b", f"K = {k} and K = {depth}", "equal K, the last axis of both")
     return torch.ops.nvfp4.grouped_matmul(
         *plain_parts(left), getattr(a, "starts", None), *plain_parts(right), getattr(b, "starts", None),
-        offsets, rows, str(out_dtype)[6:],
+        offsets, rows, str(out_dtype)[6:], right.turned,
     )  # fmt: skip
 
 
@@ -104,7 +107,7 @@ def as_parts(x: Rows | Stack | Columns) -> Stack:
 
 
 def run_of(x: Stack | Columns) -> int:
-    """Values that a row has a multiple of in memory: as many as a scale is for, 128 of packed ones; 1 for plain values."""
+    """Values that a row has a multiple of in memory: as many as a block scale is for, 128 of packed ones; 1 without."""
     if x.scales is None:
         return 1
     return 32 if x.global_scales is None else STEP if isinstance(x, Stack) and x.packed else 16
@@ -114,18 +117,24 @@ def length(x: Stack | Columns) -> int:
     """Values of a row, padding included."""
     if isinstance(x, Stack) and x.packed:
         return x.values.shape[2] * TILE
+    if isinstance(x, Stack) and x.turned:
+        return x.values.shape[-2]
     return x.values.shape[-1] * (2 if run_of(x) == 16 else 1)
 
 
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
-    values, scales, global_scales, _ = stack
+    values, scales, global_scales = stack[:3]
     if stack.packed:
         _check_packed(name, stack, device)
         return
     require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
-    if scales is None:
+    if scales is None and global_scales is None:
         _check_values(name, values)
+    elif scales is None:
+        fp8, found = torch.float8_e4m3fn, (values.dtype, global_scales.dtype, tuple(global_scales.shape))
+        wanted = fp8, torch.float32, tuple(values.shape[:-2])
+        require(values.dim() == 3 and found == wanted, name, f"FP8 {found}", f"{fp8} [groups, N, K], float32 [groups]")
     else:
         codes, found = values.shape, (tuple(scales.shape), scales.dtype)
         if global_scales is None:
@@ -150,7 +159,7 @@ def check_stack(name: str, stack: Stack, device: torch.device) -> None:
 
 
 def _check_packed(name: str, stack: Stack, device: torch.device) -> None:
-    values, scales, global_scales, _ = stack
+    values, scales, global_scales = stack[:3]
     shape = tuple(values.shape)
     right = len(shape) == 5 and shape[2] % 2 == 0 and shape[3:] == (32, 4)
     require(right, name, f"packed values {list(shape)}", "[groups, rows / 16, ceil128(cols) / 64, 32, 4]")
@@ -174,18 +183,19 @@ def _check_values(name: str, x: Tensor) -> None:
 def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     """The three tensors, E4M3 as bytes, for which torch's tools have kernels."""
     values, scales, global_scales = stack[:3]
-    if scales is None or stack.packed:
+    if (scales is None and global_scales is None) or stack.packed:
         return values, scales, global_scales
-    return values.view(torch.uint8), scales.view(torch.uint8), global_scales
+    scales = None if scales is None else scales.view(torch.uint8)
+    return values.view(torch.uint8), scales, global_scales
 
 
-def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None) -> Stack:
+def from_parts(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, turned: bool = False) -> Stack:
     """The inverse of plain_parts."""
+    if (scales is None) != (global_scales is None):
+        return Stack(values.view(torch.float8_e4m3fn), scales, global_scales, turned=turned)
     if scales is None or values.dtype == torch.int32:
         return Stack(values, scales, global_scales)
-    if global_scales is None:
-        return Stack(values.view(torch.float8_e4m3fn), scales)
-    return Stack(values, scales.view(torch.float8_e4m3fn), global_scales)
+    return Stack(values, scales.view(torch.float8_e4m3fn), global_scales, turned=turned)
 
 
 def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
@@ -195,13 +205,15 @@ def _check_starts(name: str, starts: Tensor, offsets: Tensor) -> None:
     same_device(name, starts, offsets.device)
 
 
-def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, starts: Tensor | None):
-    parts = from_parts(values, scales, global_scales)
+def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None, starts: Tensor | None, turned=False):
+    parts = from_parts(values, scales, global_scales, turned)
     return parts if starts is None else Columns(*parts[:3], starts)
 
 
-def _run(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
-    left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts)
+def _run(
+    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
+) -> Tensor:
+    left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts, b_turned)
     rows_within(rows, a.shape[0] if b.dim() > 2 else b.shape[1])
     rest = offsets, getattr(torch, out_dtype), rows
     if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
@@ -219,11 +231,14 @@ def unpacked(stack: Stack, cols: int) -> Stack:
     return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if stack.packed else stack
 
 
-def _fake(a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str) -> Tensor:
-    count = (a if rows is None else rows).shape[0]
-    shape = (count, Stack(b, b_scales).rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+def _fake(
+    a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
+) -> Tensor:
+    count, right = (a if rows is None else rows).shape[0], from_parts(b, b_scales, b_global, b_turned)
+    shape = (count, right.rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 
 _OPERANDS = ", ".join(f"Tensor {x}, Tensor? {x}_scales, Tensor? {x}_global, Tensor? {x}_starts" for x in "ab")
-register(f"grouped_matmul({_OPERANDS}, Tensor offsets, Tensor? rows, str out_dtype) -> Tensor", _run, _fake)
+_ROWS = "Tensor offsets, Tensor? rows, str out_dtype, bool b_turned=False"
+register(f"grouped_matmul({_OPERANDS}, {_ROWS}) -> Tensor", _run, _fake)

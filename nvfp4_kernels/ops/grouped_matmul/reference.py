@@ -34,7 +34,7 @@ def run(
         for e, span in spans:
             y[e] = _product(_columns(a, e, span, dtype), _columns(b, e, span, dtype))
         return y
-    y = offsets.new_empty(len(a.values), b.values.shape[1], dtype=out_dtype)
+    y = offsets.new_empty(len(a.values), b.rows, dtype=out_dtype)
     for e, span in spans:
         scales = None if a.scales is None else a.scales[span]
         rows = _decoded(a.values[span], scales, a.global_scales, dtype)
@@ -45,7 +45,8 @@ def run(
 def decoded(b: Stack, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """A matrix under its block scales, and the global scale, which stays outside the sums."""
     parts = (None if part is None else part[group] for part in b[:3])
-    return _decoded(*parts, dtype)
+    values, global_scale = _decoded(*parts, dtype)
+    return values.t() if b.turned else values, global_scale
 
 
 def _columns(x: Stack | Columns, group: int, span: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
@@ -61,7 +62,7 @@ def _decoded(
     values: Tensor, scales: Tensor | None, global_scale: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | float]:
     if scales is None:
-        return values.to(dtype), 1.0
+        return values.to(dtype), 1.0 if global_scale is None else global_scale
     if global_scale is None:
         return dequantize.run(values, scales, None, values.shape[1], torch.float32).to(dtype), 1.0
     one, scales = torch.ones_like(global_scale), scales.view(torch.float8_e4m3fn)

@@ -16,7 +16,7 @@ from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2,
 from nvfp4_kernels.ops._triton_groups import find, picked
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
-from nvfp4_kernels.ops.matmul._triton_decoded import EXACT, computed_in, load_plain, operand, tile
+from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
 
 SMALL = Tile(
@@ -35,9 +35,10 @@ def step(
     sums, a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, a_step,
     b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, index_ptr, tokens,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """The sums with BLOCK_K more products each. GATHERED: of the columns of a plain b that the index names."""
+    """The sums with BLOCK_K more products each. GATHERED: of the columns of a plain b that the index names. TURNED: the rows of
+    b in memory run along the columns, `col` is the first of these, and there are `cols` rows."""
     if FP4:
         a, a_scales = fp4.operand(a_ptr, a_scales_ptr, row, rows, a_k, a_width, a_row_stride, A_UNIT, BLOCK_K)
         b, b_scales = fp4.operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, B_UNIT, BLOCK_K)
@@ -47,6 +48,12 @@ def step(
         if GATHERED:
             token = picked(index_ptr, b_k + tl.arange(0, BLOCK_K), b_width, tokens)
             b = load_plain(b_ptr, col, cols, token, tokens, b_row_stride, b_step, COMPUTE)
+        elif TURNED:
+            line = b_k + tl.arange(0, BLOCK_K)
+            b = operand(
+                b_ptr, b_scales_ptr, line, cols, col, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, sums.shape[1]
+            )
+            b = tl.trans(b)
         else:
             b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
         return tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
@@ -58,13 +65,14 @@ def rows_kernel(
     b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
     index_ptr, tokens, offsets_ptr, out_ptr, groups, rows, N, K,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, FINISH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GATHERED: tl.constexpr,
+    PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
-        row, a_rows, col = first + tl.arange(0, BLOCK_M), end, n + tl.arange(0, BLOCK_N)
+        row, a_rows = first + tl.arange(0, BLOCK_M), end
+        col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
         if GATHERED:
             row, a_rows = picked(index_ptr, row, end, tokens), tokens
         b_ptr += group.to(tl.int64) * b_stride
@@ -73,8 +81,8 @@ def rows_kernel(
         for k in range(0, K, BLOCK_K):
             sums = step(
                 sums, a_ptr, a_scales_ptr, row, a_rows, k, a_width, a_row_stride, a_step,
-                b_ptr, b_scales_ptr, col, N, k, b_width, b_row_stride, b_step, index_ptr, tokens,
-                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False,
+                b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step, index_ptr, tokens,
+                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False, TURNED,
             )  # fmt: skip
         write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
 
@@ -100,7 +108,7 @@ def sums_kernel(
         sums = step(
             sums, a_ptr, a_scales_ptr, row, M, a_first + k, a_end // A_UNIT, a_row_stride, a_step,
             b_ptr, b_scales_ptr, col, N, b_first + k, b_end // B_UNIT, b_row_stride, b_step, index_ptr, tokens,
-            A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, GATHERED,
+            A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, GATHERED, False,
         )  # fmt: skip
     out_ptr += group * M * N
     write(sums, m, n, 0, M, N, a_global_ptr + group, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
@@ -122,10 +130,7 @@ class _Side:
     ]  # values, scales, global scales; plain values in the place of what is not there
     width: int  # of a line, in values
     unit: int  # values that a step along it takes at least
-
-    @property
-    def scaled(self) -> bool:
-        return self.format == "nvfp4"
+    scaled: bool  # by a global scale
 
     def strides(self, values: Tensor) -> tuple[int, int]:
         """From a line to the next, in units, and from a plain value to the next."""
@@ -136,25 +141,26 @@ def _format(x: Stack | Columns) -> str:
     return str(x.values.dtype)[6:] if x.scales is None else "mxfp8" if x.global_scales is None else "nvfp4"
 
 
-def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block_k: int) -> _Side:
-    kind = _format(x)
+def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block: int) -> _Side:
+    kind, scaled = _format(x), x.global_scales is not None
     if x.scales is None:
-        values = portable(x.values)
-        return _Side(kind, (values, values, values), values.shape[-1], 1)
+        values = portable(x.values.view(torch.uint8) if scaled else x.values)
+        places = values, values, x.global_scales.contiguous() if scaled else values
+        return _Side(kind, places, values.shape[-1], 1, scaled)
     codes, scales = x.values.contiguous(), x.scales.contiguous().view(torch.uint8)
     width = codes.shape[-1] * (2 if kind == "nvfp4" else 1)
-    unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block_k % u == 0)
+    unit = 32 if kind == "mxfp8" else next(u for u in units if width % u == 0 and block % u == 0)
     if cores:
-        return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit)
+        return _Side(kind, (codes, scales.view(torch.float8_e4m3fn), x.global_scales.contiguous()), width, unit, True)
     words = codes.view(torch.int32)
-    return _Side(kind, (words, scales, scales if kind == "mxfp8" else x.global_scales.contiguous()), width, unit)
+    return _Side(kind, (words, scales, x.global_scales.contiguous() if scaled else scales), width, unit, scaled)
 
 
 def multiply_rows(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
 ) -> Tensor:
     """squared: relu2 of the products, in fp32 before they are rounded."""
-    rows, (groups, N) = len(a.values if index is None else index), b.values.shape[:2]
+    rows, groups, N = len(a.values if index is None else index), len(b.values), b.rows
     y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
     t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16), squared=squared)
     left, right = sides
@@ -166,8 +172,9 @@ def multiply_rows(
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
         *(offsets if index is None else index, len(a.values)),
-        *(offsets, portable(y), groups, rows, N, min(left.width, right.width)),
+        *(offsets, portable(y), groups, rows, N, min(left.width, b.values.shape[1] if b.turned else right.width)),
         **constants,
+        TURNED=b.turned,
         BLOCK_G=next_power_of_2(groups),
         GATHERED=index is not None,
     )
@@ -204,9 +211,10 @@ def _form(
     squared: bool = False,
 ):  # fmt: skip
     """The tile for products of this size, the operands, and what the kernels are compiled for. Fused multiply-adds change no
-    bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256."""
-    formats, device = (_format(a), _format(b)), a.values.device
-    cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") else None
+    bits here: the products are the tensor cores'. Two operands that are decoded leave no registers for tiles of 128 x 256, nor
+    does FP8."""
+    formats, device, turned = (_format(a), _format(b)), a.values.device, isinstance(b, Stack) and b.turned
+    cores = _device.fp4_tensor_cores(device) if formats == ("nvfp4", "nvfp4") and not turned else None
     compute = computed_in(*formats)
     dtype, _, precision = EXACT[compute]
     if INTERPRETED:
@@ -214,9 +222,13 @@ def _form(
     if cores:
         t = fp4.tile(M, N, b.values.shape[-1], cores)
     elif t is None:
-        most = M if a.scales is None or b.scales is None else min(M, 256)
+        room = (a.scales is None or b.scales is None) and E4M3 not in formats
+        most = M if room else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
-    left, right = sides = [_side(x, bool(cores), units if cores else units[-2:], t.k) for x in (a, b)]
+    left, right = sides = [
+        _side(x, bool(cores), units if cores else units[-2:], block)
+        for x, block in ((a, t.k), (b, t.n if turned else t.k))
+    ]
     gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
     constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))
     constants |= dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)

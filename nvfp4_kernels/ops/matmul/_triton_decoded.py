@@ -25,11 +25,12 @@ from nvfp4_kernels.ops._triton_numerics import (
 )
 from nvfp4_kernels.ops.matmul._triton_tiles import Side, Tile, blocks_to_fill, multiply_tiles, place, write
 
+E4M3 = "float8_e4m3fn"
 EXACT = {  # formats that are exact in what the tensor cores multiply, and tl.dot's name for the precision
-    "bfloat16": (torch.bfloat16, {"nvfp4", "mxfp8", "bfloat16"}, "tf32"),
-    "float16": (torch.float16, {"nvfp4", "float16"}, "tf32"),
-    "tf32": (torch.float32, {"nvfp4", "mxfp8", "bfloat16", "float16"}, "tf32"),
-    "float32": (torch.float32, {"nvfp4", "mxfp8", "bfloat16", "float16", "float32"}, "tf32x3"),
+    "bfloat16": (torch.bfloat16, {"nvfp4", "mxfp8", E4M3, "bfloat16"}, "tf32"),
+    "float16": (torch.float16, {"nvfp4", E4M3, "float16"}, "tf32"),
+    "tf32": (torch.float32, {"nvfp4", "mxfp8", E4M3, "bfloat16", "float16"}, "tf32"),
+    "float32": (torch.float32, {"nvfp4", "mxfp8", E4M3, "bfloat16", "float16", "float32"}, "tf32x3"),
 }
 
 
@@ -138,10 +139,13 @@ def load_mxfp8(
 
 @jit
 def load_plain(x_ptr, row, rows, col, cols, row_stride, step, COMPUTE: tl.constexpr):
-    """[rows, columns], whichever they are, zero where there are none."""
+    """[rows, columns], whichever they are, zero where there are none. Bytes are E4M3."""
     at = x_ptr + row[:, None].to(tl.int64) * row_stride + col[None, :].to(tl.int64) * step
     x = tl.load(at, (row < rows)[:, None] & (col < cols)[None, :], 0)
-    return as_fp32(x) if COMPUTE == tl.float32 else x
+    if x.dtype == tl.uint8:
+        return e4m3_value(x.to(tl.int32)).to(COMPUTE)
+    else:
+        return as_fp32(x) if COMPUTE == tl.float32 else x
 
 
 @jit

@@ -7,12 +7,11 @@ from torch import Tensor
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops import _cuda, _device, _dispatch
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, MXFP8, NVFP4, check, native, refuses_device
 from nvfp4_kernels.ops.matmul import _cuda as packed
 from nvfp4_kernels.ops.matmul import _cuda_sm100, _cuda_sm120
 
 Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
-NVFP4, MXFP8 = 3, 4  # the kinds of operand beyond the dtypes
 # Kernels for NVFP4 times NVFP4, by the instruction of the device's FP4 tensor cores.
 BLOCK_SCALED = {"tcgen05": _cuda_sm100, "mma.sync": _cuda_sm120}
 # They have run in the host model alone. Of two that nobody has measured, Triton's comes first: its compiler has run elsewhere.
@@ -71,8 +70,8 @@ def _operand(x: Operand) -> tuple:
     if isinstance(x, Tensor):
         return (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()), x
     codes, scales = x.codes.contiguous(), x.scales.contiguous()
-    rows, width = codes.shape
+    rows, cols = len(codes), codes.shape[1] * (2 if isinstance(x, NVFP4Tensor) else 1)
+    places, shape = (codes.data_ptr(), scales.data_ptr()), (rows, cols, cols, 1)
     if isinstance(x, NVFP4Tensor):
-        g = x.global_scale
-        return (NVFP4, codes.data_ptr(), scales.data_ptr(), g.data_ptr(), rows, 2 * width, 0, 0), (codes, scales, g)
-    return (MXFP8, codes.data_ptr(), scales.data_ptr(), 0, rows, width, 0, 0), (codes, scales)
+        return (NVFP4, *places, x.global_scale.data_ptr(), *shape), (codes, scales, x.global_scale)
+    return (MXFP8, *places, 0, *shape), (codes, scales)
