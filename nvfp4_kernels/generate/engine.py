@@ -73,6 +73,9 @@ class Engine:
     block at each step; 0: none. kv_dtype: of keys and values; None: the activations'. "fp8": E4M3 with the scales that the
     checkpoint has for each layer (k_scale, v_scale), 1 where it has none; half the memory of bf16. "checkpoint": fp8 where the
     checkpoint says so. Those of the MTP block, whose drafts are verified, stay in the activations' dtype.
+    pack_prompts: whether short prompts are read together, up to prefill_chunk tokens, or each in a step of its own, so that no
+    product's shape, and with it its rounding, depends on who else is there. None: together on a GPU alone, whose libraries
+    round by shape in decoding too.
     On CUDA devices a step that grows sequences by a token each is one CUDA graph, made when its shape is first met (decode.py);
     reading prompts and speculative decoding are not.
     The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
@@ -88,6 +91,7 @@ class Engine:
         stochastic: bool = False,
         speculative: int = 0,
         kv_dtype: str | None = None,
+        pack_prompts: bool | None = None,
     ):
         for name, value, least in (
             ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
@@ -106,6 +110,7 @@ class Engine:
         self.model = serving(model)
         self.vocab, self.prefill_chunk, self.stochastic = model.config.vocab_size, prefill_chunk, stochastic
         self.device = self.model.backbone.embeddings.weight.device
+        self.pack_prompts = self.device.type != "cpu" if pack_prompts is None else pack_prompts
         scales = cache_scales(model.backbone.layers, self.device) if fp8 else None
         blocks, dtype = self.model.backbone.layers, model.config.dtype
         self.pool = Pool(blocks, slots, dtype, STATE_DTYPES[state_dtype], self.device, scales)
@@ -190,14 +195,14 @@ class Engine:
         request.hidden = None
 
     def _read(self, requests: list[Request]) -> list[Event]:
-        """One packed forward over the next tokens of the prompts, first come, first served."""
+        """One forward over the next tokens of a prompt, or of several packed, first come, first served."""
         room, parts = self.prefill_chunk, []
         for request in requests:
             part = request.prompt[request.read : request.read + self.prefill_chunk]
             if len(part) > room:  # whole chunks alone: where a prompt is cut must not depend on its neighbours
                 break
             parts.append((request, part))
-            room -= len(part)
+            room -= len(part) if self.pack_prompts else room
         ids = torch.tensor([[token for _, part in parts for token in part]], device=self.device)
         slots, counts = [request.slot for request, _ in parts], [len(part) for _, part in parts]
         hidden = self.model.hidden(ids, state=self.pool.begin(slots, counts, packed=True))[0].split(counts)
