@@ -32,10 +32,8 @@ class LinearRecipe:
             signs = [spec and spec.hadamard for spec in (getattr(self, a), getattr(self, b))]
             if signs[0] != signs[1]:
                 raise ValueError(f"{a}, {b}: got Hadamard signs {signs[0]} and {signs[1]}; allowed: the same on both")
-
-    @property
-    def quantized(self) -> bool:
-        return any(getattr(self, f.name) is not None for f in fields(self))
+        # asked at each call of each layer, and so no property
+        object.__setattr__(self, "quantized", any(getattr(self, f.name) is not None for f in fields(self)))
 
     @property
     def format(self) -> str:

@@ -21,7 +21,8 @@ def float_tensor(argument: str, x: object) -> None:
 
 
 def same_device(argument: str, x: Tensor, device: torch.device) -> None:
-    require(x.device == device, argument, f"device {x.device}", f"{device}, where the other operands are")
+    if x.device != device:  # no words are put together for what is right
+        require(False, argument, f"device {x.device}", f"{device}, where the other operands are")
 
 
 def index_tensor(argument: str, index: Tensor, device: torch.device) -> None:

@@ -14,13 +14,18 @@ def unobserved(x: torch.Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or x.is_meta
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or not ordinary(x)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd._profiler_enabled()
     )
+
+
+def ordinary(x: torch.Tensor) -> bool:
+    """Whether x is of no subclass."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def register(schema: str, run, fake) -> None:

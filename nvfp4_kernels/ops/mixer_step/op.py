@@ -37,8 +37,11 @@ def mixer_step(
     Returns y [batch, tokens, heads * head_dim] of projected's dtype. Not differentiable: generation alone uses it.
     Raises TypeError or ValueError naming the argument. Source: Mamba-2 (arXiv 2405.21060), section 7.
     """
-    require(projected.dim() == 3, "projected", f"shape {list(projected.shape)}", "[batch, tokens, features]")
-    require(states.dim() == 4, "states", f"shape {list(states.shape)}", "[slots, heads, head_dim, state]")
+    for name, t, axes in (
+        ("projected", projected, "[batch, tokens, features]"), ("states", states, "[slots, heads, head_dim, state]"),
+    ):  # fmt: skip
+        if t.dim() != axes.count(",") + 1:  # no words are put together for what is right: a decoded token would feel it
+            require(False, name, f"shape {list(t.shape)}", axes)
     slots, heads, head_dim, state = states.shape
     batch, inner, shared = projected.shape[0], heads * head_dim, groups * state
     channels, width = inner + 2 * shared, conv_weight.shape[-1]
@@ -65,7 +68,8 @@ def mixer_step(
     same_device("states", states, projected.device)
     require(windows.dtype == projected.dtype, "windows", windows.dtype, f"{projected.dtype}, as projected", TypeError)
     for name, t in (("windows", windows), ("states", states)):
-        require(t.is_contiguous(), name, f"strides {list(t.stride())}", "contiguous memory")
+        if not t.is_contiguous():
+            require(False, name, f"strides {list(t.stride())}", "contiguous memory")
     if indices is not None:
         require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "int32, int64", TypeError)
     weights = (conv_weight, conv_bias, A, D, dt_bias, norm_weight)
