@@ -52,6 +52,7 @@ def collect(arguments: argparse.Namespace) -> dict:
     if arguments.tokens < 1:
         raise ValueError(f"tokens: got {arguments.tokens}; allowed: at least 1")
 
+    from nvfp4_kernels.formats.groups import Stack
     from nvfp4_kernels.model.config import HybridConfig
     from nvfp4_kernels.model.hybrid import HybridModel
     from nvfp4_kernels.model.presets import preset
@@ -86,7 +87,11 @@ def collect(arguments: argparse.Namespace) -> dict:
                 formats = {name: _format(getattr(linear_recipe, name)) for name in OPERANDS}
                 why = recipe.explain(label, depth)[1]
                 with torch.device(default_device()):
-                    backend = _backend(linear_recipe, rows, *weight.shape[-2:])
+                    if isinstance(module, Experts) and not linear_recipe.quantized:
+                        x = torch.empty(rows, weight.shape[-1], dtype=torch.bfloat16)
+                        backend = _taken("grouped_matmul", Stack(x), Stack(weight), None, x.dtype)
+                    else:
+                        backend = _backend(linear_recipe, rows, *weight.shape[-2:])
             quantized[f"{owner}.{part}"] = formats["fprop_w"].split(":")[0]
             layers.append({
                 "layer": label, "weight": list(weight.shape), "rows": rows, "operands": formats, "backend": backend,

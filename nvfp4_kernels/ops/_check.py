@@ -20,6 +20,12 @@ def float_tensor(argument: str, x: object) -> None:
         require(x.layout == torch.strided, argument, x.layout, "a strided tensor", TypeError)
 
 
+def floating_point(argument: str, x: object) -> None:
+    """`x` must be a tensor of any floating-point type."""
+    right = isinstance(x, Tensor) and x.is_floating_point()
+    require(right, argument, getattr(x, "dtype", type(x).__name__), "a floating-point tensor", TypeError)
+
+
 def same_device(argument: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:  # no words are put together for what is right
         require(False, argument, f"device {x.device}", f"{device}, where the other operands are")

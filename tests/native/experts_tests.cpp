@@ -1,5 +1,5 @@
-// The experts' kernels without Python: route, permute, relu2, grouped_matmul and expert_mlp on each instruction set against
-// double, in buffers of exactly the promised size; three threads give the bytes that one gives.
+// The experts' kernels without Python: route, router_logits, permute, relu2, grouped_matmul and expert_mlp on each instruction
+// set against double, in buffers of exactly the promised size; three threads give the bytes that one gives.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,6 +14,7 @@
 #include "permute/params.h"
 #include "relu2/params.h"
 #include "route/params.h"
+#include "router_logits/params.h"
 
 namespace nvfp4 {
 namespace {
@@ -267,6 +268,33 @@ void squares(i64 rows, i64 features) {
     expect(near(dweights, sums, 1e-6), "dweights", rows, features);
 }
 
+// Rows of x are `apart` values longer than they are read.
+void logits(i64 tokens, i64 hidden, i64 experts, i64 apart) {
+    const Floats x = numbers(tokens * (hidden + apart)), weight = numbers(experts * hidden), slopes = numbers(tokens * experts);
+    const std::vector<u16> narrow = halves(x);
+    std::vector<double> exact(slopes.size()), of_x(count(tokens * hidden)), of_weight(weight.size());
+    for (i64 t = 0; t < tokens; ++t) {
+        for (i64 e = 0; e < experts; ++e) {
+            const size_t at = count(t * experts + e);
+            for (i64 k = 0; k < hidden; ++k) {
+                const double value = x[count(t * (hidden + apart) + k)], w = weight[count(e * hidden + k)];
+                exact[at] += value * w;
+                of_x[count(t * hidden + k)] += slopes[at] * w;
+                of_weight[count(e * hidden + k)] += slopes[at] * value;
+            }
+        }
+    }
+    for (int threads : {1, 3}) {
+        Floats out(exact.size()), dx(of_x.size()), dweight(weight.size());
+        RouterLogitsParams p{narrow.data(), weight.data(), tokens, hidden, experts, hidden + apart, 2, out.data(), nullptr, nullptr,
+                             nullptr, threads};
+        expect(NVFP4_CALL(router_logits, p) == 0 && near(out, exact, 1e-6), "router_logits", tokens, hidden);
+        p.x = x.data(), p.dtype = 0, p.dlogits = slopes.data(), p.dx = dx.data(), p.dweight = dweight.data();
+        expect(NVFP4_CALL(router_logits_backward, p) == 0, "router_logits_backward status");
+        expect(near(dx, of_x, 1e-6) && near(dweight, of_weight, 1e-6), "router_logits_backward", tokens, hidden);
+    }
+}
+
 }  // namespace
 
 void experts_everywhere() {
@@ -286,6 +314,7 @@ void experts_everywhere() {
             divided_sums({0, 0}, 3, 3, gathered);
         }
         experts(17, 8, 3, 48, 80), experts(1, 4, 2, 80, 16), experts(0, 4, 2, 16, 16), experts(70, 3, 3, 32, 48);
+        logits(1, 1, 1, 0), logits(17, 131, 6, 5), logits(37, 48, 129, 0), logits(300, 70, 3, 2), logits(0, 5, 3, 0);
         squares(1, 1), squares(17, 48), squares(3, 130), squares(0, 4), squares(4, 0);
     }
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.ops._check import boundaries
 from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
 
 
@@ -17,7 +18,7 @@ def run(
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty(x.shape, dtype=x.dtype)
     state = torch.empty(sequences, x.shape[2], weight.shape[1] - 1, dtype=x.dtype)
-    _check(native.causal_conv1d(*inputs, y.data_ptr(), state.data_ptr(), torch.get_num_threads()), cu_seqlens)
+    _check(native.causal_conv1d(*inputs, y.data_ptr(), state.data_ptr(), torch.get_num_threads()), x, cu_seqlens)
     return y, state
 
 
@@ -46,7 +47,7 @@ def backward(
         _pointer(dinitial),
         torch.get_num_threads(),
     )
-    _check(status, cu_seqlens)
+    _check(status, x, cu_seqlens)
     dbias = None if bias is None else dtaps[-1].to(bias.dtype)
     return dx, dtaps[:-1].t().to(weight.dtype), dbias, None if dinitial is None else dinitial.to(initial_state.dtype)
 
@@ -82,9 +83,7 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _check(status: int, cu_seqlens: Tensor | None) -> None:
+def _check(status: int, x: Tensor, cu_seqlens: Tensor | None) -> None:
     if status == 2:
-        raise ValueError(
-            f"cu_seqlens: got {cu_seqlens.tolist()}; allowed: ascending from 0 to the number of tokens of x"
-        )
+        boundaries(cu_seqlens, x.shape[0] * x.shape[1])
     check(status)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 
@@ -28,13 +28,7 @@ def causal_conv1d(
     Differentiable in x, weight, bias and initial_state. All math in fp32 (fp64 for fp64 x), one rounding at the end.
     Raises TypeError or ValueError naming the argument.
     """
-    require(
-        isinstance(x, Tensor) and x.is_floating_point(),
-        "x",
-        getattr(x, "dtype", type(x).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("x", x)
     require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, length, channels]")
     channels = x.shape[2]
     require(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 from nvfp4_kernels.ops.causal_conv1d.op import check_cu_seqlens
@@ -39,13 +39,7 @@ def conv_scan(
     dtype, the scan's is fp32 (fp64 for fp64 xBC). Differentiable in every tensor but cu_seqlens; backward convolves again.
     Raises TypeError or ValueError naming the argument. Source: Mamba-2 (arXiv 2405.21060), section 7.
     """
-    require(
-        isinstance(xBC, Tensor) and xBC.is_floating_point(),
-        "xBC",
-        getattr(xBC, "dtype", type(xBC).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("xBC", xBC)
     require(xBC.dim() == 3, "xBC", f"shape {list(xBC.shape)}", "[batch, length, channels]")
     batch, length, channels = xBC.shape
     heads, inner, width = A.shape[0], channels - 2 * groups * state, conv_weight.shape[-1]

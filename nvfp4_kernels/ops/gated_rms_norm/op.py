@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -23,13 +23,7 @@ def gated_rms_norm(
     Returns the shape and dtype of x; differentiable in x, z and weight. Raises TypeError or ValueError naming the argument.
     Source: Mamba-2 (arXiv 2405.21060), section 7; mamba_ssm's layernorm_gated.
     """
-    require(
-        isinstance(x, Tensor) and x.is_floating_point(),
-        "x",
-        getattr(x, "dtype", type(x).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("x", x)
     require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1")
     channels = x.shape[-1]
     group_size = channels if group_size is None else group_size

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -17,13 +17,7 @@ def relu2(x: Tensor, weights: Tensor | None = None) -> Tensor:
     Raises TypeError or ValueError naming the argument.
     Source: So et al. 2021 (Primer); placement of the weight as Megatron-LM's weighted_squared_relu.
     """
-    require(
-        isinstance(x, Tensor) and x.is_floating_point(),
-        "x",
-        getattr(x, "dtype", type(x).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("x", x)
     if weights is not None:
         require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, features], with weights")
         require(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -44,13 +44,7 @@ def route(
     Returns a Routing. Raises TypeError or ValueError naming the argument.
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; as Nemotron 3 uses it.
     """
-    require(
-        isinstance(logits, Tensor) and logits.is_floating_point(),
-        "logits",
-        getattr(logits, "dtype", type(logits).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("logits", logits)
     require(logits.dim() == 2, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
     experts = logits.shape[1]
     require(1 <= top_k <= experts, "top_k", top_k, f"1 to {experts}, the number of experts")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -16,9 +16,8 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     On a CPU a token's logits do not depend on the tokens beside it.
     Raises TypeError or ValueError naming the argument.
     """
-    for name, t in (("x", x), ("weight", weight)):
-        floating = isinstance(t, Tensor) and t.is_floating_point()
-        require(floating, name, getattr(t, "dtype", type(t).__name__), "a floating-point tensor", TypeError)
+    floating_point("x", x)
+    floating_point("weight", weight)
     require(x.dim() == 2, "x", f"shape {list(x.shape)}", "[tokens, hidden]")
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[1]
     require(fits, "weight", f"shape {list(weight.shape)}", f"[experts, {x.shape[1]}], x's width")

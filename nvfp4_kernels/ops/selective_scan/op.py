@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._gate import gate
 from nvfp4_kernels.ops._library import register_differentiable
@@ -42,13 +42,7 @@ def selective_scan(
     Steps, decays and the passing of states are fp32; matrix products take their operands in x's dtype when it is bf16.
     Raises TypeError or ValueError naming the argument. Source: Mamba-2 (arXiv 2405.21060), section 6.
     """
-    require(
-        isinstance(x, Tensor) and x.is_floating_point(),
-        "x",
-        getattr(x, "dtype", type(x).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("x", x)
     require(x.dim() == 4, "x", f"shape {list(x.shape)}", "[batch, length, heads, head_dim]")
     batch, length, heads, head_dim = x.shape
     require(tuple(dt.shape) == (batch, length, heads), "dt", f"shape {list(dt.shape)}", str([batch, length, heads]))

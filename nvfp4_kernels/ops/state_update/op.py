@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.selective_scan.op import check_per_head
@@ -45,13 +45,7 @@ def state_update(
     give the bits that as many calls with one token give. Returns y of the shape and dtype of x.
     Not differentiable: generation alone uses it. Raises TypeError or ValueError naming the argument.
     """
-    require(
-        isinstance(x, Tensor) and x.is_floating_point(),
-        "x",
-        getattr(x, "dtype", type(x).__name__),
-        "a floating-point tensor",
-        TypeError,
-    )
+    floating_point("x", x)
     require(
         x.dim() in (3, 4), "x", f"shape {list(x.shape)}", "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]"
     )
