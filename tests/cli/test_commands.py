@@ -112,6 +112,7 @@ def test_plan_agrees_with_the_model(capsys, recipe):
             spec = getattr(linear_recipe, operand)
             assert text.split(":")[0] == (spec.format if spec else "bf16"), (name, operand)
             assert spec is None or ("sr" in text) == spec.stochastic and ("rht" in text) == (spec.hadamard is not None)
+    assert sum("experts.up_proj" in name and "shared" not in name for name in layers) == 3
     ours = [row for name, row in layers.items() if "mixer.experts" in name or name.endswith("gate")]
     assert len(ours) == 3 * 3 and not any(row["backend"].startswith("torch") for row in ours)
     count = sum(p.numel() for p in model.parameters())
