@@ -135,9 +135,9 @@ def _unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
 
 
 def _fold_all(x, step, A, B, C, chunk_size: int) -> tuple[Tensor, ...]:
-    """x [r, c, q, h, p], step and a = cumsum(A dt) [r, c, q, h], B and C [r, c, q, n], in fp32 or fp64."""
-    groups = B.shape[2]
-    x, step, rate, B, C = (_fold(_wide(t), groups, chunk_size) for t in (x, step, step * A, B, C))
+    """x [r, c, q, h, p], step and a = cumsum(A dt) [r, c, q, h], B and C [r, c, q, n], in fp32 or fp64, as x asks for."""
+    groups, dtype = B.shape[2], _wide(x).dtype
+    x, step, rate, B, C = (_fold(t.to(dtype), groups, chunk_size) for t in (x, step, step * A, B, C))
     return x, step, rate.cumsum(2), B.squeeze(3), C.squeeze(3)
 
 
