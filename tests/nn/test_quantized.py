@@ -125,6 +125,22 @@ def test_experts(sizes, weighted):
         assert (dx[row].double() - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+def test_experts_gather_tokens():
+    """The bits of gathered rows; a token's gradient is the sum of its rows'."""
+    up = NVFP4Weight.from_tensors([nk.quantize(drawn(32, 48, seed=e)) for e in range(4)])
+    down = FP8Weight.from_tensors(fp8_codes(4, 48, 32), torch.rand(4) + 0.1)
+    experts, x = QuantizedExperts(up, down), drawn(9, 48, seed=9)
+    routing = nk.route(torch.randn(9, 4), None, 2)
+    tokens, weights, dy = routing.order // 2, torch.rand(18), drawn(18, 48, seed=10)
+    x.requires_grad_()
+    y, wanted = experts(x, routing, weights), experts(x[tokens], routing.offsets, weights)
+    assert torch.equal(y, wanted)
+    (dx,), (dx_wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, wanted))
+    torch.testing.assert_close(dx, dx_wanted, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"x: got shape \[8, 48\]; allowed: \[9, in\], as routed"):
+        experts(x[:8], routing)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="in_features: got 40; allowed: a multiple of 16"):
         NVFP4Weight(40, 16)
