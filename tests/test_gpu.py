@@ -90,7 +90,7 @@ def test_packed_weights_in_a_graph():
     assert torch.equal(y, nk.matmul(a, packed))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 700, 2000])
 def test_packed_experts_in_a_graph(tokens):
     """Loads change from replay to replay; nothing waits for the host."""
     plain = [nk.quantize(torch.randn(32 * n, k, device="cuda")) for n, k in ((1856, 256), (256, 1856))]
