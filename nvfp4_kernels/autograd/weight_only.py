@@ -12,6 +12,8 @@ from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import sum_slots
 from nvfp4_kernels.ops.route.op import Routing
 
+DECODED = 32 << 20  # bytes of a weight decoded at a time, which the caches of GPUs hold
+
 
 def weight_only(
     x: Tensor, weight: NVFP4Tensor | MXFP8Tensor, bias: Tensor | None = None, scale: Tensor | None = None
@@ -66,8 +68,18 @@ class _WeightOnly(torch.autograd.Function):
     def backward(ctx, dy):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weight.dequantize(dy.dtype)
+            dx = _times(dy, ctx.weight)
             dx = dx if ctx.scale is None else dx * ctx.scale.to(dx.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.float().sum(0).to(ctx.bias_dtype)
         return dx, None, dbias, None
+
+
+def _times(dy: Tensor, weight: NVFP4Tensor | MXFP8Tensor) -> Tensor:
+    """dy [rows, out] @ weight, so many of its columns at a time."""
+    (out, cols), rows = weight.shape, dy.shape[0]
+    dx, most = dy.new_empty(rows, cols), max(128, DECODED // (out * dy.element_size()) // 128 * 128)
+    for first in range(0, cols, most):
+        last = min(first + most, cols)
+        torch.mm(dy, weight.columns(first, last).dequantize(dy.dtype), out=dx[:, first:last])
+    return dx
