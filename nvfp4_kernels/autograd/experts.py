@@ -61,7 +61,9 @@ def experts(
     amax |= _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
     routing = offsets, order, inverse
     h, squares, *most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], amax)
-    return _Down.apply(h, squares, most[0] if amax else None, down, weights, offsets, second, noises[1], down_form, trained[1])
+    return _Down.apply(
+        h, squares, most[0] if amax else None, down, weights, offsets, second, noises[1], down_form, trained[1]
+    )
 
 
 def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:

@@ -22,10 +22,10 @@ def run(
 
 
 def backward(
-    dy: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
+    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
-    d = grouped_matmul.run(dy, b, offsets, torch.float32)
+    d = grouped_matmul.run(a, b, offsets, torch.float32)
     dh, dweights = relu2.backward(d, h.float(), weights)
     dh = dh.to(h.dtype)
     return dh, dweights, relu2.run(h, weights) if again else None, largest(dh, offsets) if amax else None

@@ -37,7 +37,7 @@ def grouped_relu2(
 
 
 def grouped_relu2_backward(
-    dy: Rows,
+    a: Rows,
     b: Tensor | Stack,
     offsets: Tensor,
     h: Tensor,
@@ -45,21 +45,21 @@ def grouped_relu2_backward(
     again: bool = False,
     amax: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """With d = grouped_matmul(dy, b, offsets), the gradient of relu2(h, weights), in fp32 and never rounded by itself:
+    """With d = grouped_matmul(a, b, offsets) the gradient of relu2(h, weights), in fp32 and never rounded by itself:
     dh = 2 relu(h) weights d, dweights[row] = the sum of relu(h)^2 d, in a fixed order.
 
-    dy, b, offsets: as a, b and offsets of grouped_relu2. h: [rows, N], any strides; its type is that of dh.
+    a, b, offsets: as in grouped_relu2. h: [rows, N], floating point, any strides.
     weights: float [rows], or None.
     again: also relu2(h, weights), the bits of forward's: what the second matrix's gradient reads in high precision.
     amax: as in grouped_relu2, of dh.
-    Returns (dh [rows, N], dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [groups]), None for what is not
-    asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
+    Returns (dh [rows, N] of h's type, dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [groups]), None for
+    what is not asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     floating_point("h", h)
     no_grad("h", h, "nk.experts differentiates")
     stack = _stack(b)
-    given = checked(dy, stack, offsets, h.dtype, None)
-    shape = dy.shape[0], stack.rows
+    given = checked(a, stack, offsets, h.dtype, None)
+    shape = a.shape[0], stack.rows
     require(tuple(h.shape) == shape, "h", f"shape {list(h.shape)}", f"{list(shape)}")
     same_device("h", h, offsets.device)
     _check_weights(weights, len(h), h.device)
@@ -91,9 +91,8 @@ def _run(*given) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (dy, b, offsets, *rest), (h, weights, again, amax) = as_called(*given[:TAKEN]), given[TAKEN:]
-    backend = select("grouped_relu2", dy, b, offsets, *rest)
-    dh, dweights, *parts = backend.backward(dy, b, offsets, h, weights, again, amax)
+    call, (h, weights, again, amax) = as_called(*given[:TAKEN]), given[TAKEN:]
+    dh, dweights, *parts = select("grouped_relu2", *call).backward(*call[:3], h, weights, again, amax)
     dweights = None if weights is None else dweights.to(weights.dtype)
     return dh, *(_or_nothing(part, h) for part in (dweights, *parts))
 

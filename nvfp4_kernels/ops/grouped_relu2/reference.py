@@ -21,11 +21,11 @@ def run(
 
 
 def backward(
-    dy: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
+    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    d = grouped_matmul.run(dy, b, offsets, wide)
+    d = grouped_matmul.run(a, b, offsets, wide)
     dh, dweights = relu2.backward(d, h, None if weights is None else weights.to(wide))
     return dh, dweights, relu2.run(h, weights) if again else None, largest(dh, offsets) if amax else None
 

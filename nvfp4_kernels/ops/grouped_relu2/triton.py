@@ -24,15 +24,16 @@ def run(
 
 
 def backward(
-    dy: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
+    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
-    form, h = rows_form(dy, b, len(h)), h.contiguous()
+    form, h = rows_form(a, b, len(h)), h.contiguous()
     dh, squares, most = torch.empty_like(h), torch.empty_like(h) if again else None, _most(offsets, amax)
-    tiles, weighted = -(-b.rows // min(form[0].n, COLS.value)), weights is not None
+    across, weighted = form[0].n, weights is not None
+    tiles = -(-b.rows // across) * -(-across // COLS.value)
     parts = torch.empty(tiles, len(h), dtype=torch.float32, device=h.device) if weighted else None
     places = h, _wide(weights), squares, parts, most
-    launch_rows(form, dy, b, offsets, None, dh, places, (True, weighted, again, amax))
+    launch_rows(form, a, b, offsets, None, dh, places, (True, weighted, again, amax))
     return dh, parts.sum(0) if weighted else None, squares, most.view(torch.float32) if amax else None
 
 
