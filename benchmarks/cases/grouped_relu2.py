@@ -7,8 +7,8 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops.grouped_relu2 import triton
 
 
-def training(rows: int, experts: int, width: int, size: int, tokens: int, kind: str | None = None):
-    """kind: of the operands, None for bf16. In high precision backward gives the squares again, quantized none."""
+def training(rows: int, experts: int, width: int, size: int, tokens: int, kind: str | None = None, amax: bool = False):
+    """kind: of the operands, None for bf16, where backward gives the squares again. amax: as with frozen weights."""
     if kind:
         x, up = quantized(kind, tokens, size), quantized(kind, experts, width, size, groups=experts)
         dy, down = quantized(kind, rows, size), up
@@ -17,13 +17,13 @@ def training(rows: int, experts: int, width: int, size: int, tokens: int, kind: 
         down = Stack(empty(experts, size, width).transpose(1, 2))
     offsets, index = empty(experts + 1, dtype=torch.int64), empty(rows, dtype=torch.int64)
     h, weights = empty(rows, width), empty(rows, dtype=torch.float32)
-    triton.run(x, up, offsets, torch.bfloat16, index, weights, False)
-    triton.backward(dy, down, offsets, h, weights, kind is None, False)
+    triton.run(x, up, offsets, torch.bfloat16, index, weights, amax)
+    triton.backward(dy, down, offsets, h, weights, kind is None, amax)
 
 
 CASES = {
     "Nano": lambda: training(8192 * 6, 128, 1856, 2688, 8192),
     "Nano, NVFP4": lambda: training(8192 * 6, 128, 1856, 2688, 8192, "nvfp4"),
     "Nano, MXFP8": lambda: training(8192 * 6, 128, 1856, 2688, 8192, "mxfp8"),
-    "Super, NVFP4": lambda: training(8192 * 22, 512, 2688, 1024, 8192, "nvfp4"),
+    "Super, NVFP4, amax": lambda: training(8192 * 22, 512, 2688, 1024, 8192, "nvfp4", amax=True),
 }

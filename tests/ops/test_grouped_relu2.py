@@ -78,18 +78,6 @@ def test_shapes(device, n, k):
     check(device, [5, 0, 12], a, b, b.double(), h, torch.rand(17), torch.randint(7, (17,)))
 
 
-@pytest.mark.parametrize("device", ["triton"], indirect=True)
-def test_a_wide_tile_goes_in_halves(device, monkeypatch):
-    """As one of 256 columns does, which no size has where the kernels are interpreted."""
-    from nvfp4_kernels.ops.grouped_matmul import _triton_relu2
-    from nvfp4_kernels.ops.grouped_relu2 import triton
-
-    for module in (_triton_relu2, triton):
-        monkeypatch.setattr(module, "COLS", _triton.tl.constexpr(32))
-    b, rows = drawn(2, 200, 64, dtype=BF16), 9
-    check(device, [4, 5], drawn(rows, 64, dtype=BF16), b, b.double(), drawn(rows, 200, dtype=BF16), torch.rand(rows))
-
-
 def test_run_to_run(device):
     given = (*moved(device, drawn(55, 80, dtype=BF16), drawn(6, 33, 80, dtype=BF16), offsets(LOADS["mixed"])),)
     h, weights = moved(device, drawn(55, 33, dtype=BF16), torch.rand(55))
