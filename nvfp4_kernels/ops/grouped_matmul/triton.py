@@ -181,8 +181,8 @@ def rows_form(a: Stack, b: Stack, rows: int, squared: bool = False):
 
 
 def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None, y: Tensor, places, relu2) -> None:
-    """The products of rows to y. form: of rows_form. places, relu2: for write_relu2, which of its tensors there are or None, and
-    what it is to do."""
+    """The products of rows to y. form: of rows_form. places: write_relu2's tensors, None for those that are not there; relu2:
+    what it is to do, or None."""
     (t, (left, right), constants), (rows, N), groups = form, y.shape, len(b.values)
     values, scales, _ = right.places
     y = portable(y)
