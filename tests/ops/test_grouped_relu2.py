@@ -57,7 +57,7 @@ def check(device, sizes, a, b, exact, h, weights, rows=None):
 
 
 @pytest.mark.parametrize(
-    "load, dtype", [*((load, BF16) for load in LOADS), *(("mixed", dtype) for dtype in FLOATS[1:])]
+    "load, dtype", [*((load, BF16) for load in LOADS), *(("one group", dtype) for dtype in FLOATS[1:])]
 )
 def test_loads(device, load, dtype):
     sizes, rows = LOADS[load], sum(LOADS[load])
