@@ -59,7 +59,7 @@ def causal_conv1d_update(
 
     cache_seqlens: int [batch], tokens so far: conv_state is then a ring, token t at t % state_len.
     conv_state_indices: int [batch], the slot of each row, no slot twice; below 0: none, the row's out is 0.
-    Returns out as x, without gradients. Raises ValueError naming the argument.
+    Returns out as x, without gradients. Raises TypeError or ValueError naming the argument.
     """
     floating_point("x", x)
     floating_point("weight", weight)

@@ -178,8 +178,8 @@ def selective_state_update(
     nheads, headdim]; B, C [batch, ngroups, dstate], or [batch, dstate] for one group; dt as x and A [nheads, headdim, dstate],
     dt_bias, D [nheads, headdim], expanded from one value a head.
 
-    state_batch_indices: int [batch], the slot of each row; -1: none. Returns out as x. Raises ValueError for A, dt or dt_bias
-    that are not one value a head (Mamba-1): only a stride of 0 says so without reading them.
+    state_batch_indices: int [batch], the slot of each row; -1: none. Returns out as x. Raises TypeError or ValueError naming
+    the argument; so for A, dt or dt_bias of more than one value a head (Mamba-1): only a stride of 0 says so unread.
     """
     for name, t in (("dt", dt), ("A", A)):
         floating_point(name, t)

@@ -11,4 +11,4 @@ def test_a_step_keeps_the_formula_and_peaks_below_torch(monkeypatch):
     assert bf16["saved_bytes_a_token"] == 2 * 2 * 96  # the hidden values of two experts, in bf16
     assert nvfp4["saved_bytes_a_token"] <= 1.05 * 2 * (2 * 96 + (64 + 96) * 9 / 16)  # groups padded to blocks
     for ours in (bf16, nvfp4):
-        assert ours["peak_bytes_a_token"] <= 0.8 * torchs["peak_bytes_a_token"]
+        assert ours["peak_bytes_a_token"] <= 0.85 * torchs["peak_bytes_a_token"]

@@ -14,6 +14,19 @@ def mixer():
     return made
 
 
+def test_gradcheck():
+    """In fp64: of x and every parameter, two documents in a row."""
+    made = Mamba2(5, heads=2, head_dim=4, state=3, groups=1, dt_limit=(0.1, 2.0), chunk_size=4).double()
+    names = [name for name, _ in made.named_parameters()]
+    leaves = [torch.randn_like(p).mul(0.5).requires_grad_() for p in made.parameters()]
+    x, bounds = torch.randn(1, 7, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2, 7])
+
+    def call(x, *leaves):
+        return torch.func.functional_call(made, dict(zip(names, leaves, strict=True)), (x, bounds))
+
+    assert torch.autograd.gradcheck(call, (x, *leaves))
+
+
 def test_lengths_that_vary_compile_whole():
     made = mixer()
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True, dynamic=True)

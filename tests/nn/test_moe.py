@@ -74,6 +74,20 @@ def test_gradients_equal_to_those_of_transformers(backend, case):
             assert (g - w).norm() <= 2e-5 * w.norm(), name
 
 
+def test_gradcheck():
+    """In fp64: of x, router, latent projections, experts and the shared expert; groups and the balance loss as well."""
+    moe = MoE(6, 4, 2, 5, 4, latent=3, scale=2.5, n_group=2, topk_group=2).double()
+    names = [name for name, _ in moe.named_parameters()]
+    leaves = [torch.randn_like(p).mul(0.5).requires_grad_() for p in moe.parameters()]
+
+    def call(x, *leaves):
+        y, balance = torch.func.functional_call(moe, dict(zip(names, leaves, strict=True)), x)
+        return y, balance.loss
+
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, *leaves))
+
+
 def test_serving_and_training_agree_in_bf16():
     moe = block("latent").bfloat16()
     moe.gate.float()

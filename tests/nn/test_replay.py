@@ -83,9 +83,9 @@ def test_what_is_refused_leaves_no_trace(started):
         replay.advance(**cut(tokens, 0, start), **fixed)
     now = cut(tokens, start, start + 4)
     for change, message in (
+        (dict(C=now["C"][..., :4]), "C: got "),
         (dict(dt_limit=(1.0, 0.0)), "dt_limit: got"),
         (dict(A=torch.zeros(3)), r"A: got shape \[3\]"),
-        (dict(C=now["C"][..., :4]), "C: got "),
         (dict(dt=now["dt"][:, :3]), r"dt: got shape \[3, 3, 4\]; allowed: \[3, 4\] and more, as x"),
         (dict(x=now["x"][..., :5]), "x: got|initial_state: got"),
         (dict(B=[1.0]), "B: got list"),
