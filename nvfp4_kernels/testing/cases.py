@@ -79,9 +79,8 @@ def _quantize() -> Iterator[Case]:
             return {"x": drawn(tokens or 152, 100, dtype=BF16), "offsets": offsets, "rows": rows, "noise": noise}
 
         yield Case("quantize", f"groups: {title}", make, partial(_groups, row=row, col=col))
-    tiles = QuantSpec("16x16")
-    make = lambda: {"x": drawn(3, 130, 48), "noise": noise}  # noqa: E731
-    yield Case("quantize", "stack: 16x16 pair, fp32 3x130x48", make, partial(_stacks, row=tiles, col=tiles))
+    run = partial(_stacks, row=QuantSpec("16x16"), col=QuantSpec("16x16"))
+    yield Case("quantize", "stack: 16x16 pair", lambda: {"x": drawn(3, 130, 48), "noise": noise}, run)
 
 
 def _groups(
