@@ -80,10 +80,8 @@ def step(command: list[str], seconds: int) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds} s"
     finally:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # what it has started goes too, or it runs on beside the next step
-            os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with what it has started, which would run beside the next step
         child.wait()
     return f"{'ok' if status == 0 else f'exit status {status}'}, {time.monotonic() - began:.0f} s"
 
