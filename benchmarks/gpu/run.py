@@ -81,9 +81,7 @@ def step(command: list[str], seconds: int) -> str:
         return f"stopped after {seconds} s"
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(
-                child.pid, signal.SIGKILL
-            )  # what it has started goes too, or it runs beside what is measured next
+            os.killpg(child.pid, signal.SIGKILL)  # with what it has started, which would run beside the next step
         child.wait()
     return f"{'ok' if status == 0 else f'exit status {status}'}, {time.monotonic() - began:.0f} s"
 

@@ -1,12 +1,13 @@
-// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks at a time, each thread a
-// fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks at a time, each thread
+// a fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
 //   __syncthreads     every thread of the block must come to it, or the launch fails
 //   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
 //   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
 //   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
-//   thread order      drawn from a seed: with a barrier missing, results depend on it
+//   thread order      drawn from a seed, and that of two blocks: with a barrier missing, results depend on it
+//   atomicAdd         the block may rest then until the other has ended, which sees all that is not written yet as it was
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -41,6 +42,7 @@ void* static_shared(const void* key, size_t bytes);
 constexpr size_t slot = 64;
 const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot];
 int lane();
+void told_others();  // another block may now run to its end before this one does anything more
 
 // For the models of units that work beside the threads, such as arch/host_sm100.h. The running thread rests until something is
 // so, which `wake` looks after; a unit's work is done some time later, that of any_order in any, of another number in its order.
@@ -121,6 +123,7 @@ static inline unsigned __ballot_sync(unsigned, int predicate) {
 static inline unsigned atomicAdd(unsigned* at, unsigned value) {
     const unsigned before = *at;
     *at = before + value;
+    host_model::told_others();
     return before;
 }
 static inline unsigned atomicMax(unsigned* at, unsigned value) {

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, pack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
@@ -18,7 +18,7 @@ from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_back
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import permute, unpermute
-from nvfp4_kernels.ops.quantize.op import quantize, quantize_pair
+from nvfp4_kernels.ops.quantize.op import quantize, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
 from nvfp4_kernels.ops.router_logits.op import router_logits
@@ -63,6 +63,43 @@ def _quantize() -> Iterator[Case]:
     for title, make in special.items():
         run = partial(_pair, row=plain, col=rotated)
         yield Case("quantize", title, lambda make=make: {"x": make(), "noise": noise}, run)
+
+    mxfp8 = QuantSpec("1x32")
+    groups = {
+        "x": (plain, rotated, None),
+        "dy, stochastic": (stochastic, QuantSpec("1x16", "stochastic", DEFAULT_SIGNS), None),
+        "gathered, Hadamard": (None, rotated, 50),
+        "gathered, MXFP8": (None, mxfp8, 50),
+        "MXFP8": (mxfp8, mxfp8, None),
+    }
+    for title, (row, col, tokens) in groups.items():
+
+        def make(tokens=tokens) -> Inputs:
+            offsets = torch.tensor([0, 5, 0, 130, 16, 1]).cumsum(0)
+            rows = None if tokens is None else torch.arange(152) * 7 % tokens
+            return {"x": drawn(tokens or 152, 100, dtype=BF16), "offsets": offsets, "rows": rows, "noise": noise}
+
+        yield Case("quantize", f"groups: {title}", make, partial(_groups, row=row, col=col))
+    run = partial(_stacks, row=QuantSpec("16x16"), col=QuantSpec("16x16"))
+    yield Case("quantize", "stack: 16x16 pair", lambda: {"x": drawn(3, 130, 48), "noise": noise}, run)
+
+
+def _groups(
+    x: Tensor, offsets: Tensor, rows: Tensor | None, noise: Tensor, row: QuantSpec | None, col: QuantSpec
+) -> dict:
+    form, columns = quantize_groups(x, offsets, row, col, noise, rows=rows)
+    return _parts("columns", columns) | ({} if row is None else {"row": form})
+
+
+def _stacks(x: Tensor, noise: Tensor, row: QuantSpec, col: QuantSpec) -> dict:
+    forms = quantize_stack(x, row, col, noise)
+    return _parts("row", forms[0]) | _parts("column", forms[1])
+
+
+def _parts(name: str, form: Columns | Stack) -> dict:
+    """Values and scales as bytes, and the global scales where there are some."""
+    made = {f"{name}.{part}": getattr(form, part).view(torch.uint8) for part in ("values", "scales")}
+    return made if form.global_scales is None else made | {f"{name}.global_scales": form.global_scales}
 
 
 def _pair(x: Tensor, noise: Tensor, row: QuantSpec | None, col: QuantSpec | None) -> dict:

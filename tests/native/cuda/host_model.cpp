@@ -101,9 +101,9 @@ struct Launch {
     const void* parameters;
     size_t dynamic_bytes;
     std::uint64_t random;  // 0: threads in order
-
     bool in_unit = false;
-    std::string error;
+    const Block* resting = nullptr;  // until the other ends
+    std::string error{};
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
     const void* scheduler_stack = nullptr;
@@ -115,12 +115,11 @@ std::vector<Thread> threads[2];  // of two blocks; stacks live from launch to la
 
 Thread& me() { return threads[here->slot][here->running]; }
 
-void leave(bool for_good) {
+void leave([[maybe_unused]] bool for_good) {
     Thread& mine = me();
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &mine.fake, now->scheduler_stack, now->scheduler_stack_bytes);
 #endif
-    (void)for_good;
     nvfp4_switch_stack(&mine.place, now->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(me().fake, nullptr, nullptr);
@@ -241,7 +240,7 @@ void end_block() {
                  " at barriers in shared memory, the others in their warps";
 }
 
-// With threads in order a block after the other, else two at a time, a step of either in turns drawn by lot.
+// With threads in order one after the other, else two at a time, a step of either by lot.
 void run_blocks(unsigned count, bool backwards) {
     std::unique_ptr<Block> alive[2];
     unsigned begun = 0;
@@ -249,12 +248,14 @@ void run_blocks(unsigned count, bool backwards) {
         for (int slot = 0; slot < (now->random ? 2 : 1); ++slot) {
             if (!alive[slot] && begun < count) alive[slot] = begin_block(backwards ? count - ++begun : begun++, slot);
         }
-        auto& block = alive[alive[0] && alive[1] ? draw(2) : alive[1] ? 1 : 0];
+        const size_t turn = now->resting ? 1 - now->resting->slot : draw(2);
+        auto& block = alive[alive[turn] ? turn : 1 - turn];
         if (!block) return;
         here = block.get();
         if (step()) continue;
         end_block();
         block.reset();
+        now->resting = nullptr;
     }
 }
 
@@ -313,6 +314,13 @@ void wake() {
     const auto awake = std::partition(all.begin(), all.end(), [](const auto& sleeper) { return !sleeper.second(); });
     for (auto s = awake; s != all.end(); ++s) here->ready.push_back(s->first);
     all.erase(awake, all.end());
+}
+
+void told_others() {
+    if (!now->random || now->resting || draw(2)) return;
+    now->resting = here;
+    here->ready.push_back(here->running);
+    leave(false);
 }
 
 void later(int unit, std::function<void()> work) { here->units[unit].push_back(std::move(work)); }
@@ -382,13 +390,7 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     if (entry.parameters != parameter_bytes) return say("parameters of another size than the kernel's");
     if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
     if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
-    Launch launch;
-    launch.grid = {grid[0], grid[1], grid[2]};
-    launch.block = {block, 1, 1};
-    launch.entry = &entry;
-    launch.parameters = parameters;
-    launch.dynamic_bytes = dynamic_bytes;
-    launch.random = seed;
+    Launch launch = {{grid[0], grid[1], grid[2]}, {block, 1, 1}, &entry, parameters, dynamic_bytes, seed};
     now = &launch;
     run_blocks(grid[0] * grid[1] * grid[2], seed % 2);  // odd seeds from the last block to the first
     now = nullptr;

@@ -72,16 +72,17 @@ def test_every_code_under_every_scale_is_exact():
     assert torch.equal(nk.matmul(b, a, torch.float32), exact)
 
 
+@pytest.mark.parametrize("rows, k, parts", [(130, 1600, 3), (40, 1024, 2)])
 @pytest.mark.parametrize("seed", [None, 2, 3])
-def test_splits_add_up_in_order(model, monkeypatch, seed):
-    """Whichever split ends last: the same bits, once, and counters back at zero."""
+def test_splits_add_up_in_order(model, monkeypatch, rows, k, parts, seed):
+    """Whichever split ends last: the same bits, once, and counters back at zero. The model has two that end together."""
     made = []
     monkeypatch.setattr(
         _cuda_sm120, "zeros", lambda n, device: made.append(torch.zeros(n, dtype=torch.int32)) or made[-1]
     )
     torch.manual_seed(5)
-    a, b = operands(130, 16, 1600)
-    assert _cuda_sm120.splits(130, 16, 1600) == 3
+    a, b = operands(rows, 16, k)
+    assert _cuda_sm120.splits(rows, 16, k) == parts
     model.seed = seed
     y = nk.matmul(a, b, torch.float32)
     assert_close(y, a, b)
