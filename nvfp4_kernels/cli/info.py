@@ -157,6 +157,6 @@ def render(report: dict) -> str:
             lines.append(f"{op:16}" + "".join(cells).rstrip())
         lines += [f"[{number}] {reason}" for reason, number in notes.items()]
     for device, tuned in report["tuned"].items():
-        lines += ["", f"{device}: {len(tuned)} choices are measured" + ("" if tuned else "; nvfp4 tune measures them")]
+        lines += ["", f"{device}, choices measured: {len(tuned) or 'none; nvfp4 tune measures them'}"]
         lines += [f"{question}: {json.dumps(e['answer'])}, by {e['from']}" for question, e in tuned.items()]
     return "\n".join(lines)

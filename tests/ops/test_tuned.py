@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.cli import info, plan
 from nvfp4_kernels.cli import tune as command
+from nvfp4_kernels.cli.main import main
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops import _device, _dispatch, _triton, _tuned
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
@@ -255,3 +257,37 @@ def test_a_weight_is_packed_where_cuda_is_not_known_to_be_slower():
     _tuned.save(CHIP, {"matmul: bfloat16 x NVFP4Tensor, few rows": entry("triton", triton=1.0, native=2.0)})
     assert _dispatch.candidates("matmul", (row, weight))[0] == "triton"
     assert _dispatch.candidates("matmul", (row.expand(65, 32), weight))[0] == "native"
+
+
+def test_info_and_plan_say_what_is_measured_and_by_whom(monkeypatch):
+    assert "meta, choices measured: none; nvfp4 tune measures them" in info.render(info.collect())
+    _tuned.save(CHIP, {"quantize: 2 forms, stochastic, hadamard": entry("triton", triton=1.0, native=2.0)})
+    report = info.collect()
+    assert list(report["ops"]["meta"]["quantize"]) == ["triton", "native", "reference"]
+    told = info.render(report)
+    assert "meta, choices measured: 1\nquantize: 2 forms, stochastic, hadamard: " in told
+    assert told.endswith('"triton", by nvfp4 tune on this machine')
+    cpu = _device.Chip("cpu", "Some CPU", "cpu", "")
+    monkeypatch.setattr(_device, "chips", lambda: [cpu])
+    _tuned.save(cpu, {"quantize: 1 forms": entry("reference", reference=1.0)})
+    x = torch.ones(4, 32)
+    assert plan._taken("quantize", x, nk.QuantSpec(), None, None) == "reference (measured by nvfp4 tune)"
+    assert plan._taken("quantize", x, None, nk.QuantSpec(), None) == "reference (measured by nvfp4 tune)"
+    assert "measured" not in plan._taken("quantize", x, nk.QuantSpec(), nk.QuantSpec(), None)
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(_device, "chips", lambda: [_device.Chip("cpu", "Some CPU", "cpu", "")])
+    assert main(["tune"]) == 0 and "no GPU here" in capsys.readouterr().out
+    assert main(["tune", "--rehearse", "--seconds", "0"]) == 0
+    assert "no time left for the backends of quantize" in capsys.readouterr().out
+    found = []
+    monkeypatch.setattr(
+        "nvfp4_kernels.tune.cases.cases", lambda device, small: [Case("quantize", dict(native=call, triton=call))]
+    )
+    command.tune("cpu", True, lambda run: 1.0, found.append, None)
+    assert [set(each) for each in found] == [
+        {"quantize: 1 forms"},
+        {"quantize 1x16:nearest None Tile(rows=4, cols=32, warps=1)"},
+    ]
+    assert 'quantize: 1 forms: "native" of native 1,000,000.0 us' in capsys.readouterr().out
