@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def tune(device: str, small: bool, timer, save, seconds: float | None) -> None:
             if seconds is not None and time.monotonic() - began > seconds:
                 print(f"no time left for the {decide.__name__} of {case.name} and what follows")
                 return
-            found = decide(case, timer)
+            try:
+                found = decide(case, timer)
+            except Exception as error:  # of a kernel, or of a GPU that is too small
+                print(f"{case.name}: {type(error).__name__}: {error}"[:400], file=sys.stderr)
+                continue
             save(found)
             for question, entry in found.items():
                 times = ", ".join(f"{name} {us:,.1f} us" for name, us in entry["us"].items())

@@ -36,20 +36,16 @@ def _matmul(a, b, *rest) -> str:
 
 def _quantize(x, row, col, *rest) -> str:
     forms = [spec for spec in (row, col) if spec is not None]
-    marks = [
-        name for name in ("stochastic", "hadamard") if any(getattr(spec, name) not in (None, False) for spec in forms)
-    ]
-    return ", ".join([f"{len(forms)} forms", *marks])
+    noisy, turned = any(spec.stochastic for spec in forms), any(spec.hadamard is not None for spec in forms)
+    return f"{len(forms)} forms{', stochastic' if noisy else ''}{', rotated' if turned else ''}"
 
 
-def _state_update(state, x, *rest) -> str:
-    noise = rest[9]
-    return f"{str(state.dtype)[6:]}, {'few' if len(x) <= FEW else 'many'} rows" + (
-        ", noise" if noise is not None else ""
-    )
+def _state_update(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, *options) -> str:
+    few, noisy = "few" if len(x) <= FEW else "many", "" if noise is None else ", noise"
+    return f"{str(state.dtype)[6:]}, {few} sequences{noisy}"
 
 
-# The ops that CUDA and Triton both serve, and the kinds of their calls, by the arguments of `refuses`.
+# The ops of which CUDA and Triton serve the same calls, and the kinds of these, by the arguments of `refuses`.
 KINDS: dict[str, Callable[..., str]] = {"matmul": _matmul, "quantize": _quantize, "state_update": _state_update}
 
 

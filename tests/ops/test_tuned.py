@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.cli import info, plan
+from nvfp4_kernels.cli import bench, info, plan
 from nvfp4_kernels.cli import tune as command
 from nvfp4_kernels.cli.main import main
 from nvfp4_kernels.formats.groups import Stack
-from nvfp4_kernels.ops import _device, _dispatch, _triton, _tuned
+from nvfp4_kernels.ops import _cuda, _device, _dispatch, _triton, _tuned
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.matmul import _triton_block_scaled, _triton_decoded
+from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, side
 from nvfp4_kernels.tune.cases import Case, cases
 from nvfp4_kernels.tune.measure import backends, tiles
@@ -239,40 +240,45 @@ def test_many_writers_and_a_reader():
 
 
 def test_a_result_becomes_the_default_of_its_architecture(tmp_path):
-    results = tmp_path / "some-gpu-1.json"
-    results.write_text(json.dumps({"device": CHIP.name, "arch": "sm_90", "tuned": FOUND, "rows": []}))
-    assert command.save_default(results) == tmp_path / "sm_90.json"
+    (tmp_path / "results").mkdir()
+    _tuned.save(CHIP, FOUND)
+    results = bench.store(tmp_path, [], parts=False)
+    _tuned.path(CHIP).unlink()
+    assert first() == "native" and command.save_default(results) == tmp_path / "sm_90.json"
     assert first() == "triton"
     assert _tuned.entries("meta")["quantize: 1 forms"]["from"] == "benchmarks/results/some-gpu-1.json"
     _tuned.save(CHIP, {"quantize: 1 forms": entry("native", native=1.0, triton=2.0)})
     assert first() == "native", "what this machine says goes before"
-    results.write_text(json.dumps({"device": CHIP.name, "arch": "sm_90", "rows": []}))
+    results.write_text(json.dumps({"device": CHIP.name, "arch": "sm_90", "rows": []}))  # as nvfp4 bench writes on a CPU
     with pytest.raises(ValueError, match="save-default: .* holds nothing tuned"):
         command.save_default(results)
 
 
-def test_a_weight_is_packed_where_cuda_is_not_known_to_be_slower():
-    row, weight = torch.empty(1, 32, dtype=torch.bfloat16, device="meta"), nk.quantize(torch.ones(16, 32)).to("meta")
-    assert _dispatch.candidates("matmul", (row, weight))[0] == "native"
-    _tuned.save(CHIP, {"matmul: bfloat16 x NVFP4Tensor, few rows": entry("triton", triton=1.0, native=2.0)})
-    assert _dispatch.candidates("matmul", (row, weight))[0] == "triton"
-    assert _dispatch.candidates("matmul", (row.expand(65, 32), weight))[0] == "native"
+def test_a_weight_is_packed_where_cuda_is_not_known_to_be_slower(monkeypatch):
+    cpu = _device.Chip("cpu", "Some CPU", "cpu", "")
+    monkeypatch.setattr(_device, "chips", lambda: [cpu])
+    monkeypatch.setattr(_cuda, "takes", lambda x: True)
+    monkeypatch.setattr(_dispatch.implementation("matmul", "native"), "refuses", lambda *call: None)
+    weight = nk.quantize(torch.ones(16, 32))
+    assert packed(weight, torch.bfloat16) is not None
+    _tuned.save(cpu, {"matmul: bfloat16 x NVFP4Tensor, few rows": entry("triton", triton=1.0, native=2.0)})
+    assert packed(weight, torch.bfloat16) is None
+    assert packed(weight, torch.float16) is not None, "of which nothing was measured"
 
 
 def test_info_and_plan_say_what_is_measured_and_by_whom(monkeypatch):
     assert "meta, choices measured: none; nvfp4 tune measures them" in info.render(info.collect())
-    _tuned.save(CHIP, {"quantize: 2 forms, stochastic, hadamard": entry("triton", triton=1.0, native=2.0)})
+    _tuned.save(CHIP, {"quantize: 2 forms, stochastic, rotated": entry("triton", triton=1.0, native=2.0)})
     report = info.collect()
     assert list(report["ops"]["meta"]["quantize"]) == ["triton", "native", "reference"]
     told = info.render(report)
-    assert "meta, choices measured: 1\nquantize: 2 forms, stochastic, hadamard: " in told
+    assert "meta, choices measured: 1\nquantize: 2 forms, stochastic, rotated: " in told
     assert told.endswith('"triton", by nvfp4 tune on this machine')
     cpu = _device.Chip("cpu", "Some CPU", "cpu", "")
     monkeypatch.setattr(_device, "chips", lambda: [cpu])
     _tuned.save(cpu, {"quantize: 1 forms": entry("reference", reference=1.0)})
     x = torch.ones(4, 32)
-    assert plan._taken("quantize", x, nk.QuantSpec(), None, None) == "reference (measured by nvfp4 tune)"
-    assert plan._taken("quantize", x, None, nk.QuantSpec(), None) == "reference (measured by nvfp4 tune)"
+    assert plan._taken("quantize", x, nk.QuantSpec(), None, None).startswith("reference (measured by nvfp4 tune; ")
     assert "measured" not in plan._taken("quantize", x, nk.QuantSpec(), nk.QuantSpec(), None)
 
 
@@ -282,12 +288,12 @@ def test_the_command(capsys, monkeypatch):
     assert main(["tune", "--rehearse", "--seconds", "0"]) == 0
     assert "no time left for the backends of quantize" in capsys.readouterr().out
     found = []
-    monkeypatch.setattr(
-        "nvfp4_kernels.tune.cases.cases", lambda device, small: [Case("quantize", dict(native=call, triton=call))]
-    )
+    quantize, broken = Case("quantize", dict(native=call, triton=call)), Case("broken", dict(triton=lambda: 1 / 0))
+    monkeypatch.setattr("nvfp4_kernels.tune.cases.cases", lambda device, small: [broken, quantize])
     command.tune("cpu", True, lambda run: 1.0, found.append, None)
     assert [set(each) for each in found] == [
         {"quantize: 1 forms"},
         {"quantize 1x16:nearest None Tile(rows=4, cols=32, warps=1)"},
     ]
-    assert 'quantize: 1 forms: "native" of native 1,000,000.0 us' in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert 'quantize: 1 forms: "native" of native 1,000,000.0 us' in out and "broken: ZeroDivisionError" in err

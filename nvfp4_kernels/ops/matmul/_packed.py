@@ -10,7 +10,8 @@ from nvfp4_kernels.ops._dispatch import candidates, implementation
 
 
 def packed(w: NVFP4Tensor, dtype: torch.dtype) -> PackedNVFP4Tensor | None:
-    """`w` packed where kernels multiply a row of `dtype` by it so; None where they do not, or where it cannot be packed.
+    """`w` packed where kernels multiply a row of `dtype` by it so; None where they do not, or where it cannot be packed, or
+    where Triton was measured to be faster with `w` as it is.
 
     Reads the block scales on the host, once: for when a model is loaded.
     """
