@@ -225,7 +225,7 @@ def _form(
         room = (a.scales is None or b.scales is None) and E4M3 not in formats
         most = M if room else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
-    t = _tuned.tile(t, CHANGES, device, "grouped_matmul", *formats)
+    t = _tuned.tile(t, CHANGES, device, "grouped_matmul", "rows" if b.values.dim() == 3 else "sums", *formats)
     left, right = sides = [
         _side(x, bool(cores), units if cores else units[-2:], block)
         for x, block in ((a, t.k), (b, t.n if turned else t.k))
