@@ -1,4 +1,4 @@
-// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, block after block, each thread a
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks at a time, each thread a
 // fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
@@ -117,7 +117,7 @@ static inline unsigned __ballot_sync(unsigned, int predicate) {
     return votes;
 }
 
-// Blocks run one at a time and a fiber gives way at its own will only, so that plain code is atomic.
+// A fiber gives way at its own will only, so that plain code is atomic.
 static inline unsigned atomicAdd(unsigned* at, unsigned value) {
     const unsigned before = *at;
     *at = before + value;

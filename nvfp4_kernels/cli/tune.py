@@ -75,12 +75,12 @@ def tune(device: str, small: bool, timer, save, seconds: float | None) -> None:
 
 def save_default(results: Path) -> Path:
     """The file of the package, written of a result's. Raises ValueError for one that was not tuned."""
-    from nvfp4_kernels.ops import _nvrtc, _tuned
+    from nvfp4_kernels.ops import _tuned
 
     found = json.loads(results.read_text())
     if not found.get("tuned"):
         raise ValueError(f"save-default: {results} holds nothing tuned; allowed: what make gpu wrote on a GPU")
     about = {"device": found["device"], "results": f"benchmarks/results/{results.name}", "answers": found["tuned"]}
     target = _tuned.shipped(found["arch"])
-    _nvrtc.write_whole(target, (json.dumps(about, indent=1) + "\n").encode())
+    target.write_text(json.dumps(about, indent=1) + "\n")
     return target

@@ -61,7 +61,6 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     bool unshown = false;  // copies have arrived that only this thread and, after a barrier, plain reads of others see
     std::unique_ptr<Pending> pending;
-    bool done = false;
 };
 
 struct Warp {
@@ -69,11 +68,6 @@ struct Warp {
     std::uint64_t turn = 0;
     const char* operation = nullptr;
     unsigned char slots[2][32][slot];
-};
-
-struct Sleeper {
-    unsigned thread;
-    std::function<bool()> so;
 };
 
 struct Failed {};  // thrown by a unit's work
@@ -88,23 +82,27 @@ std::map<std::string, Entry>& kernels() {
     return all;
 }
 
-// One launch; of one block at a time.
-struct Launch {
-    Dim3 grid, block, at;
-    const Entry* entry;
-    const void* parameters;
-    size_t dynamic_bytes;
-    std::uint64_t random;  // 0: threads in order
-
+struct Block {
+    Dim3 at;
+    int slot;  // which threads are its own
     std::vector<Warp> warps;
     std::vector<unsigned> ready, at_barrier;
     std::unique_ptr<unsigned char[]> dynamic;
     std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
     unsigned running = 0, finished = 0, unshown = 0;  // unshown: threads with copies that are so
-    std::vector<Sleeper> sleepers;
+    std::vector<std::pair<unsigned, std::function<bool()>>> sleepers;  // a thread, and what it waits for
     std::map<int, std::deque<std::function<void()>>> units;
-    bool in_unit = false;
     std::unique_ptr<BlockState> state;
+};
+
+struct Launch {
+    Dim3 grid, block;
+    const Entry* entry;
+    const void* parameters;
+    size_t dynamic_bytes;
+    std::uint64_t random;  // 0: threads in order
+
+    bool in_unit = false;
     std::string error;
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
@@ -112,9 +110,10 @@ struct Launch {
     size_t scheduler_stack_bytes = 0;
 };
 Launch* now = nullptr;
-std::vector<Thread> threads;  // stacks live from launch to launch
+Block* here = nullptr;
+std::vector<Thread> threads[2];  // of two blocks; stacks live from launch to launch
 
-Thread& me() { return threads[now->running]; }
+Thread& me() { return threads[here->slot][here->running]; }
 
 void leave(bool for_good) {
     Thread& mine = me();
@@ -129,11 +128,11 @@ void leave(bool for_good) {
 }
 
 void resume(unsigned t) {
-    now->running = t;
+    here->running = t;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&now->scheduler_fake, threads[t].stack.get(), stack_bytes);
+    __sanitizer_start_switch_fiber(&now->scheduler_fake, me().stack.get(), stack_bytes);
 #endif
-    nvfp4_switch_stack(&now->scheduler, threads[t].place);
+    nvfp4_switch_stack(&now->scheduler, me().place);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(now->scheduler_fake, nullptr, nullptr);
 #endif
@@ -146,8 +145,7 @@ void life() {
     now->entry->run(now->parameters);
     if (!me().open.empty() || !me().groups.empty()) fail("a thread ended with copies that it never waited for");
     if (me().pending && !me().pending->done()) fail("a thread ended with products that it never waited for");
-    me().done = true;
-    ++now->finished;
+    ++here->finished;
     leave(true);
     std::abort();
 }
@@ -167,7 +165,6 @@ void make_fiber(Thread& thread) {
     thread.groups.clear();
     thread.unshown = false;
     thread.pending.reset();
-    thread.done = false;
 }
 
 size_t draw(size_t count) {  // the last, or any
@@ -178,7 +175,7 @@ size_t draw(size_t count) {  // the last, or any
 }
 
 unsigned next_ready() {
-    std::vector<unsigned>& ready = now->ready;
+    std::vector<unsigned>& ready = here->ready;
     const size_t i = draw(ready.size());
     const unsigned t = ready[i];
     ready[i] = ready.back();
@@ -187,7 +184,7 @@ unsigned next_ready() {
 }
 
 void work(int unit) {
-    auto& queue = now->units[unit];
+    auto& queue = here->units[unit];
     const size_t i = unit == any_order ? draw(queue.size()) : 0;
     const auto job = std::move(queue[i]);
     queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
@@ -199,13 +196,13 @@ void work(int unit) {
     now->in_unit = false;
 }
 
-// One step of a thread or of a unit; with threads in order, of a unit only when no thread can go on.
+// One step of a thread or of a unit of the block; with threads in order, of a unit only when no thread can go on.
 bool step() {
     std::vector<int> busy;
-    for (const auto& [unit, queue] : now->units) {
+    for (const auto& [unit, queue] : here->units) {
         if (!queue.empty()) busy.push_back(unit);
     }
-    const size_t threads_ready = now->ready.size();
+    const size_t threads_ready = here->ready.size();
     if (!now->error.empty() || threads_ready + busy.size() == 0) return false;
     const size_t i = now->random ? draw(threads_ready + busy.size()) : threads_ready ? 0 : draw(busy.size());
     if (i < threads_ready) resume(next_ready());
@@ -219,31 +216,46 @@ std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
     return memory;
 }
 
-void run_block() {
-    Launch& l = *now;
-    const unsigned count = l.block.x;
-    l.warps.assign(count / 32, Warp());
-    l.dynamic = spoilt(l.dynamic_bytes);
-    l.statics.clear();
-    l.ready.clear();
-    l.at_barrier.clear();
-    l.finished = l.unshown = 0;
-    l.sleepers.clear();
-    l.units.clear();
-    l.state.reset();
-    for (unsigned t = count; t-- > 0;) {
-        threads[t].index = {t, 0, 0};
-        make_fiber(threads[t]);
-        l.ready.push_back(t);
+std::unique_ptr<Block> begin_block(unsigned i, int slot) {
+    std::unique_ptr<Block> block(new Block);
+    block->at = {i % now->grid.x, i / now->grid.x % now->grid.y, i / now->grid.x / now->grid.y};
+    block->slot = slot;
+    block->warps.resize(now->block.x / 32);
+    block->dynamic = spoilt(now->dynamic_bytes);
+    threads[slot].resize(std::max<size_t>(threads[slot].size(), now->block.x));
+    for (unsigned t = now->block.x; t-- > 0;) {
+        threads[slot][t].index = {t, 0, 0};
+        make_fiber(threads[slot][t]);
+        block->ready.push_back(t);
     }
-    while (step()) {
+    return block;
+}
+
+void end_block() {
+    const Block& b = *here;
+    if (!now->error.empty()) return;
+    if (b.state && b.state->complaint()) now->error = b.state->complaint();
+    if (b.finished == now->block.x) return;
+    now->error = "deadlock: " + std::to_string(b.finished) + " of " + std::to_string(now->block.x) + " threads ended, " +
+                 std::to_string(b.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(b.sleepers.size()) +
+                 " at barriers in shared memory, the others in their warps";
+}
+
+// With threads in order a block after the other, else two at a time, a step of either in turns drawn by lot.
+void run_blocks(unsigned count, bool backwards) {
+    std::unique_ptr<Block> alive[2];
+    unsigned begun = 0;
+    while (now->error.empty()) {
+        for (int slot = 0; slot < (now->random ? 2 : 1); ++slot) {
+            if (!alive[slot] && begun < count) alive[slot] = begin_block(backwards ? count - ++begun : begun++, slot);
+        }
+        auto& block = alive[alive[0] && alive[1] ? draw(2) : alive[1] ? 1 : 0];
+        if (!block) return;
+        here = block.get();
+        if (step()) continue;
+        end_block();
+        block.reset();
     }
-    if (l.error.empty() && l.finished != count) {
-        l.error = "deadlock: " + std::to_string(l.finished) + " of " + std::to_string(count) + " threads ended, " +
-                  std::to_string(l.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(l.sleepers.size()) +
-                  " at barriers in shared memory, the others in their warps";
-    }
-    if (l.error.empty() && l.state && l.state->complaint()) l.error = l.state->complaint();
 }
 
 void finish(const Copy& c) {
@@ -254,10 +266,10 @@ void finish(const Copy& c) {
 }  // namespace
 
 const Dim3& thread_index() { return me().index; }
-const Dim3& block_index() { return now->at; }
+const Dim3& block_index() { return here->at; }
 const Dim3& block_size() { return now->block; }
 const Dim3& grid_size() { return now->grid; }
-int lane() { return static_cast<int>(now->running % 32); }
+int lane() { return static_cast<int>(here->running % 32); }
 
 void fail(const char* what) {
     if (now->error.empty()) now->error = what;
@@ -267,16 +279,16 @@ void fail(const char* what) {
 }
 
 void barrier() {
-    now->at_barrier.push_back(now->running);
-    if (now->at_barrier.size() == now->block.x) {
-        now->ready.insert(now->ready.end(), now->at_barrier.begin(), now->at_barrier.end());
-        now->at_barrier.clear();
+    here->at_barrier.push_back(here->running);
+    if (here->at_barrier.size() == now->block.x) {
+        here->ready.insert(here->ready.end(), here->at_barrier.begin(), here->at_barrier.end());
+        here->at_barrier.clear();
     }
     leave(false);
 }
 
 const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot] {
-    Warp& warp = now->warps[now->running / 32];
+    Warp& warp = here->warps[here->running / 32];
     if (warp.arrived == 0) warp.operation = operation;
     if (std::strcmp(warp.operation, operation) != 0) fail("the lanes of a warp have come to different operations");
     unsigned char(*slots)[slot] = warp.slots[warp.turn % 2];
@@ -284,7 +296,7 @@ const unsigned char (*exchange(const char* operation, const void* mine, size_t b
     if (++warp.arrived == 32) {
         warp.arrived = 0;
         ++warp.turn;
-        for (unsigned t = now->running / 32 * 32; t < now->running / 32 * 32 + 32; ++t) now->ready.push_back(t);
+        for (unsigned t = here->running / 32 * 32; t < here->running / 32 * 32 + 32; ++t) here->ready.push_back(t);
     }
     leave(false);
     return slots;
@@ -292,25 +304,25 @@ const unsigned char (*exchange(const char* operation, const void* mine, size_t b
 
 void rest_until(std::function<bool()> so) {
     if (so()) return;
-    now->sleepers.push_back({now->running, std::move(so)});
+    here->sleepers.push_back({here->running, std::move(so)});
     leave(false);
 }
 
 void wake() {
-    auto& all = now->sleepers;
-    const auto awake = std::partition(all.begin(), all.end(), [](const Sleeper& s) { return !s.so(); });
-    for (auto s = awake; s != all.end(); ++s) now->ready.push_back(s->thread);
+    auto& all = here->sleepers;
+    const auto awake = std::partition(all.begin(), all.end(), [](const auto& sleeper) { return !sleeper.second(); });
+    for (auto s = awake; s != all.end(); ++s) here->ready.push_back(s->first);
     all.erase(awake, all.end());
 }
 
-void later(int unit, std::function<void()> work) { now->units[unit].push_back(std::move(work)); }
+void later(int unit, std::function<void()> work) { here->units[unit].push_back(std::move(work)); }
 
-std::unique_ptr<BlockState>& block_state() { return now->state; }
+std::unique_ptr<BlockState>& block_state() { return here->state; }
 
-void* dynamic_shared() { return now->dynamic.get(); }
+void* dynamic_shared() { return here->dynamic.get(); }
 
 void* static_shared(const void* key, size_t bytes) {
-    auto& memory = now->statics[key];
+    auto& memory = here->statics[key];
     if (!memory) memory = spoilt(bytes);
     return memory.get();
 }
@@ -334,18 +346,18 @@ void wait_copies(int groups_left) {
     auto& groups = me().groups;
     for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) {
         for (const Copy& c : groups.front()) finish(c);
-        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++now->unshown;
+        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++here->unshown;
     }
 }
 
 void show_copies() {
-    if (me().unshown) me().unshown = false, --now->unshown;
+    if (me().unshown) me().unshown = false, --here->unshown;
 }
-bool copies_shown() { return now->unshown == 0; }
+bool copies_shown() { return here->unshown == 0; }
 
 // The first address is a multiple of 16, as the hardware promises, and of no more.
 unsigned shared_address(const void* p) {
-    return 0x410u + static_cast<unsigned>(static_cast<const unsigned char*>(p) - now->dynamic.get());
+    return 0x410u + static_cast<unsigned>(static_cast<const unsigned char*>(p) - here->dynamic.get());
 }
 
 std::unique_ptr<Pending>& pending() { return me().pending; }
@@ -370,7 +382,6 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     if (entry.parameters != parameter_bytes) return say("parameters of another size than the kernel's");
     if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
     if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
-    if (threads.size() < block) threads.resize(block);
     Launch launch;
     launch.grid = {grid[0], grid[1], grid[2]};
     launch.block = {block, 1, 1};
@@ -379,12 +390,7 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     launch.dynamic_bytes = dynamic_bytes;
     launch.random = seed;
     now = &launch;
-    const unsigned blocks = grid[0] * grid[1] * grid[2];
-    for (unsigned n = 0; n < blocks && launch.error.empty(); ++n) {
-        const unsigned i = seed % 2 ? blocks - 1 - n : n;  // odd seeds from the last block to the first
-        launch.at = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
-        run_block();
-    }
+    run_blocks(grid[0] * grid[1] * grid[2], seed % 2);  // odd seeds from the last block to the first
     now = nullptr;
     return launch.error.empty() ? 0 : say(launch.error);
 }
