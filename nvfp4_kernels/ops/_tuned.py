@@ -2,7 +2,7 @@
 
 A question is which backend serves a kind of an op's calls, or which tile a Triton kernel takes; its answers are a short list in
 the code. The first, the expected best, holds where nobody has measured: a call measures nothing. All tiles on a list give the
-same bits; backends that add in another order need not.
+same bits, and kernels whose threads add up among themselves have no list; two backends may differ in the last bits.
 
 Answers come from the file that `nvfp4 tune` wrote for the device on this machine, if its sources are these, and then from the
 one that the package has for the architecture, if it has one. Both are read once a process; with NVFP4_TUNED=0 never.
@@ -64,7 +64,8 @@ def answer(device: torch.device, answers: tuple, question: Callable[[], str]):
 def tile(first, changes: tuple[dict, ...], device: torch.device, *about: object):
     """`first`, a kernel's tile as a function of the problem gives it, with that one of `changes` that was the fastest for it.
     about: the kernel, and what else the times depend on."""
-    return replace(first, **answer(device, changes, lambda: " ".join(map(str, (*about, first)))))
+    change = answer(device, changes, lambda: " ".join(map(str, (*about, first))))
+    return replace(first, **change) if change else first
 
 
 @contextlib.contextmanager

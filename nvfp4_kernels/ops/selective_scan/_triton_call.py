@@ -42,7 +42,7 @@ class Tile:
 
 
 # Of a tile: loads in flight alone; whatever else it has decides where sums are rounded.
-CHANGES = ({}, {"forward": 3}, {"backward": 3}, {"states": 2}, {"forward": 2}, {"backward": 1})
+CHANGES = ({}, {"forward": 3}, {"backward": 3}, {"states": 2}, {"forward": 2})
 
 
 def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone: bool) -> Tile:
