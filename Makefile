@@ -1,7 +1,7 @@
 # Every everyday command. Each makes .venv if it is not there; PYTHON= and VENV= use your own.
 #   make demo    train the tiny hybrid model in BF16 and in NVFP4, side by side (under 6 minutes on 2 cores)
 #   make test    the whole test suite     make lint    ruff     make bench   benchmarks
-#   make gpu     on a machine with a GPU: build, check, test and measure everything with PYTHON's own packages, in 9 minutes
+#   make gpu     on a machine with a GPU: build, check, tune, test and measure all with PYTHON's own packages, in 9 minutes
 #   make build   the native module in place     make sanitize   C++ tests under address and undefined-behaviour sanitizers
 #   make cuda    the module and the CUDA kernels, with nvcc
 PYTHON ?= python3

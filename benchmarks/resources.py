@@ -2,6 +2,7 @@
 
     python benchmarks/resources.py                    all kernels, all architectures; writes benchmarks/results/resources.json
     python benchmarks/resources.py --op matmul --arch 90 100    a part of it, only printed
+    python benchmarks/resources.py --cold             seconds of one core in which first calls compile for sm_90
 
 A case runs an op on tensors of the meta device at a size that counts; what it would have launched is compiled as Triton itself
 would specialize it. A row: op, case, kernel, arch, registers, spills (bytes a thread), shared memory (bytes), and how often
@@ -12,6 +13,7 @@ import argparse
 import collections
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -98,13 +101,42 @@ def case_rows(task: tuple[int, int]) -> list[dict]:
     return [first | row(compile_for(arch, *launch)) for first, launch in zip(about, found, strict=True)]
 
 
+def cold(op: str, name: str, run) -> str:
+    """How long the first call compiles, forward and backward, kernel by kernel."""
+    module = importlib.import_module(f"nvfp4_kernels.ops.{op}.triton")
+    backward, forward_ends = getattr(module, "backward", None), []
+    with _triton.recorded((9, 0)) as found:
+        marked = lambda *given: forward_ends.append(len(found)) or backward(*given)  # noqa: E731
+        with mock.patch.object(module, "backward", marked, create=True):
+            run()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder):
+        seconds = [spent(lambda launch=launch: compile_for(90, *launch)) for launch in found]
+    ends = [0, *forward_ends, len(found)]
+    spans = zip(("forward", "backward"), ends, ends[1:], strict=False)
+    whole = (f"{way} {sum(seconds[first:last]):.1f} s" for way, first, last in spans)
+    each = (f"{kernel.__name__} {s:.1f}" for (kernel, *_), s in zip(found, seconds, strict=True))
+    return f"{op}, {name}: {', '.join(whole)} ({', '.join(each)})"
+
+
+def spent(run) -> float:
+    """Processor time of this process and of those that it ran, as a quiet core would take."""
+    began = sum(os.times()[:4])
+    run()
+    return sum(os.times()[:4]) - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", help="one op alone; default: all")
     parser.add_argument("--arch", type=int, nargs="+", help=f"default: {' '.join(map(str, ARCHS))}")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--cold", action="store_true", help="time compiling, with nothing in the cache")
     given = parser.parse_args()
     CHOSEN.extend(case for case in cases() if given.op in (None, case[0]))
+    if given.cold:
+        for case in CHOSEN:
+            print(cold(*case), flush=True)
+        return
     tasks = [(index, arch) for index in range(len(CHOSEN)) for arch in given.arch or ARCHS]
     rows = []
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:

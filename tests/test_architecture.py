@@ -25,6 +25,7 @@ STOREYS = {
     "generate": 8,
     "ptq": 8,
     "testing": 8,
+    "tune": 8,
     "api": 9,
     "cli": 10,
     "__main__": 11,

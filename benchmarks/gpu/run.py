@@ -1,4 +1,4 @@
-"""Everything a GPU can tell, in one run: build, nvfp4 check, the tests, the benchmarks, one table.
+"""Everything a GPU can tell, in one run: build, nvfp4 check, nvfp4 tune, the tests, the benchmarks, one table.
 
     make gpu                                       on a machine with a GPU; writes benchmarks/results/<device>.json and .png
     python benchmarks/gpu/run.py --rehearse        tiny sizes on the CPU, the kernels interpreted; writes nothing
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 OURS = ("native", "triton")
 # Seconds that a step may take, of 540 for all; benchmarks get what the others leave.
-BUILD, CHECK, TESTS, WHOLE = 150, 120, 170, 530
+BUILD, CHECK, TUNE, TESTS, WHOLE = 150, 120, 60, 150, 530
 
 
 def main() -> int:
@@ -51,6 +51,7 @@ def main() -> int:
     steps["build"] = step([python, "setup.py", "-q", "build_ext", "--inplace"], BUILD)
     if given.only is None:
         steps["nvfp4 check"] = step([python, "-m", "nvfp4_kernels", "check", "--out", "build/nvfp4-check.json"], CHECK)
+        steps["nvfp4 tune"] = step([python, "-m", "nvfp4_kernels", "tune", "--seconds", str(TUNE - 15)], TUNE)
         steps["tests"] = step([python, "-m", "pytest", *spread(), "--maxfail=20", "tests"], TESTS)
     rows = measure("cuda", False, given.only, began + WHOLE)
     from nvfp4_kernels.cli.bench import plot, store
@@ -98,6 +99,7 @@ def measure(device: str, small: bool, only: str | None, deadline: float) -> list
     import nvfp4_kernels as nk
     from benchmarks.gpu.cases import all_cases, finite
     from nvfp4_kernels.cli.bench import rows_of
+    from nvfp4_kernels.tune.measure import timer
 
     torch.manual_seed(0)
     seconds = timer(device)
@@ -126,21 +128,6 @@ def measure(device: str, small: bool, only: str | None, deadline: float) -> list
             entries.append({"extra_info": extra, "stats": {"median": median}})
             print(f"{case.op}, {case.name}, {name}: {median * 1e6:,.1f} us", flush=True)
     return rows_of({"benchmarks": entries})
-
-
-def timer(device: str):
-    """Median seconds of a function: CUDA events with the L2 cache flushed before each round; one call on the CPU."""
-    if device == "cpu":
-
-        def once(run) -> float:
-            began = time.perf_counter()
-            run()
-            return time.perf_counter() - began
-
-        return once
-    from triton.testing import do_bench
-
-    return lambda run: do_bench(run, warmup=20, rep=80, return_mode="median") / 1e3
 
 
 def copy_rate(device: str, small: bool, seconds) -> float:

@@ -113,11 +113,10 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
     import torch
 
     from nvfp4_kernels import __version__
-    from nvfp4_kernels.ops import _device
+    from nvfp4_kernels.ops import _device, _tuned
 
     chip = _device.chips()[-1]
-    device = chip.name.lower().replace(" ", "-").replace("/", "-")
-    target = folder / "results" / f"{device}.json"
+    target = folder / "results" / f"{chip.slug}.json"
 
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in (("op", "case", "backend", "dtype") if parts else ("op",)))
@@ -136,6 +135,8 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
         "version": __version__,
         "threads": torch.get_num_threads(),
     }
+    if tuned := _tuned.entries(chip.device):
+        header["tuned"] = tuned
     target.write_text(json.dumps(header | {"rows": kept + rows}, indent=1) + "\n")
     return target
 

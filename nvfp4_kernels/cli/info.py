@@ -27,7 +27,7 @@ def collect() -> dict:
     import torch
 
     from nvfp4_kernels import __version__
-    from nvfp4_kernels.ops import _device
+    from nvfp4_kernels.ops import _device, _tuned
 
     versions = {"nvfp4_kernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: _version(name) for name in PACKAGES}
@@ -39,6 +39,7 @@ def collect() -> dict:
         "cpu": {"instructions": _instructions(), "threads": torch.get_num_threads()},
         "gpu": "none" if len(chips) == 1 else f"{len(chips) - 1}",
         "ops": {chip["device"]: _ops(chip["device"]) for chip in chips},
+        "tuned": {chip["device"]: _tuned.entries(chip["device"]) for chip in chips if chip["arch"] != "cpu"},
     }
 
 
@@ -63,7 +64,8 @@ def _ops(device: str) -> dict[str, dict[str, str]]:
     table = {}
     for op in _dispatch.TABLE:
         try:
-            reasons = {name: _refusal(op, name, device) for name in _dispatch.candidates(op)}
+            call = _call(op, _dispatch.implementation(op, "reference").refuses, device)
+            reasons = {name: _refusal(op, name, device) for name in _dispatch.candidates(op, call)}
         except Exception as error:
             table[op] = {"?": f"{type(error).__name__}: {error}"}
             continue
@@ -153,4 +155,7 @@ def render(report: dict) -> str:
                 cells.append(f"{cell:12}")
             lines.append(f"{op:16}" + "".join(cells).rstrip())
         lines += [f"[{number}] {reason}" for reason, number in notes.items()]
+    for device, tuned in report["tuned"].items():
+        lines += ["", f"{device}, choices measured: {len(tuned) or 'none; nvfp4 tune measures them'}"]
+        lines += [f"{question}: {json.dumps(e['answer'])}, by {e['from']}" for question, e in tuned.items()]
     return "\n".join(lines)

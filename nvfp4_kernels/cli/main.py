@@ -14,7 +14,7 @@ from importlib import import_module
 from nvfp4_kernels import __version__
 
 # Each is a module of this folder with HELP, EXAMPLE, add_arguments(parser) and run(arguments) -> exit status.
-COMMANDS = ("demo", "train", "generate", "quantize", "eval", "plan", "info", "check", "bench")
+COMMANDS = ("demo", "train", "generate", "quantize", "eval", "plan", "info", "check", "tune", "bench")
 
 
 class UsageError(Exception):

@@ -171,8 +171,9 @@ def _taken(op: str, *call) -> str:
 
     reasons = _dispatch.refusals(op, *call)
     name = next((name for name, reason in reasons.items() if reason is None), "none")
-    against = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
-    return f"{name} ({against})" if against else name
+    why = ["measured by nvfp4 tune"] if _dispatch.measured(op, call) == name else []
+    why += [f"{n}: {reason}" for n, reason in reasons.items() if reason is not None]
+    return f"{name} ({'; '.join(why)})" if why else name
 
 
 def _alike(op: str, answers: dict[str, str]) -> str:

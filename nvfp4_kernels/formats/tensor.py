@@ -42,6 +42,10 @@ class QuantizedTensor:
         return self.codes.device
 
     @property
+    def is_cpu(self) -> bool:
+        return self.codes.is_cpu
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(getattr(self, f.name).nbytes for f in fields(self) if isinstance(getattr(self, f.name), Tensor))

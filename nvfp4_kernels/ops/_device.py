@@ -30,6 +30,11 @@ class Chip:
     arch: str
     notes: str
 
+    @property
+    def slug(self) -> str:
+        """The name as a part of a file's."""
+        return self.name.lower().replace(" ", "-").replace("/", "-")
+
 
 def chips() -> list[Chip]:
     """The CPU, then every CUDA device."""

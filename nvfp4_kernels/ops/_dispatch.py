@@ -1,7 +1,10 @@
 """Who runs what: one table, read at call time.
 
-TABLE names the implementations of each op, fastest first as measured. An implementation is the module of that name in the
-op's folder; its `refuses(...)` gives None or the reason it cannot serve the call, its `run(...)` serves it.
+TABLE names the implementations of each op, in the order in which they are asked. An implementation is the module of that name
+in the op's folder; its `refuses(...)` gives None or the reason it cannot serve the call, its `run(...)` serves it.
+
+On CPUs the order is measured (benchmarks/results/amd-epyc.json). On GPUs, where "native" is CUDA, it is not: there are no
+figures of a GPU yet. `nvfp4 tune` measures what matters there, and what it found comes before the table's order (_tuned.py).
 """
 
 import contextlib
@@ -9,6 +12,8 @@ import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
+
+from nvfp4_kernels.ops import _tuned
 
 TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("native", "triton", "reference"),
@@ -77,9 +82,17 @@ def implementation(op: str, name: str) -> ModuleType:
     return _modules[key]
 
 
-def candidates(op: str) -> tuple[str, ...]:
-    """The backends that may serve `op` now, in order of preference."""
-    return _forced or TABLE[op]
+def candidates(op: str, args: tuple = ()) -> tuple[str, ...]:
+    """The backends that may serve `op` now, in order of preference; args: those of the call, where there is one."""
+    first = None if _forced or not args else measured(op, args)
+    return (_forced or TABLE[op]) if first is None else (first, *(name for name in TABLE[op] if name != first))
+
+
+def measured(op: str, args: tuple) -> str | None:
+    """The backend that was the fastest in such a call on its device; None where nobody has measured."""
+    if op not in _tuned.KINDS:
+        return None
+    return _tuned.answer(args[0].device, (None, *TABLE[op]), lambda: f"{op}: {_tuned.KINDS[op](*args)}")
 
 
 def forced(name: str) -> bool:
@@ -91,13 +104,15 @@ def refusals(op: str, *args) -> dict[str, str | None]:
     """For each candidate: None, or why it cannot serve a call with these arguments."""
     return {
         name: implementation(op, name).refuses(*args) if name in TABLE[op] else f"{op} has no {name} implementation"
-        for name in candidates(op)
+        for name in candidates(op, args)
     }
 
 
 def select(op: str, *args) -> ModuleType:
     """The first candidate that can serve the call. Raises Refused, with each one's reason, when there is none."""
-    for name in candidates(op):
+    # a CPU's order is the table's: a decoded token would feel the question
+    asked = op in _tuned.KINDS and (not args[0].is_cpu or _tuned.trial is not None)
+    for name in candidates(op, args if asked else ()):
         if name in TABLE[op] and implementation(op, name).refuses(*args) is None:
             return implementation(op, name)
     reasons = refusals(op, *args)

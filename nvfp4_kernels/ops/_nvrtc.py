@@ -55,12 +55,16 @@ def compiled(op: str, arch: str) -> bytes:
         return path.read_bytes()
     code = compile_source(op, arch)
     with contextlib.suppress(OSError):  # without a place for a cache each process compiles anew
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # a file of this process's own, then one rename: others see nothing or all of it
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        write_whole(path, code)
     return code
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """To a file of this process's own, then one rename: others see nothing or all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
 
 
 def compile_source(op: str, arch: str) -> bytes:

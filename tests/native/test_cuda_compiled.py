@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.ops import _cuda, _nvrtc
+from nvfp4_kernels.ops import _cuda, _dispatch, _nvrtc
 from nvfp4_kernels.ops.matmul import native as matmul_native
 
 ARCHS = ("80", "90a", "100a", "103a", "120f")
@@ -191,12 +191,16 @@ def test_nvrtc(op, arch):
 
 
 def test_products_that_no_chip_has_proven_are_for_those_who_ask(monkeypatch):
-    """NVFP4 times NVFP4 on Blackwell goes to Triton first; named, or in the host model, the handwritten kernel takes it."""
+    """NVFP4 times NVFP4 on Blackwell goes to Triton first; named, measured or in the host model, the handwritten kernel takes
+    it."""
     kernels = SimpleNamespace(refuses=lambda *arguments: None)
     monkeypatch.setattr(matmul_native, "_on_gpu", lambda a, b: True)
     monkeypatch.setattr(matmul_native, "_cuda_kernels", lambda a, b: kernels)
     arguments = nk.quantize(torch.ones(1, 16)), nk.quantize(torch.ones(1, 16)), None, torch.float32, None, False
     assert "not yet run on such a chip" in matmul_native.refuses(*arguments)
+    with monkeypatch.context() as measured:
+        measured.setattr(_dispatch, "measured", lambda op, args: "native")
+        assert matmul_native.refuses(*arguments) is None
     with nk.backend("native", "triton"):
         assert matmul_native.refuses(*arguments) is None
     monkeypatch.setattr(_cuda, "_model", print)

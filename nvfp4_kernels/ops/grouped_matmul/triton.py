@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
-from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find, picked
 from nvfp4_kernels.ops._triton_numerics import portable
 from nvfp4_kernels.ops.grouped_matmul._triton_relu2 import write_relu2
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, tile
-from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
+from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, Tile, write
 
 SMALL = Tile(
     64, 64, 32, 4, 2, 1
@@ -252,6 +252,7 @@ def _form(
         room = (a.scales is None or b.scales is None) and E4M3 not in formats
         most = M if room else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
+    t = _tuned.tile(t, CHANGES, device, "grouped_matmul", "rows" if b.values.dim() == 3 else "sums", *formats)
     left, right = sides = [
         _side(x, bool(cores), units if cores else units[-2:], block)
         for x, block in ((a, t.k), (b, t.n if turned else t.k))

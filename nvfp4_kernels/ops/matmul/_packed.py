@@ -10,7 +10,8 @@ from nvfp4_kernels.ops._dispatch import candidates, implementation
 
 
 def packed(w: NVFP4Tensor, dtype: torch.dtype) -> PackedNVFP4Tensor | None:
-    """`w` packed where kernels multiply a row of `dtype` by it so; None where they do not, or where it cannot be packed.
+    """`w` packed where kernels multiply a row of `dtype` by it so; None where they do not, or where it cannot be packed, or
+    where Triton was measured to be faster with `w` as it is.
 
     Reads the block scales on the host, once: for when a model is loaded.
     """
@@ -24,9 +25,10 @@ def packed_parts(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Ten
         return None
     cols = 2 * codes.shape[-1]
     zeros = (torch.zeros_like(part.flatten(0, -2)[:SLAB]) for part in (codes, scales))
-    slab = PackedNVFP4Tensor(*pack(*zeros), torch.ones((), device=codes.device), (SLAB, cols))
+    slab = NVFP4Tensor(*zeros, torch.ones((), device=codes.device), (SLAB, cols))
     row = torch.empty(1, cols, dtype=dtype, device=codes.device)
     native = implementation("matmul", "native")
-    if "native" not in candidates("matmul") or native.refuses(row, slab, None, dtype, None, False):
+    first = candidates("matmul", (row, slab))[0]
+    if first != "native" or native.refuses(row, PackedNVFP4Tensor.pack(slab), None, dtype, None, False):
         return None
     return None if (scales.view(torch.uint8) > LARGEST).any() else pack(codes, scales)

@@ -6,9 +6,10 @@ Bytes a value of an operand: 0.5625. The interpreter's dot_scaled takes E4M3 sca
 
 import torch
 
+from nvfp4_kernels.ops import _tuned
 from nvfp4_kernels.ops._triton import jit, tl
 from nvfp4_kernels.ops._triton_numerics import WRITTEN_OUT, e2m1_value, e4m3_value
-from nvfp4_kernels.ops.matmul._triton_tiles import Side, Tile, blocks_to_fill, multiply_tiles, place, write
+from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, Side, Tile, blocks_to_fill, multiply_tiles, place, write
 
 
 def tile(M: int, N: int, K: int, cores: str) -> Tile:
@@ -74,7 +75,7 @@ def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool, cores:
     sides = ((x.codes.view(torch.uint8), x.scales.view(torch.float8_e4m3fn), x.global_scale, K // unit) for x in (a, b))
     multiply_tiles(
         block_scaled_kernel,
-        tile(out.shape[0], out.shape[1], K, cores),
+        _tuned.tile(tile(out.shape[0], out.shape[1], K, cores), CHANGES, out.device, "matmul", cores),
         K,
         *sides,
         bias,

@@ -12,7 +12,7 @@ takes 6.8; H200 issues about 4 in the time that a weight takes to arrive. Source
 
 import torch
 
-from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
     as_fp32,
@@ -23,7 +23,7 @@ from nvfp4_kernels.ops._triton_numerics import (
     eighths_joined,
     quarters_joined,
 )
-from nvfp4_kernels.ops.matmul._triton_tiles import Side, Tile, blocks_to_fill, multiply_tiles, place, write
+from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, Side, Tile, blocks_to_fill, multiply_tiles, place, write
 
 E4M3 = "float8_e4m3fn"
 EXACT = {  # formats that are exact in what the tensor cores multiply, and tl.dot's name for the precision
@@ -195,6 +195,7 @@ def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool) -> Non
         dtype, precision = torch.float32, "ieee"
     K = min(a.length, b.length)  # beyond it one operand, or both, would have zeros
     t = tile(out.shape[0], out.shape[1], K, compute, _device.matrix_instruction(out.device))
+    t = _tuned.tile(t, CHANGES, out.device, "matmul", a.format, b.format)
     units = [unit(x, t) for x in (a, b)]
     multiply_tiles(
         decoded_kernel,

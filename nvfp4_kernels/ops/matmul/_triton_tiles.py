@@ -5,7 +5,7 @@ K may be split between programs; each then leaves its sums in `partial` [splits,
 order: the same bits on every run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,14 +51,21 @@ def plain_side(x: Tensor, global_scale: Tensor | None) -> Side:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program multiplies in one step, and how K is split. warps, stages: Triton's num_warps and num_stages."""
+    """What a program multiplies in one step, and how K is split. warps, stages: Triton's num_warps and num_stages.
+
+    str() leaves out the splits, which differ from problem to problem: it names a kind of them (ops/_tuned.py).
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    splits: int
+    splits: int = field(repr=False)
+
+
+# Of a product's tile. K is summed in the same steps and splits by the same instruction: the same bits.
+CHANGES = ({}, {"stages": 4}, {"stages": 2}, {"n": 64}, {"n": 128})
 
 
 def blocks_to_fill(M: int, N: int, K: int, m: int, n: int, k: int) -> int:

@@ -16,7 +16,8 @@ Operand = NVFP4Tensor | PackedNVFP4Tensor | MXFP8Tensor | Tensor
 BLOCK_SCALED = {"tcgen05": _cuda_sm100, "mma.sync": _cuda_sm120}
 # They have run in the host model alone. Of two that nobody has measured, Triton's comes first: its compiler has run elsewhere.
 UNPROVEN = (
-    "not yet run on such a chip: NVFP4_BACKEND=native,triton,reference takes it, nvfp4 check tells whether it is right"
+    "not yet run on such a chip: NVFP4_BACKEND=native,triton,reference takes it, nvfp4 check tells whether it is right, "
+    "nvfp4 tune takes it where it is right and faster"
 )
 
 
@@ -36,7 +37,9 @@ def refuses(
     if _on_gpu(a, b):
         kernels = _cuda_kernels(a, b)
         unproven = kernels is not packed and _cuda.on_a_chip() and not _dispatch.forced("native")
-        return kernels.refuses(a, b, bias, out_dtype, out, accumulate) or (UNPROVEN if unproven else None)
+        if unproven and _dispatch.measured("matmul", (a, b)) != "native":
+            return kernels.refuses(a, b, bias, out_dtype, out, accumulate) or UNPROVEN
+        return kernels.refuses(a, b, bias, out_dtype, out, accumulate)
     return refuses_device(a if isinstance(a, Tensor) else a.codes)
 
 

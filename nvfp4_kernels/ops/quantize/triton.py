@@ -9,11 +9,13 @@ and 24 for a pair with a transform; 49 for the pair with stochastic rounding. H2
 form's bytes take at the speed of a copy, 21 in a pair's: the pairs wait for instructions, not for memory.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.spec import QuantSpec
-from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import (
@@ -36,17 +38,27 @@ def refuses(
     return refuses_device(x)
 
 
-def tile(rows: int, cols: int, row: QuantSpec | None, col: QuantSpec | None) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and warps: 32 values a thread, which keep loads in flight in few registers (58 to 127).
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    cols: int
+    warps: int
+
+
+CHANGES = ({}, {"warps": 8}, {"warps": 2}, {"rows": 32}, {"cols": 128})  # of a tile; no value depends on another tile's
+
+
+def tile(rows: int, cols: int, row: QuantSpec | None, col: QuantSpec | None) -> Tile:
+    """What a program quantizes at once, and warps: 32 values a thread, which keep loads in flight in few registers (58 to 127).
 
     With a column form 64 x 64: 32 bytes of codes, a memory sector, in a row of either form. Without one rows of 256, or
     longer where there are few, for longer runs of memory.
     """
     if col is not None:
-        return 64, 64, 4
+        return Tile(64, 64, 4)
     tall = 16 if row is not None and row.block == "16x16" else min(16, next_power_of_2(rows))
     broad = max(32, min(next_power_of_2(cols), 1024, 4096 // tall))
-    return tall, broad, max(1, tall * broad // 1024)
+    return Tile(tall, broad, max(1, tall * broad // 1024))
 
 
 @jit
@@ -220,8 +232,8 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tenso
     scaled = [spec for spec in (row_spec, col_spec) if spec is not None and spec.format == "nvfp4"]
     found = amaxes(x, row_spec, col_spec, words, amax) if scaled else x
     programs = found.shape[1] if scaled else 0
-    tall, broad, warps = tile(rows, cols, row_spec, col_spec)
-    across, down = max(1, -(-cols // broad)), max(1, -(-rows // tall))
+    t = _tuned.tile(tile(rows, cols, row_spec, col_spec), CHANGES, x.device, "quantize", row_spec, col_spec)
+    across, down = max(1, -(-cols // t.cols)), max(1, -(-rows // t.rows))
     # a program walks down a few tiles, which share what it needs of the scales
     down = min(down, max(1, 16 * _device.multiprocessors(x.device) // across))
     befores = [0 if spec is None else before * (spec.run // 16) for spec, _, _, before in (row, col)]
@@ -233,9 +245,9 @@ def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tenso
         *_pointers(col_spec, col[1], found),
         *(rows, cols, *x.stride(), *befores, programs, found, found, 0, found, 0),
         **_constants(x, row, col, words),
-        **dict(PROGRAMS=next_power_of_2(programs), ROWS=tall, COLS=broad, GROUPED=False, STACKED=any(befores)),
+        **dict(PROGRAMS=next_power_of_2(programs), ROWS=t.rows, COLS=t.cols, GROUPED=False, STACKED=any(befores)),
         PICKED=False,
-        num_warps=warps,
+        num_warps=t.warps,
         fusion=False,
     )
 
@@ -248,19 +260,19 @@ def _launch_groups(
     words, x = wide(x), readable(x)
     scaled = [spec for spec in (row[0], col[0]) if spec is not None and spec.format == "nvfp4"]
     found = group_amaxes(x, row[0], col[0], offsets, index, amax) if scaled else x
-    tall, broad, warps = tile(rows, cols, row[0], col[0])
+    t = _tuned.tile(tile(rows, cols, row[0], col[0]), CHANGES, x.device, "quantize", row[0], col[0])
     launch(
         quantize_kernel,
-        (max(1, -(-cols // broad)), max(1, -(-rows // tall) + count)),
+        (max(1, -(-cols // t.cols)), max(1, -(-rows // t.rows) + count)),
         *(x, found, found if noise is None else noise.contiguous()),
         *_pointers(row[0], row[1], found),
         *_pointers(col[0], col[1], found),
         *(rows, cols, *x.stride(), 0, 0, count, offsets, starts, col[1][1].shape[1] * (col[0].run // 16)),
         *(offsets if index is None else index, tokens),
         **_constants(x, row, col, words),
-        **dict(PROGRAMS=next_power_of_2(max(count, 1)), ROWS=tall, COLS=broad, GROUPED=True, STACKED=False),
+        **dict(PROGRAMS=next_power_of_2(max(count, 1)), ROWS=t.rows, COLS=t.cols, GROUPED=True, STACKED=False),
         PICKED=index is not None,
-        num_warps=warps,
+        num_warps=t.warps,
         fusion=False,
     )
 

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops import _device
+from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import next_power_of_2
 from nvfp4_kernels.ops.selective_scan._triton_plan import SEGMENT, Plan, plan
 
@@ -39,6 +39,10 @@ class Tile:
     def slices(self, state: int) -> int:
         """Programs that the columns of dB, or of dC, are divided among."""
         return -(-state // self.width)
+
+
+# Of a tile: loads in flight alone; whatever else it has decides where sums are rounded.
+CHANGES = ({}, {"forward": 3}, {"backward": 3}, {"states": 2}, {"forward": 2})
 
 
 def tile(dtype: torch.dtype, head_dim: int, state: int, instruction: str, alone: bool) -> Tile:
@@ -168,6 +172,7 @@ def prepare(
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     alone = over_whole and sequences * heads * pieces <= multiprocessors
     tiles = tile(x.dtype, head_dim, state, instruction, alone)
+    tiles = _tuned.tile(tiles, CHANGES, x.device, "selective_scan")
     plans = plan(*x.shape[:2], cu_seqlens, tiles.block, tiles.every, over_whole)
     x, B, C = (lines(t, cu_seqlens is not None) for t in (x, B, C))
     if cu_seqlens is not None:
