@@ -49,12 +49,17 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
         require(fits, name, f"shape {list(shape)}", f"{list(wanted)}")
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
-    run = _run if unobserved(x) else torch.ops.nvfp4.expert_mlp
-    return run(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
+    if unobserved(x):
+        return _serve(x, slots, *stacks)
+    return torch.ops.nvfp4.expert_mlp(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:
-    slots, up, down = (weights.detach(), offsets, inverse, order), from_parts(*parts[:3]), from_parts(*parts[3:])
+    slots = weights.detach(), offsets, inverse, order
+    return _serve(x, slots, from_parts(*parts[:3]), from_parts(*parts[3:]))
+
+
+def _serve(x: Tensor, slots: tuple[Tensor, ...], up: Stack, down: Stack) -> Tensor:
     if (up.packed or down.packed) and not reads_packed("expert_mlp", x, *slots, up, down):
         up, down = unpacked(up, x.shape[1]), unpacked(down, up.rows)
     return select("expert_mlp", x, *slots, up, down).run(x, *slots, up, down)

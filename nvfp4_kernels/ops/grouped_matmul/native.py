@@ -50,7 +50,8 @@ def run(
 def readable(x: Stack | Columns) -> Stack | Columns:
     """The same with codes and scales in order, as the kernels read them; plain values may have any strides."""
     names = ("global_scales",) if x.scales is None else ("values", "scales", "global_scales")
-    return x._replace(**{n: part.contiguous() for n in names if (part := getattr(x, n)) is not None})
+    parts = {n: part for n in names if (part := getattr(x, n)) is not None and not part.is_contiguous()}
+    return x._replace(**{n: part.contiguous() for n, part in parts.items()}) if parts else x
 
 
 def operand(x: Stack | Columns) -> tuple[tuple, int]:
