@@ -1,10 +1,11 @@
-"""The experts' two matrices over tokens sorted by expert: a linear layer each, all of them in one product.
+"""The experts over tokens sorted by expert: two matrices each and the squared ReLU between them, all experts in one product.
 
-As in autograd/linear, but that each expert's weight and its part of the column forms have global scales of their own, and the
-tokens' row form one. Where the experts gather the tokens themselves, the products do it as they read them, plain or as the row
-form, which is made once a token; the column form is made of gathered rows, since a token's copies must not share noise there.
-Backward keeps codes alone of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the
-squared ReLU, which is taken again. The host reads nothing back.
+Each matrix as in autograd/linear, but that each expert's weight and its part of the column forms have global scales of their
+own, and the tokens' row form one. The squared ReLU is taken, and differentiated, where the products leave their sums. Where the
+experts gather the tokens themselves, the products do it as they read them, plain or as the row form, which is made once a
+token; the column form is made of gathered rows, since a token's copies must not share noise there. Backward keeps codes alone
+of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the squared ReLU, which is taken
+again. The host reads nothing back.
 """
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from nvfp4_kernels.autograd.linear import FORWARD, advance, draws, later, operands
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
+from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.permute.op import permute, sum_slots
 from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
-from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
 
@@ -43,38 +45,25 @@ def experts(
     Returns [rows, in] of x's dtype, sorted by expert; differentiable in x, up, down and weights. Nothing is read back to
     the host. Raises TypeError or ValueError naming the argument.
     """
-    hidden = expert_linear(x, up, groups, recipes[0], noises[0], forms[0])
-    offsets = groups.offsets if isinstance(groups, Routing) else groups
-    return expert_linear(hidden, down, offsets, recipes[1], noises[1], forms[1], squared=True, weights=weights)
-
-
-def expert_linear(
-    x: Tensor,
-    weight: Tensor,
-    groups: Routing | Tensor,
-    recipe: LinearRecipe = HIGH,
-    noise: Tensor | None = None,
-    forms: Forms | None = None,
-    *,
-    squared: bool = False,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """y[row] = weight[e] @ x[row]: x [rows, in] sorted by expert, or the tokens; weight [experts, out, in]; y [rows, out].
-
-    squared: read relu2(x, weights) in the place of x, with x sorted by expert.
-    """
     require(isinstance(groups, (Routing, Tensor)), "groups", type(groups).__name__, "a Routing or a tensor", TypeError)
     require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, in]")
     routed = isinstance(groups, Routing)
     offsets, order, inverse = (groups.offsets, groups.order, groups.inverse) if routed else (groups, None, None)
     count, tokens = offsets.shape[0] - 1, len(inverse) if routed else len(x)
-    require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
+    for weight in (up, down):
+        require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
     require(len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
-    if noise is None and draws(*operands(recipe)):
-        noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
-    wanted = torch.is_grad_enabled() and weight.requires_grad
+    noises = [_noise(*pair, x.device) for pair in zip(noises, recipes, strict=True)]
+    trained = [torch.is_grad_enabled() and weight.requires_grad for weight in (up, down)]
+    (first, second), (up_form, down_form) = recipes, forms
+    # of the hidden values and of their gradient, where it spares quantization a read
+    amax = _spared(second.fprop_x, second.wgrad_x if trained[1] else None)
+    amax |= _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
     routing = offsets, order, inverse
-    return _ExpertLinear.apply(x, weight, weights, squared, *routing, recipe, noise, forms, wanted)
+    h, squares, *most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], amax)
+    return _Down.apply(
+        h, squares, most[0] if amax else None, down, weights, offsets, second, noises[1], down_form, trained[1]
+    )
 
 
 def quantize_experts(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:
@@ -88,41 +77,84 @@ def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
     return (permute(x, groups), groups.offsets) if isinstance(groups, Routing) else (x, groups)
 
 
-class _ExpertLinear(torch.autograd.Function):
+class _Up(torch.autograd.Function):
+    """The hidden values; their squares, which _Down reads and has no gradient for; and, if asked for, the largest of these, in
+    the place of whose gradient _Down gives the largest of the hidden values' gradient."""
+
     @staticmethod
-    def forward(ctx, x, weight, weights, squared, offsets, order, inverse, recipe, noise, forms, wanted):
-        # x [tokens or rows, in], weight [experts, out, in], weights [rows] or None
-        read = relu2(x, weights) if squared else x
-        x_row, x_col = _forms_of_x(read, offsets, order, inverse, recipe, noise, wanted)
+    def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, amax):
+        # x [tokens or rows, in], weight [experts, width, in], weights [rows] or None
+        ctx.set_materialize_grads(False)
+        x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, noise, trained)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, x.dtype)
-        again = squared and isinstance(x_col, Tensor)  # in high precision what is squared is read again
-        kept = (x, weights) if squared else (None, None)
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
-        save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
-        ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
-        return grouped_matmul(x_row, w_row, offsets, x.dtype, _tokens(order, inverse))  # [rows, out]
+        save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, x_col)
+        ctx.recipe, ctx.noise, ctx.dtype = recipe, noise, weight.dtype
+        h, squares, most = grouped_relu2(x_row, w_row, offsets, weights, x.dtype, _tokens(order, inverse), amax)
+        ctx.mark_non_differentiable(squares)
+        return (h, squares, most) if amax else (h, squares)  # [rows, width] twice, [experts]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh, _, most=None):
+        offsets, order, inverse, w_col, x_col = saved(ctx)
+        recipe, dx, dw = ctx.recipe, None, None
+        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        dh_row, dh_col = _quantized(
+            dh, offsets, recipe.dgrad_dy, None if x_col is None else recipe.wgrad_dy, noise, most
+        )
+        if ctx.needs_input_grad[0]:
+            # dh [rows, width] @ w_col [in, width].T
+            dx = grouped_matmul(dh_row, _columns_of_w(w_col, recipe, dh.dtype), offsets, dh.dtype)
+            dx = dx if order is None else sum_slots(dx, order, inverse)
+        if x_col is not None:
+            # dh_col [width, rows] @ x_col [in, rows].T
+            x_col, tokens = (x_col, None) if recipe.wgrad_x else (x_col.t(), _tokens(order, inverse))
+            dw = grouped_matmul(dh_col, x_col, offsets, ctx.dtype, tokens)
+        advance(ctx.noise, recipe)
+        return dx, dw, *[None] * 9
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained):
+        # h, squares [rows, width], weight [experts, in, width], weights [rows] or None
+        col = recipe.wgrad_x if trained else None
+        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most)
+        w_row, w_col = forms or _forms_of_w(weight, recipe, noise, h.dtype)
+        save(ctx, offsets, w_col if recipe.dgrad_w else weight, a_col if col else None, h, weights)
+        ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.amax = recipe, noise, weight.dtype, trained, most is not None
+        return grouped_matmul(a_row, w_row, offsets, h.dtype)  # [rows, in]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        offsets, order, inverse, w_col, x_col, x, weights = saved(ctx)
-        recipe, dx, dw, dweights = ctx.recipe, None, None, None
-        x_col = relu2(x, weights) if ctx.again else x_col
+        offsets, w_col, a_col, h, weights = saved(ctx)
+        recipe, dw = ctx.recipe, None
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
-        col = None if x_col is None else recipe.wgrad_dy
+        col = recipe.wgrad_dy if ctx.trained else None
         dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            # dy [rows, out] @ w_col [experts, in, out].T
-            dx = grouped_matmul(dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, dy.dtype)
-            dx = dx if order is None else sum_slots(dx, order, inverse)
-            if ctx.squared:
-                dx, dweights = torch.ops.nvfp4.relu2_backward(dx, x, weights)
-        if x_col is not None:
-            # dy_col [out, rows] @ x_col [in, rows].T
-            x_col, tokens = (x_col, None) if recipe.wgrad_x else (x_col.t(), _tokens(order, inverse))
-            dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype, tokens)
+        again = ctx.trained and a_col is None  # in high precision the squares are taken again
+        # dy [rows, in] @ w_col [width, in].T
+        w_col = _columns_of_w(w_col, recipe, dy.dtype)
+        dh, dweights, a, most = grouped_relu2_backward(dy_row, w_col, offsets, h, weights, again, ctx.amax)
+        if ctx.trained:
+            # dy_col [in, rows] @ a_col [width, rows].T
+            dw = grouped_matmul(dy_col, a.t() if again else a_col, offsets, ctx.dtype)
         advance(ctx.noise, recipe)
-        return dx, dw, None if weights is None else dweights, *[None] * 8
+        return dh, None, most, dw, dweights, *[None] * 5
+
+
+def _noise(noise: Tensor | None, recipe: LinearRecipe, device: torch.device) -> Tensor | None:
+    if noise is None and draws(*operands(recipe)):
+        return torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(device)
+    return noise
+
+
+def _spared(*specs: QuantSpec | None) -> bool:
+    """Whether the amax of the values, known, spares the read that finds it: that of rotated values is still to be found."""
+    forms = [spec for spec in specs if spec and spec.format == "nvfp4"]
+    return bool(forms) and all(spec.hadamard is None for spec in forms)
 
 
 def _forms_of_x(
@@ -141,9 +173,9 @@ def _forms_of_x(
     return x_row, quantize_groups(x, offsets, None, col, after_row, rows=_tokens(order, inverse))[1]
 
 
-def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns | Tensor]:
+def _quantized(x, offsets, row, col, noise, amax=None) -> tuple[Quantized | Tensor, Columns | Tensor]:
     """quantize_groups, but that high precision is any."""
-    return quantize_groups(x, offsets, row, col, noise) if row or col else (x, x.t())
+    return quantize_groups(x, offsets, row, col, noise, amax) if row or col else (x, x.t())
 
 
 def _tokens(order: Tensor | None, inverse: Tensor | None) -> Tensor | None:

@@ -120,11 +120,10 @@ def _call(op: str, refuses, device: str) -> list:
         row = [t[:, :1] for t in (tokens, heads, shared)]
         state = x.new_ones(1, 2, 16, 32)
         return [state, row[0], row[1], A, row[2], row[2], *[None] * 6, True, 0.0, math.inf]
-    if op in ("grouped_matmul", "expert_mlp"):
+    if op in ("grouped_matmul", "grouped_relu2", "expert_mlp"):
         stack, index = Stack(x[None]), torch.tensor([0, 32], device=device)
-        return (
-            [Stack(x), stack, index, x.dtype] if op == "grouped_matmul" else [x, x, index, index, index, stack, stack]
-        )
+        routed = op == "expert_mlp"
+        return [x, x, index, index, index, stack, stack] if routed else [Stack(x), stack, index, x.dtype, None]
     if op == "mixer_step":
         state = x.new_ones(1, 2, 16, 32).float()
         return [x[None, :1], x, state, *[None] * 10]

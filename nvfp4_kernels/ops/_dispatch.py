@@ -16,6 +16,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "hadamard": ("native", "triton", "reference"),
     "matmul": ("native", "triton", "reference"),
     "grouped_matmul": ("native", "triton", "reference"),
+    "grouped_relu2": ("native", "triton", "reference"),
     "expert_mlp": ("native", "triton", "reference"),
     "route": ("native", "triton", "reference"),
     "router_logits": ("native", "reference"),

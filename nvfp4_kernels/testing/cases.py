@@ -14,6 +14,7 @@ from nvfp4_kernels.ops._dispatch import backend
 from nvfp4_kernels.ops.dequantize.op import dequantize
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
+from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import permute, unpermute
@@ -152,6 +153,26 @@ def _grouped_matmul() -> Iterator[Case]:
         yield Case("grouped_matmul", f"{sizes} rows, {n}x{k} packed", make, run_packed, 1e-5)
 
 
+def _grouped_relu2() -> Iterator[Case]:
+    for sizes, n, k in (([5, 0, 17, 1], 48, 64), ([0, 70, 0], 80, 1856), ([12, 13, 40], 1856, 48)):
+
+        def make(sizes=sizes, n=n, k=k) -> Inputs:
+            rows, offsets = sum(sizes), torch.tensor([0, *sizes]).cumsum(0)
+            given = {"x": drawn(rows, k), "h": drawn(rows, n), "weights": drawn(rows, seed=1).abs(), "offsets": offsets}
+            return given | {"w": drawn(len(sizes), n, k, seed=2)} | _stack(len(sizes), n, k, 3)
+
+        def run(x, h, weights, offsets, w, codes, scales, global_scale) -> dict:
+            names, made = ("h", "a", "amax of a", "dh", "dweights", "a again", "amax of dh"), {}
+            nvfp4 = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
+            for title, stack in (("plain", w), ("NVFP4", nvfp4)):
+                results = grouped_relu2(x, stack, offsets, weights, amax=True)
+                results += grouped_relu2_backward(x, stack, offsets, h, weights, again=True, amax=True)
+                made |= {f"{name}, {title}": result for name, result in zip(names, results, strict=True)}
+            return made
+
+        yield Case("grouped_relu2", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+
+
 def _expert_mlp() -> Iterator[Case]:
     for tokens, experts, top_k, size, width in ((17, 8, 3, 48, 80), (1, 8, 2, 64, 1856), (64, 4, 4, 32, 48)):
 
@@ -246,6 +267,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "hadamard": _hadamard,
     "matmul": _matmul,
     "grouped_matmul": _grouped_matmul,
+    "grouped_relu2": _grouped_relu2,
     "expert_mlp": _expert_mlp,
     "route": _route,
     "router_logits": _router_logits,

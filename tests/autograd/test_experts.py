@@ -1,12 +1,13 @@
-"""The experts' matrices: each expert like a linear layer of its own."""
+"""The experts: each like two linear layers of its own with the squared ReLU between them."""
 
 import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.autograd.experts import expert_linear, experts, quantize_experts
+from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.autograd.linear import linear, quantize_weight
 from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.recipe import HIGH, MXFP8, NVFP4, LinearRecipe
 
 SIZES = [5, 0, 17, 1, 0, 32]
@@ -31,89 +32,96 @@ def spans():
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_high_precision_against_a_loop(weighted):
-    x, up, down, weights = inputs()
-    tensors = (x, up, down, weights) if weighted else (x, up, down)
-    y = experts(x, up, down, OFFSETS, weights if weighted else None)
-    expected = torch.cat(
-        [((x[r] @ up[e].T).relu() ** 2 * (weights[r, None] if weighted else 1)) @ down[e].T for e, r in spans()]
-    )
-    torch.testing.assert_close(y, expected)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_high_precision_against_a_loop(weighted, dtype, bound):
+    given = inputs(dtype)[: 4 if weighted else 3]
+    y = experts(*given[:3], OFFSETS, *given[3:])
+    x, up, down = exact = [t.detach().to(dtype).double().requires_grad_() for t in given[:3]]
+    exact += [t.detach().double().requires_grad_() for t in given[3:]]
+    weights = exact[3][:, None] if weighted else torch.ones(len(x), 1)
+    expected = torch.cat([((x[r] @ up[e].T).relu() ** 2 * weights[r]) @ down[e].T for e, r in spans()])
     dy = torch.randn_like(y)
-    for got, want in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(expected, tensors, dy), strict=True):
-        torch.testing.assert_close(got, want)
+    gradients = torch.autograd.grad(y, given, dy)
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+    for got, want in zip((y, *gradients), (expected, *wanted), strict=True):
+        assert (got.double() - want).norm() <= bound * want.norm()
+    for gradient in gradients[1:3]:
+        assert gradient.dtype == up.dtype if dtype == torch.float64 else torch.float32
+        assert not any(gradient[e].any() for e, r in spans() if r.start == r.stop)
 
 
-@pytest.mark.parametrize("recipe", [HIGH, NEAREST, MXFP8], ids=["high", "nvfp4-nearest", "mxfp8"])
+@pytest.mark.parametrize("recipe", [NEAREST, MXFP8], ids=["nvfp4-nearest", "mxfp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_each_expert_is_a_linear_layer(recipe, dtype):
-    """But that the row forms of all rows of NVFP4 share one global scale: each expert's largest value is made all rows'."""
-    x, up, _, _ = inputs(dtype)
-    if recipe is not HIGH:
-        x.detach()[:, 0] = x.detach().abs().max()
-    y = expert_linear(x, up, OFFSETS, recipe)
-    dy = torch.randn_like(y)
-    if recipe is not HIGH:
-        dy[:, 0] = dy.abs().max()
-    dx, dup = torch.autograd.grad(y, (x, up), dy)
+def test_an_expert_is_two_linear_layers(recipe, dtype):
+    """Each by itself, since in NVFP4 the row forms of all rows share a global scale. In bf16 the gradient of the squares is not
+    rounded on the way to that of the hidden values: a bit more or less of these turns some of their codes."""
+    x, up, down, weights = inputs(dtype)
     for e, rows in spans():
+        given = [t.detach().requires_grad_() for t in (x[rows], up[e : e + 1], down[e : e + 1], weights[rows])]
         if rows.start == rows.stop:
-            assert not dup[e].any()
             continue
-        one, weight = x[rows].detach().requires_grad_(), up[e].detach().requires_grad_()
-        if recipe is HIGH:
-            wide, d = up[e].to(dtype).double(), dy[rows].double()
-            wanted = [(y[rows], x[rows].double() @ wide.T, dtype), (dx[rows], d @ wide, dtype)]
-            wanted += [(dup[e], d.T @ x[rows].double(), torch.float32)]
-            for got, want, kept in wanted:
-                assert (got.double() - want).norm() <= torch.finfo(kept).eps * want.norm()
-            continue
-        expected = linear(one, weight, recipe=recipe)
-        assert torch.equal(y[rows], expected)
-        dx_e, dw_e = torch.autograd.grad(expected, (one, weight), dy[rows])
-        assert torch.equal(dx[rows], dx_e) and torch.equal(dup[e], dw_e)
+        y = experts(*given[:3], torch.tensor([0, len(given[0])]), given[3], (recipe, recipe))
+        h = linear(given[0], given[1][0], recipe=recipe)
+        expected, dy = linear(relu2(h, given[3]), given[2][0], recipe=recipe), torch.randn_like(y)
+        gradients, wanted = (torch.autograd.grad(result, given, dy) for result in (y, expected))
+        assert torch.equal(y, expected) and torch.equal(gradients[2], wanted[2])
+        for i, bound in (0, 0), (1, 0), (3, 1e-5):
+            difference = (gradients[i] - wanted[i]).norm() / wanted[i].norm()
+            assert difference <= (bound if dtype == torch.float32 else 0.05)
 
 
 def test_kept_forms_change_nothing_and_are_those_of_each_matrix():
-    x, up, _, _ = inputs(torch.bfloat16)
-    forms = quantize_experts(up, NEAREST)
-    assert torch.equal(expert_linear(x, up, OFFSETS, NEAREST), expert_linear(x, up, OFFSETS, NEAREST, forms=forms))
+    x, up, down, _ = inputs(torch.bfloat16)
+    forms, recipes = tuple(quantize_experts(w, NEAREST) for w in (up, down)), (NEAREST, NEAREST)
+    kept, made = (experts(x, up, down, OFFSETS, recipes=recipes, **given) for given in ({"forms": forms}, {}))
+    assert torch.equal(kept, made)
     for e in range(len(SIZES)):
         row, _ = quantize_weight(up[e], NEAREST)
-        assert torch.equal(forms[0].values[e], row.codes) and torch.equal(forms[0].global_scales[e], row.global_scale)
+        assert torch.equal(forms[0][0].values[e], row.codes)
+        assert torch.equal(forms[0][0].global_scales[e], row.global_scale)
 
 
 def test_stochastic_rounding_is_reproducible_and_fresh():
-    x, up, _, _ = inputs(torch.bfloat16)
-    dy = torch.randn(x.shape[0], up.shape[1]).bfloat16()
-    noise = torch.tensor([7, 0])
+    x, up, down, _ = inputs(torch.bfloat16)
+    dy = torch.randn_like(x)
+    noises = torch.tensor([7, 0]), torch.tensor([8, 0])
 
-    def gradient():
-        return torch.autograd.grad(expert_linear(x, up, OFFSETS, NVFP4, noise), up, dy)[0]
+    def gradients():
+        y = experts(x, up, down, OFFSETS, None, (NVFP4, NVFP4), noises)
+        return torch.autograd.grad(y, (up, down), dy)
 
-    first, offset = gradient(), int(noise[1])
-    assert offset > 0
-    second = gradient()
-    assert int(noise[1]) == 2 * offset and not torch.equal(first, second)
-    noise[1] = 0
-    assert torch.equal(gradient(), first)
+    first, offsets = gradients(), [int(noise[1]) for noise in noises]
+    assert min(offsets) > 0
+    second = gradients()
+    assert [int(noise[1]) for noise in noises] == [2 * offset for offset in offsets]
+    assert not any(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    for noise in noises:
+        noise[1] = 0
+    assert all(torch.equal(one, two) for one, two in zip(first, gradients(), strict=True))
 
 
 def test_stochastic_rounding_is_unbiased():
-    x, up, _, _ = inputs(torch.bfloat16)
-    dy = torch.randn(x.shape[0], up.shape[1]).bfloat16()
-    recipe, noise = LinearRecipe(wgrad_dy=QuantSpec("1x16", "stochastic")), torch.tensor([7, 0])
-    draws = [torch.autograd.grad(expert_linear(x, up, OFFSETS, recipe, noise), up, dy)[0] for _ in range(64)]
-    exact = torch.autograd.grad(expert_linear(x, up, OFFSETS, HIGH), up, dy)[0]
+    x, up, down, _ = inputs(torch.bfloat16)
+    dy, recipe, noise = (
+        torch.randn_like(x),
+        LinearRecipe(wgrad_dy=QuantSpec("1x16", "stochastic")),
+        torch.tensor([7, 0]),
+    )
+
+    def gradient(recipe):
+        return torch.autograd.grad(experts(x, up, down, OFFSETS, None, (HIGH, recipe), (None, noise)), down, dy)[0]
+
+    draws, exact = [gradient(recipe) for _ in range(64)], gradient(HIGH)
     assert (sum(draws) / 64 - exact).norm() < 0.2 * (draws[0] - exact).norm()
 
 
 def test_no_rows_at_all():
-    up = torch.randn(3, 32, 16, requires_grad=True)
+    up, down = torch.randn(3, 32, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
     for recipe in (HIGH, NVFP4):
-        y = expert_linear(torch.randn(0, 16, requires_grad=True), up, torch.zeros(4, dtype=torch.int64), recipe)
+        x = torch.randn(0, 16, requires_grad=True)
+        y = experts(x, up, down, torch.zeros(4, dtype=torch.int64), recipes=(recipe, recipe))
         y.sum().backward()
-        assert y.shape == (0, 32) and not up.grad.any()
+        assert y.shape == (0, 16) and not up.grad.any() and not down.grad.any()
 
 
 def test_errors_name_the_argument():
@@ -131,19 +139,26 @@ def test_errors_name_the_argument():
 
 @pytest.mark.parametrize("recipe", [HIGH, NVFP4], ids=["high", "nvfp4"])
 def test_frozen_weights_cost_no_gradient(recipe, monkeypatch):
-    """The same gradient of x from the same noise, and none of the products that only a weight's gradient needs."""
+    """The same gradients of the others from the same noise, and none of the products that only a weight's gradient needs. Where
+    nothing rotated is made of values, their largest comes with them."""
     from nvfp4_kernels.autograd import experts as module
 
-    plain, calls, gradients = module.grouped_matmul, [], []
-    monkeypatch.setattr(module, "grouped_matmul", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    x, up, _, _ = inputs(torch.float32)
-    for frozen in (False, True):
-        weight, noise = up.detach().clone().requires_grad_(not frozen), torch.tensor([7, 0])
-        y = expert_linear(x, weight, OFFSETS, recipe, noise)
-        calls.clear()
-        y.backward(torch.ones_like(y))
-        gradients.append((x.grad.clone(), noise.clone(), len(calls)))
-        assert (weight.grad is None) == frozen
-        x.grad = None
-    (dx, noise, products), (frozen_dx, frozen_noise, fewer) = gradients
-    assert torch.equal(dx, frozen_dx) and torch.equal(noise, frozen_noise) and products == 2 * fewer
+    plain, quantize, products, amaxes, results = module.grouped_matmul, module.quantize_groups, [], [], []
+    monkeypatch.setattr(module, "grouped_matmul", lambda *a, **k: products.append(1) or plain(*a, **k))
+    monkeypatch.setattr(module, "quantize_groups", lambda *a: amaxes.append(a[5]) or quantize(*a))
+    x, up, down, weights = inputs(torch.float32)
+    for frozen in (), (0,), (1,), (0, 1):
+        noises = torch.tensor([7, 0]), torch.tensor([8, 0])
+        trained = [w.detach().clone().requires_grad_(e not in frozen) for e, w in enumerate((up, down))]
+        leaves = [x, weights, *(w for w in trained if w.requires_grad)]
+        products.clear(), amaxes.clear()
+        y = experts(x, *trained, OFFSETS, weights, (recipe, recipe), noises)
+        made = iter(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+        gradients = [next(made), next(made), *(None if e in frozen else next(made) for e in range(2))]
+        assert len(products) == 4 - len(frozen)
+        if recipe is NVFP4:  # of x, of the squares, of dy and of the hidden values' gradient
+            given = [most is not None for most in amaxes]
+            assert given == [False, bool(frozen), False, bool(frozen)]
+        results.append([*noises, *gradients])
+    for other in results[1:]:
+        assert all(got is None or torch.equal(got, want) for got, want in zip(other, results[0], strict=True))

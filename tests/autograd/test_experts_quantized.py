@@ -7,7 +7,7 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.autograd import experts as module
-from nvfp4_kernels.autograd.experts import expert_linear, experts, quantize_experts
+from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.nn.moe import MoE
@@ -107,8 +107,11 @@ def close(got, wanted, bound=2e-6):
 def test_against_a_loop_over_experts(load, mix, monkeypatch):
     routing, x, up, down, weights = setting(load)
     sizes, recipe = routing.sizes(), MIXES[mix]
-    products, plain = [], module.grouped_matmul
-    monkeypatch.setattr(module, "grouped_matmul", lambda a, b, *rest: products.append((a, b)) or plain(a, b, *rest))
+    products = []
+    for name in ("grouped_matmul", "grouped_relu2", "grouped_relu2_backward"):
+        plain = getattr(module, name)
+        noted = lambda a, b, *rest, plain=plain: products.append((a, b)) or plain(a, b, *rest)  # noqa: E731
+        monkeypatch.setattr(module, name, noted)
     token = torch.tensor([int(slot) // routing.indices.shape[1] for slot in routing.order], dtype=torch.int64)
     y = experts(x, up, down, routing, weights, (recipe, recipe), (torch.tensor([3, 5]), torch.tensor([4, 0])))
     dy = torch.randn_like(y)
@@ -163,36 +166,41 @@ def test_the_gather_inside_is_the_gather_outside(mix, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_tokens_copies_share_no_noise_in_the_column_form(monkeypatch):
-    """Both experts get the same 32 tokens; with one noise for both their gradients would be equal."""
+def test_a_tokens_copies_share_no_noise_in_the_column_form():
+    """Both experts are alike and get the same 32 tokens; with one noise for both their gradients would be equal."""
     routing = nk.route(torch.zeros(32, 2), None, 2)
-    x, w = torch.randn(32, 16), torch.zeros(2, 16, 16, requires_grad=True)
+    x, up, down = (
+        torch.randn(32, 16),
+        torch.randn(16, 16).repeat(2, 1, 1).requires_grad_(),
+        torch.randn(16, 16).repeat(2, 1, 1),
+    )
     recipe, dy = LinearRecipe(wgrad_x=QuantSpec("1x16", "stochastic")), torch.randn(32, 16)
-    y = expert_linear(x, w, routing, recipe, torch.tensor([1, 0]))
-    (dw,) = torch.autograd.grad(y, w, permute(dy, routing))
+    y = experts(x, up, down, routing, None, (recipe, HIGH), (torch.tensor([1, 0]), None))
+    (dw,) = torch.autograd.grad(y, up, permute(dy, routing))
     assert not torch.equal(dw[0], dw[1]) and (dw[0] - dw[1]).norm() < 0.2 * dw[0].norm()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("mix", ["nvfp4", "mxfp8", "high"])
 def test_what_is_saved(mix, frozen):
-    """Of each pair of token and expert the codes of wgrad's operand; in high precision nothing but the tokens; neither where
-    the weights are frozen."""
+    """Of each pair of token and expert the hidden values and the codes of wgrad's operands; in high precision nothing but the
+    tokens beside the former; the hidden values alone where the weights are frozen."""
     tokens, hidden, width, count, top_k = 256, 64, 32, 4, 4
     recipe = HIGH if mix == "high" else MIXES[mix]
     routing = nk.route(torch.randn(tokens, count), None, top_k)
     x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
-    up = torch.randn(count, width, hidden, requires_grad=not frozen)
-    forms, kept = quantize_experts(up, recipe) if recipe.quantized else None, []
+    up, down = (torch.randn(count, *shape, requires_grad=not frozen) for shape in ((width, hidden), (hidden, width)))
+    forms, kept = [quantize_experts(w, recipe) if recipe.quantized else None for w in (up, down)], []
+    noises = torch.tensor([1, 0]), torch.tensor([2, 0])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        expert_linear(x, up, routing, recipe, torch.tensor([1, 0]), forms)
-    ours = {t.data_ptr() for t in (*routing.__dict__.values(), up, up if frozen else x)} | {
-        t.data_ptr() for t in (forms or [[]])[-1][:3] if t is not None
-    }
+        experts(x, up, down, routing, None, (recipe, recipe), noises, forms)
+    ours = {t.data_ptr() for t in (*routing.__dict__.values(), up, down, *([] if frozen else [x]))}
+    ours |= {t.data_ptr() for pair in forms if pair for t in pair[1][:3] if t is not None}
     new = sum(t.nbytes for t in kept if t.data_ptr() not in ours)
     pairs = tokens * top_k
     bits = {"nvfp4": 4.5, "mxfp8": 8.25, "high": 0}[mix]
-    assert new <= (0 if frozen else (pairs + 31 * count) * hidden * bits / 8 + 8 * (count + 1) + 4 * count)
+    codes = (pairs + 31 * count) * (hidden + width) * bits / 8 + 2 * (8 * (count + 1) + 4 * count)
+    assert new <= 2 * pairs * width + (0 if frozen else codes)
 
 
 def test_compiles_whole():

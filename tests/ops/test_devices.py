@@ -7,6 +7,7 @@ from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -43,6 +44,10 @@ CALLS = {
     ),
     gated_rms_norm: dict(x=ones(3, 8), z=ones(3, 8), weight=ones(8)),
     relu2: dict(x=ones(3, 8), weights=ones(3)),
+    grouped_relu2: dict(a=ones(3, 8), b=ones(1, 5, 8), offsets=torch.tensor([0, 3]), weights=ones(3)),
+    grouped_relu2_backward: dict(
+        a=ones(3, 8), b=ones(1, 5, 8), offsets=torch.tensor([0, 3]), h=ones(3, 5), weights=ones(3)
+    ),
     route: dict(logits=ones(4, 6), bias=ones(6)),
     router_logits: dict(x=ones(4, 8), weight=ones(6, 8)),
     permute: dict(x=ones(4, 8), routing=routing),

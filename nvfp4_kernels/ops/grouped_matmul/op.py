@@ -42,6 +42,13 @@ def grouped_matmul(
     its products NaN.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
+    return torch.ops.nvfp4.grouped_matmul(*checked(a, b, offsets, out_dtype, rows))
+
+
+def checked(
+    a: Rows | Columns, b: Tensor | Stack | Columns, offsets: Tensor, out_dtype: torch.dtype | None, rows: Tensor | None
+) -> tuple:
+    """What the registered op takes, as ARGUMENTS says."""
     signs_a, signs_b = (getattr(x, "hadamard", None) for x in (a, b))
     require(signs_a == signs_b, "a and b", f"Hadamard signs {signs_a} and {signs_b}", "the same transform on both")
     left, right = as_parts(a), as_parts(b)
@@ -79,7 +86,7 @@ def grouped_matmul(
         k = length(left)
         fits = isinstance(a, Columns) or isinstance(b, Columns) or k == depth
     require(fits, "a and b", f"K = {k} and K = {depth}", "equal K, the last axis of both")
-    return torch.ops.nvfp4.grouped_matmul(
+    return (
         *plain_parts(left), getattr(a, "starts", None), *plain_parts(right), getattr(b, "starts", None),
         offsets, rows, str(out_dtype)[6:], right.turned,
     )  # fmt: skip
@@ -207,12 +214,17 @@ def _operand(values: Tensor, scales: Tensor | None, global_scales: Tensor | None
     return parts if starts is None else Columns(*parts[:3], starts)
 
 
-def _run(
+def as_called(
     a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
-) -> Tensor:
+) -> tuple:
+    """ARGUMENTS as the implementations take them."""
     left, right = _operand(a, a_scales, a_global, a_starts), _operand(b, b_scales, b_global, b_starts, b_turned)
     rows_within(rows, a.shape[0] if b.dim() > 2 else b.shape[1])
-    rest = offsets, getattr(torch, out_dtype), rows
+    return left, right, offsets, getattr(torch, out_dtype), rows
+
+
+def _run(*given) -> Tensor:
+    left, right, *rest = as_called(*given)
     if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
         right = unpacked(right, length(left))
     return select("grouped_matmul", left, right, *rest).run(left, right, *rest)
@@ -228,7 +240,7 @@ def unpacked(stack: Stack, cols: int) -> Stack:
     return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if stack.packed else stack
 
 
-def _fake(
+def fake(
     a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
 ) -> Tensor:
     count, right = (a if rows is None else rows).shape[0], from_parts(b, b_scales, b_global, b_turned)
@@ -237,5 +249,5 @@ def _fake(
 
 
 _OPERANDS = ", ".join(f"Tensor {x}, Tensor? {x}_scales, Tensor? {x}_global, Tensor? {x}_starts" for x in "ab")
-_ROWS = "Tensor offsets, Tensor? rows, str out_dtype, bool b_turned=False"
-register(f"grouped_matmul({_OPERANDS}, {_ROWS}) -> Tensor", _run, _fake)
+ARGUMENTS = f"{_OPERANDS}, Tensor offsets, Tensor? rows, str out_dtype, bool b_turned"
+register(f"grouped_matmul({ARGUMENTS}=False) -> Tensor", _run, fake)

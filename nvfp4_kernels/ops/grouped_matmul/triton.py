@@ -15,6 +15,7 @@ from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find, picked
 from nvfp4_kernels.ops._triton_numerics import portable
+from nvfp4_kernels.ops.grouped_matmul._triton_relu2 import write_relu2
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
 from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import Tile, write
@@ -63,11 +64,12 @@ def step(
 def rows_kernel(
     a_ptr, a_scales_ptr, a_global_ptr, a_width, a_row_stride, a_step,
     b_ptr, b_scales_ptr, b_global_ptr, b_width, b_row_stride, b_step, b_stride, b_scales_stride,
-    index_ptr, tokens, offsets_ptr, out_ptr, groups, rows, N, K,
+    index_ptr, tokens, offsets_ptr, out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr, groups, rows, N, K,
     A: tl.constexpr, A_UNIT: tl.constexpr, B: tl.constexpr, B_UNIT: tl.constexpr, FP4: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr, RELU2: tl.constexpr,
 ):  # fmt: skip
+    """RELU2: None, or what write_relu2 is to do."""
     group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
     if group < groups:
         n = tl.program_id(1) * BLOCK_N
@@ -84,7 +86,14 @@ def rows_kernel(
                 b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step, index_ptr, tokens,
                 A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False, TURNED,
             )  # fmt: skip
-        write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr + group, out_ptr, out_ptr, out_ptr, FINISH, False)
+        b_global_ptr += group
+        if RELU2 is None:
+            write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr, out_ptr, out_ptr, out_ptr, FINISH, False)
+        else:
+            write_relu2(
+                sums, first, n, end, N, a_global_ptr, b_global_ptr,
+                out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr + group, rows, FINISH, RELU2,
+            )  # fmt: skip
 
 
 @jit
@@ -160,11 +169,21 @@ def multiply_rows(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
 ) -> Tensor:
     """squared: relu2 of the products, in fp32 before they are rounded."""
-    rows, groups, N = len(a.values if index is None else index), len(b.values), b.rows
-    y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
-    t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16), squared=squared)
-    left, right = sides
+    y = torch.empty(len(a.values if index is None else index), b.rows, dtype=out_dtype, device=a.values.device)
+    launch_rows(rows_form(a, b, len(y), squared), a, b, offsets, index, y, (None,) * 5, None)
+    return y
+
+
+def rows_form(a: Stack, b: Stack, rows: int, squared: bool = False):
+    groups = max(len(b.values), 1)
+    return _form(-(-rows // groups), b.rows, a, b, (256, 64, 16), squared=squared)
+
+
+def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None, y: Tensor, places, relu2) -> None:
+    """The products of rows to y. form: rows_form's; places: tensors or None for write_relu2, which gets `relu2`."""
+    (t, (left, right), constants), (rows, N), groups = form, y.shape, len(b.values)
     values, scales, _ = right.places
+    y = portable(y)
     launch(
         rows_kernel,
         (-(-rows // t.m) + groups, -(-N // t.n)),
@@ -172,13 +191,14 @@ def multiply_rows(
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
         *(offsets if index is None else index, len(a.values)),
-        *(offsets, portable(y), groups, rows, N, min(left.width, b.values.shape[1] if b.turned else right.width)),
+        *(offsets, y, *(y if x is None else portable(x) for x in places), groups, rows, N),
+        min(left.width, b.values.shape[1] if b.turned else right.width),
         **constants,
         TURNED=b.turned,
         BLOCK_G=next_power_of_2(groups),
         GATHERED=index is not None,
+        RELU2=relu2,
     )
-    return y
 
 
 def _sums(

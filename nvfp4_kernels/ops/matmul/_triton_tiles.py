@@ -80,26 +80,32 @@ def place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @jit
+def scaled(sums, a_global_ptr, b_global_ptr, FINISH: tl.constexpr):
+    """The sums times the gain, a power of two, and the global scales, of which one that is not finite makes them NaN. FINISH:
+    (gain, a has a global scale, b has one, ...)."""
+    g = tl.full([], 1.0, tl.float32)
+    if FINISH[1]:
+        g = g * tl.load(a_global_ptr)
+    if FINISH[2]:
+        g = g * tl.load(b_global_ptr)
+    g = tl.where(tl.abs(g) <= 3.4028234663852886e38, g, float("nan"))
+    return sums * FINISH[0] * g
+
+
+@jit
 def write(
     sums, m, n, split, M, N, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, partial_ptr,
     FINISH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile to `partial`, or, finished, to out. FINISH: (gain, a has a global scale, b has one, there is a bias,
-    out is added to, relu2 is taken); the gain, a power of two, and the global scales multiply the sums, a global scale that is
-    not finite makes them NaN."""
+    """The sums of a tile to `partial`, or, finished, to out. FINISH: `scaled` reads the first three; then whether there is a
+    bias, out is added to, relu2 is taken."""
     row, col = m + tl.arange(0, sums.shape[0]), n + tl.arange(0, sums.shape[1])
     inside = (row < M)[:, None] & (col < N)[None, :]
     at = row[:, None].to(tl.int64) * N + col[None, :]
     if SPLIT:
         tl.store(partial_ptr + tl.cast(split, tl.int64) * M * N + at, sums, inside)
     else:
-        g = tl.full([], 1.0, tl.float32)
-        if FINISH[1]:
-            g = g * tl.load(a_global_ptr)
-        if FINISH[2]:
-            g = g * tl.load(b_global_ptr)
-        g = tl.where(tl.abs(g) <= 3.4028234663852886e38, g, float("nan"))
-        y = sums * FINISH[0] * g
+        y = scaled(sums, a_global_ptr, b_global_ptr, FINISH)
         if FINISH[3]:
             y += as_fp32(tl.load(bias_ptr + col, col < N, 0))[None, :]
         if FINISH[5]:

@@ -1,0 +1,35 @@
+"""The parts one after another: product, squared ReLU, largest magnitudes."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.ops.grouped_matmul import reference as grouped_matmul
+from nvfp4_kernels.ops.relu2 import reference as relu2
+
+
+def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None) -> str | None:
+    return None
+
+
+def run(
+    a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    h = grouped_matmul.run(a, b, offsets, out_dtype, rows)
+    squared = relu2.run(h, weights)
+    return h, squared, largest(squared, offsets) if amax else None
+
+
+def backward(
+    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of h and weights, and what else is asked for."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    d = grouped_matmul.run(a, b, offsets, wide)
+    dh, dweights = relu2.backward(d, h, None if weights is None else weights.to(wide))
+    return dh, dweights, relu2.run(h, weights) if again else None, largest(dh, offsets) if amax else None
+
+
+def largest(x: Tensor, offsets: Tensor) -> Tensor:
+    """fp32 [groups]: the largest magnitude in each group of rows, 0 where there is none."""
+    return torch.segment_reduce(x.abs().amax(1).float(), "max", offsets=offsets, initial=0.0)
