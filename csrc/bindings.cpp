@@ -396,5 +396,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
     m.def("mixer_step", &call_mixer_step);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
+    m.def("outruns_mkl", &outruns_mkl);
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }
