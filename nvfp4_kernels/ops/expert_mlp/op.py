@@ -31,7 +31,8 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     float_tensor("x", x)
     no_grad("x", x, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
-    require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
+    if x.dim() != 2 or x.shape[0] != tokens:  # no words are put together for what is right, here and below
+        require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
     same_device("routing", routing.order, x.device)
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
@@ -41,12 +42,14 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
         )
         check_stack(name, stack, x.device)
         require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
-        require(stack.values.dim() > 2, name, f"{stack.values.dim()} dimensions", "3, [experts, out, in]")
+        if stack.values.dim() == 2:
+            require(False, name, "2 dimensions", "3, [experts, out, in]")
         shape = stack.values.shape[0], stack.rows, length(stack)
         size, width = x.shape[1], stacks[0].rows if stacks else stack.rows
         wanted = (experts, size, width) if stacks else (experts, width, size)
         fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
-        require(fits, name, f"shape {list(shape)}", f"{list(wanted)}")
+        if not fits:
+            require(False, name, f"shape {list(shape)}", f"{list(wanted)}")
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
     if unobserved(x):
