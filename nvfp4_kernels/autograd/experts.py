@@ -5,7 +5,8 @@ own, and the tokens' row form one. The squared ReLU is taken, and differentiated
 experts gather the tokens themselves, the products do it as they read them, plain or as the row form, which is made once a
 token; the column form is made of gathered rows, since a token's copies must not share noise there. Backward keeps codes alone
 of what is quantized, and of what is not the tokens, ungathered, and the hidden values before the squared ReLU, which is taken
-again. The host reads nothing back.
+again. Two autograd functions, so that what the second kept is free when the first makes its gradients. The host reads nothing
+back.
 """
 
 import torch
@@ -100,9 +101,8 @@ class _Up(torch.autograd.Function):
         offsets, order, inverse, w_col, x_col = saved(ctx)
         recipe, dx, dw = ctx.recipe, None, None
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
-        dh_row, dh_col = _quantized(
-            dh, offsets, recipe.dgrad_dy, None if x_col is None else recipe.wgrad_dy, noise, most
-        )
+        col = None if x_col is None else recipe.wgrad_dy
+        dh_row, dh_col = _quantized(dh, offsets, recipe.dgrad_dy, col, noise, most)
         if ctx.needs_input_grad[0]:
             # dh [rows, width] @ w_col [in, width].T
             dx = grouped_matmul(dh_row, _columns_of_w(w_col, recipe, dh.dtype), offsets, dh.dtype)
@@ -136,8 +136,9 @@ class _Down(torch.autograd.Function):
         dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
         again = ctx.trained and a_col is None  # in high precision the squares are taken again
         # dy [rows, in] @ w_col [width, in].T
-        w_col = _columns_of_w(w_col, recipe, dy.dtype)
-        dh, dweights, a, most = grouped_relu2_backward(dy_row, w_col, offsets, h, weights, again, ctx.amax)
+        dh, dweights, a, most = grouped_relu2_backward(
+            dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, h, weights, again, ctx.amax
+        )
         if ctx.trained:
             # dy_col [in, rows] @ a_col [width, rows].T
             dw = grouped_matmul(dy_col, a.t() if again else a_col, offsets, ctx.dtype)

@@ -57,7 +57,7 @@ def check(device, sizes, a, b, exact, h, weights, rows=None):
 
 
 @pytest.mark.parametrize(
-    "load, dtype", [*((load, BF16) for load in LOADS), *(("mixed", dtype) for dtype in FLOATS[1:])]
+    "load, dtype", [*((load, BF16) for load in LOADS), *(("one group", dtype) for dtype in FLOATS[1:])]
 )
 def test_loads(device, load, dtype):
     sizes, rows = LOADS[load], sum(LOADS[load])
@@ -76,18 +76,6 @@ def test_shapes(device, n, k):
     """Of gathered rows and a stack's transposes, h strided."""
     a, b, h = drawn(7, k, dtype=BF16), drawn(3, k, n, dtype=BF16).transpose(1, 2), drawn(n, 17, dtype=BF16).t()
     check(device, [5, 0, 12], a, b, b.double(), h, torch.rand(17), torch.randint(7, (17,)))
-
-
-@pytest.mark.parametrize("device", ["triton"], indirect=True)
-def test_a_wide_tile_goes_in_halves(device, monkeypatch):
-    """As one of 256 columns does, which no size has where the kernels are interpreted."""
-    from nvfp4_kernels.ops.grouped_matmul import _triton_relu2
-    from nvfp4_kernels.ops.grouped_relu2 import triton
-
-    for module in (_triton_relu2, triton):
-        monkeypatch.setattr(module, "COLS", _triton.tl.constexpr(32))
-    b, rows = drawn(2, 200, 64, dtype=BF16), 9
-    check(device, [4, 5], drawn(rows, 64, dtype=BF16), b, b.double(), drawn(rows, 200, dtype=BF16), torch.rand(rows))
 
 
 def test_run_to_run(device):

@@ -5,9 +5,8 @@ from nvfp4_kernels.ops._triton import jit, tl
 from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, rounded
 from nvfp4_kernels.ops.matmul._triton_tiles import scaled
 
-COLS = tl.constexpr(
-    128
-)  # at once, at most: of 256 the registers hold the sums, but not what is read and made beside them
+# Columns at once, at most: beside the sums of 128 x 256 the registers have no room for what is read and made of all of them.
+COLS = tl.constexpr(64)
 
 
 @jit

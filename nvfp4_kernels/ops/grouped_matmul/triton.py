@@ -175,12 +175,14 @@ def multiply_rows(
 
 
 def rows_form(a: Stack, b: Stack, rows: int, squared: bool = False):
+    """_form's for `rows` rows in groups."""
     groups = max(len(b.values), 1)
     return _form(-(-rows // groups), b.rows, a, b, (256, 64, 16), squared=squared)
 
 
 def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None, y: Tensor, places, relu2) -> None:
-    """The products of rows to y. form: rows_form's; places: tensors or None for write_relu2, which gets `relu2`."""
+    """The products of rows to y. form: of rows_form. places: write_relu2's tensors, None for those that are not there; relu2:
+    what it is to do, or None."""
     (t, (left, right), constants), (rows, N), groups = form, y.shape, len(b.values)
     values, scales, _ = right.places
     y = portable(y)

@@ -16,8 +16,8 @@ def run(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     h = grouped_matmul.run(a, b, offsets, out_dtype, rows)
-    squared = relu2.run(h, weights)
-    return h, squared, largest(squared, offsets) if amax else None
+    squares = relu2.run(h, weights)
+    return h, squares, largest(squares, offsets) if amax else None
 
 
 def backward(
