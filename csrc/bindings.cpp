@@ -89,7 +89,7 @@ GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u
 
 // starts: of a and b, where they are columns of groups; else 0. gathered: how many rows, and which of a (of b's columns, where
 // sums are divided) each of them is; empty where they are not gathered
-// squares: empty, or (h, relu2(h), weights, dweights, amax), 0 for those that are not there
+// squares: (h, relu2(h), weights, dweights, amax), 0 for those that are not there
 int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, const py::tuple& gathered,
                         u64 offsets, i64 count, bool sums, u64 out, int out_dtype, const py::tuple& squares, int threads) {
     GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
@@ -98,12 +98,9 @@ int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, co
         (sums ? p.b.cols : p.a.rows) = gathered[0].cast<i64>();
         (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
     }
-    Squares made{};
-    if (!squares.empty()) {
-        const auto at = [&](int i) { return squares[i].cast<u64>(); };
-        made.h = pointer<const void>(at(0)), made.made = pointer<void>(at(1)), made.weights = pointer<const float>(at(2));
-        p.squares = &made, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
-    }
+    const auto at = [&](int i) { return squares[i].cast<u64>(); };
+    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr};
+    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }

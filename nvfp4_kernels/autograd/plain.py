@@ -6,6 +6,7 @@ Measured at 2048 x 256 x 256 on one core of an AMD EPYC: 52 products a nanosecon
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.ops._device import multiplies_by_mkl
 from nvfp4_kernels.ops._dispatch import candidates, implementation
 from nvfp4_kernels.ops._library import ordinary, unwrapped
 from nvfp4_kernels.ops.matmul.op import matmul
@@ -40,7 +41,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     if not unwrapped(x) or not all(ordinary(t) and t.is_cpu and t.dtype == torch.float32 for t in operands):
         return None
     native = implementation("matmul", "native").native
-    if native is None or not native.outruns_mkl() or not torch.backends.mkl.is_available():
+    if native is None or not native.outruns_mkl() or not multiplies_by_mkl():
         return None
     if candidates("matmul")[0] != "native" or torch.is_autocast_enabled("cpu"):
         return None

@@ -25,7 +25,7 @@ def run(
     offsets: Tensor,
     out_dtype: torch.dtype,
     rows: Tensor | None = None,
-    squares: tuple[Tensor | None, ...] = (),
+    squares: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> Tensor:
     """squares: what csrc/bindings.cpp says, for nk.grouped_relu2."""
     if isinstance(b, Stack) and b.packed:

@@ -60,8 +60,7 @@ def route(
         f"groups with at least top_k ({top_k}) experts together",
     )
     if bias is not None:
-        if bias.shape != (experts,):
-            require(False, "bias", f"shape {list(bias.shape)}", f"[{experts}]")
+        require(tuple(bias.shape) == (experts,), "bias", f"shape {list(bias.shape)}", f"[{experts}]")
         require(torch.is_floating_point(bias), "bias", bias.dtype, "a floating-point tensor", TypeError)
         same_device("bias", bias, logits.device)
     run = _run if unobserved(logits) else torch.ops.nvfp4.route
