@@ -1,4 +1,4 @@
-// The last step of a product beside which relu2 of its rounded values is made, or of one that is relu2's derivative's operand.
+// The last step of grouped_relu2's products: forward relu2 of the rounded values beside them, backward its derivative in their place.
 #pragma once
 #include "cpu/simd.h"
 #include "cpu/steps.h"
