@@ -19,8 +19,8 @@ struct Operand {
     const i64* col_index = nullptr;  // [cols]: alike; of plain operands whose rows lie side by side and whose columns do not
 };
 
-// What a grouped product makes of its sums beside the result: of h, the result as it is rounded, relu2(h); or of sums d the gradient
-// of relu2(h), which is then the result, with that of the weights.
+// What a grouped product makes of its sums beside the result: of h, the result as it is rounded, relu2(h); or of sums d the
+// gradient of relu2(h), which is then the result, with that of the weights.
 struct Squares {
     const void* h;         // null: forward. Backward [m, n] of the result's type, contiguous
     void* made;            // relu2(h) * weights, as h, or null

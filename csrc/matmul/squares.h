@@ -1,4 +1,4 @@
-// The last step of grouped_relu2's products: forward relu2 of the rounded values beside them, backward its derivative in their place.
+// The last step of grouped_relu2's products: forward relu2 of the rounded values beside them, backward its derivative.
 #pragma once
 #include "cpu/simd.h"
 #include "cpu/steps.h"
