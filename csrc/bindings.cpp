@@ -89,14 +89,18 @@ GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u
 
 // starts: of a and b, where they are columns of groups; else 0. gathered: how many rows, and which of a (of b's columns, where
 // sums are divided) each of them is; empty where they are not gathered
+// squares: (h, relu2(h), weights, dweights, amax), 0 for those that are not there
 int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, const py::tuple& gathered,
-                        u64 offsets, i64 count, bool sums, u64 out, int out_dtype, int threads) {
+                        u64 offsets, i64 count, bool sums, u64 out, int out_dtype, const py::tuple& squares, int threads) {
     GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
     p.a_starts = pointer<const i64>(starts[0].cast<u64>()), p.b_starts = pointer<const i64>(starts[1].cast<u64>());
     if (!gathered.empty()) {
         (sums ? p.b.cols : p.a.rows) = gathered[0].cast<i64>();
         (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
     }
+    const auto at = [&](int i) { return squares[i].cast<u64>(); };
+    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr};
+    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }
@@ -389,5 +393,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
     m.def("mixer_step", &call_mixer_step);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
+    m.def("outruns_mkl", &outruns_mkl);
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");
 }

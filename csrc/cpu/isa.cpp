@@ -49,6 +49,15 @@ bool isa_available(Isa isa) {
 #endif
 }
 
+bool outruns_mkl() {
+#if defined(NVFP4_X86)
+    __builtin_cpu_init();
+    return isa() >= Isa::avx512 && __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 Isa isa() { return current().load(std::memory_order_relaxed); }
 
 const char* isa_name() { return names[static_cast<int>(isa())]; }

@@ -139,5 +139,27 @@ static inline void transpose16(const float* in, i64 in_stride, float* out, i64 o
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * out_stride, r[i]);
 }
 
+// sums[i] = the sum of x[i]'s lanes. Each stage adds halves of two vectors side by side in one.
+static inline void sums16(const F* x, float* sums) {
+    __m512 r[8];
+    NVFP4_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    }
+    NVFP4_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_add_ps(_mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44), _mm512_shuffle_ps(r[2 * i], r[2 * i + 1], 0xEE));
+    }
+    NVFP4_UNROLL
+    for (int n = 2; n > 0; --n) {
+        NVFP4_UNROLL
+        for (int i = 0; i < n; ++i) {
+            r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xDD));
+        }
+    }
+    _mm512_storeu_ps(sums, r[0]);
+}
+
 }  // namespace NVFP4_ISA
 }  // namespace nvfp4

@@ -72,5 +72,9 @@ static inline void transpose16(const float* in, i64 in_stride, float* out, i64 o
     }
 }
 
+static inline void sums16(const F* x, float* sums) {
+    for (int i = 0; i < 16; ++i) sums[i] = sum(x[i]);
+}
+
 }  // namespace NVFP4_ISA
 }  // namespace nvfp4

@@ -3,8 +3,10 @@
 #include "params.h"
 
 #include <atomic>
+#include <mutex>
 
 #include "cpu/pages.h"
+#include "cpu/scratch.h"
 #include "matmul/rectangle.h"
 
 namespace nvfp4 {
@@ -60,6 +62,15 @@ MatmulParams group(const GroupedMatmulParams& p, i64 e) {
     return one;
 }
 
+// The same from row `first` on, for a thread that writes amax there.
+Squares squares(const GroupedMatmulParams& p, i64 first, float* sums, u32* amax) {
+    const i64 n = p.b.rows, bytes = first * n * (p.out_dtype == fp32 ? 4 : 2);
+    const Squares& all = *p.squares;
+    const auto later = [&](auto* from, i64 by) { return from ? from + by : nullptr; };
+    return {later(static_cast<const char*>(all.h), bytes), later(static_cast<char*>(all.made), bytes), later(all.weights, first),
+            later(sums, first * ((n + 15) / 16)), p.amax ? amax : nullptr};
+}
+
 // Whether each group's rows fit between its starts, which are whole blocks within the columns of x.
 bool room(const Operand& x, const i64* starts, const GroupedMatmulParams& p) {
     if (!starts) return true;
@@ -85,6 +96,10 @@ int run(const GroupedMatmulParams& p) {
     for (i64 e = 0; e < p.groups; ++e) total += unit_cost(p, e) * units;
     const i64 products = (p.sums ? p.a.rows * p.a.cols : p.a.rows * p.b.cols) * p.b.rows;
     std::atomic<bool> failed{false};
+    std::mutex shared;
+    Scratch room;
+    float* const sums = p.dweights ? static_cast<float*>(room.get(p.a.rows * units * 4)) : nullptr;
+    if (p.dweights && !sums) return 1;
     auto body = [&](int t, int n) {
         const i64 begin = total * t / n, end = total * (t + 1) / n;
         i64 start = 0;  // where the group's units begin
@@ -94,16 +109,38 @@ int run(const GroupedMatmulParams& p) {
             if (cost == 0 || start <= begin) continue;
             // A unit belongs to the thread in whose stretch it begins.
             const i64 first = from <= 0 ? 0 : (from + cost - 1) / cost, last = at_most((to + cost - 1) / cost, units);
-            const MatmulParams one = group(p, e);
+            MatmulParams one = group(p, e);
+            alignas(64) u32 amax[16] = {};
+            Squares made;
+            if (p.squares) {
+                made = squares(p, p.offsets[e], sums, amax);
+                one.squares = &made;
+            }
             const Range cols{first * 16, at_most(last * 16, p.b.rows)};
             if (p.offsets[e + 1] == p.offsets[e]) {
                 no_products(one, 1.0f, cols);
             } else if (!multiply_cols<P>(one, combined_scale(one), at_most(one.a.cols, one.b.cols), cols)) {
                 failed = true;
             }
+            if (p.amax) {
+                const std::lock_guard<std::mutex> lock(shared);
+                for (const u32 most : amax) p.amax[e] = most > p.amax[e] ? most : p.amax[e];
+            }
         }
     };
-    parallel(static_cast<int>(at_most(p.threads, products / (1 << 19) + 1)), body);
+    const int threads = static_cast<int>(at_most(p.threads, products / (1 << 19) + 1));
+    parallel(threads, body);
+    if (p.dweights) {
+        auto add = [&](int t, int n) {
+            const Range rows = part(p.a.rows, 1, t, n);
+            for (i64 row = rows.begin; row < rows.end; ++row) {
+                float sum = 0.0f;
+                for (i64 unit = 0; unit < units; ++unit) sum += sums[row * units + unit];
+                p.dweights[row] = sum;
+            }
+        };
+        parallel(threads, add);
+    }
     return failed;
 }
 

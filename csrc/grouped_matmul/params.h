@@ -22,6 +22,9 @@ struct GroupedMatmulParams {
     int threads;
     const i64* a_starts = nullptr;  // [groups + 1], of quantized operands of divided sums
     const i64* b_starts = nullptr;
+    const Squares* squares = nullptr;  // rows divided: of all rows, without sums and amax
+    float* dweights = nullptr;         // [rows]: relu(h)^2 d summed over each row, its sixteens of columns in order
+    u32* amax = nullptr;               // [groups], zero: bits of the largest magnitude of a group's rows, as Squares has it
 };
 
 // Return 0, 1 when memory ran out, 2 when the offsets do not ascend from 0 to the number of rows, or 3 when an operand's starts

@@ -19,6 +19,16 @@ struct Operand {
     const i64* col_index = nullptr;  // [cols]: alike; of plain operands whose rows lie side by side and whose columns do not
 };
 
+// What a grouped product makes of its sums beside the result: of h, the result as it is rounded, relu2(h); or of sums d the
+// gradient of relu2(h), which is then the result, with that of the weights.
+struct Squares {
+    const void* h;         // null: forward. Backward [m, n] of the result's type, contiguous
+    void* made;            // relu2(h) * weights, as h, or null
+    const float* weights;  // [m] or null: one
+    float* sums;           // [m, ceil(n / 16)] or null: relu(h)^2 d, summed over each sixteen columns of a row
+    u32* amax;             // [16] or null: lane by lane the bits of the largest magnitude of what is made, backward of the result
+};
+
 struct MatmulParams {
     Operand a, b;
     const void* bias;  // [n] or null
@@ -28,6 +38,7 @@ struct MatmulParams {
     bool accumulate;   // add to out, which is fp32
     bool relu2;        // of the sum, with its bias: max(y, 0)^2
     int threads;
+    const Squares* squares = nullptr;
 };
 
 // Return 0, or 1 when memory ran out.

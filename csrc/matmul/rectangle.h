@@ -11,6 +11,7 @@
 #include "few_rows_plain.h"
 #include "kernel.h"
 #include "operand.h"
+#include "squares.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {
@@ -59,6 +60,7 @@ static inline void finish(const MatmulParams& p, float g, const float* sums, i64
             widen_some(out + j, 1, width, before);
             for (int i = 0; i < vectors16; ++i) y[i] = load(before + i * F::lanes) + y[i];
         }
+        if (p.squares) square<T>(*p.squares, row, col + j, p.b.rows, width, y);
         store_some(y, out + j, width);
     }
 }

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.linear import linear, quantize_weight
+from nvfp4_kernels.autograd.plain import product
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
@@ -48,7 +49,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.recipe.quantized and x.dtype == self.weight.dtype:
             y = few_rows(x, self.weight, self.bias)  # a decoded token
+            if y is not None:
+                return y
             bias = None if self.bias is None else self.bias.to(x.dtype)  # of a bf16 checkpoint it is fp32
+            y = product(x, self.weight, bias)
             return F.linear(x, self.weight, bias) if y is None else y
         forms = self._forms.get(self.weight, self.recipe, self.noise)
         return linear(x, self.weight, self.bias, self.recipe, noise=self.noise, weight_forms=forms)

@@ -132,13 +132,13 @@ class MoE(nn.Module):
         hidden = self.gate.weight.shape[1]
         if x.dim() != 3 or x.shape[2] != hidden:
             require(False, "x", f"shape {list(x.shape)}", f"[batch, length, {hidden}]")
-        shared = None if self.shared_experts is None else aside(self.shared_experts, x)
         tokens = x.flatten(0, 1)
+        shared = None if self.shared_experts is None else aside(self.shared_experts, tokens)
         routing, logits = self.gate(tokens)
         inner = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
         y = self._trained(inner, routing) if self.training else self._served(inner, routing)
-        y = (y if self.fc2_latent_proj is None else self.fc2_latent_proj(y)).view_as(x)
-        y = y if shared is None else y + shared()
+        y = y if self.fc2_latent_proj is None else self.fc2_latent_proj(y)
+        y = (y if shared is None else y + shared()).view_as(x)
         if not self.training:
             return y, None
         loss = sequence_balance_loss(torch.sigmoid(logits), routing.indices, x.shape[0])

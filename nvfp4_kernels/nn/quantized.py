@@ -162,9 +162,9 @@ class NVFP4Weight(QuantizedWeight):
 
     def stack(self) -> Stack:
         """All experts' weights as nk.grouped_matmul takes them."""
-        if self.is_packed:
-            return Stack(self.packed_codes, self.packed_scales, self.weight_scale_2)
-        return Stack(self.weight, self.weight_scale, self.weight_scale_2)
+        held = self._buffers  # not by attributes, whose search a decoded token pays six times
+        names = ("packed_codes", "packed_scales") if self.is_packed else self.FORMS
+        return Stack(*(held[name] for name in names), held["weight_scale_2"])
 
     def __getattr__(self, name: str):
         if name in self.FORMS and "packed_codes" in self.__dict__.get("_buffers", {}):

@@ -114,6 +114,11 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if device.type == "meta" else 4
 
 
+def multiplies_by_mkl() -> bool:
+    """Whether torch's products in fp32 on the CPU are MKL's."""
+    return torch.backends.mkl.is_available()
+
+
 def default_device() -> str:
     """Where a model goes when nobody says: the first CUDA device, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

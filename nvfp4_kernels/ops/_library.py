@@ -11,15 +11,18 @@ def unobserved(x: torch.Tensor) -> bool:
     True where nobody would see the call: no gradients, compiler, profiler, mode, subclass or functorch transform, and x has
     values.
     """
+    return not torch.is_grad_enabled() and unwrapped(x) and not torch.autograd._profiler_enabled()
+
+
+def unwrapped(x: torch.Tensor) -> bool:
+    """The same, but that gradients may be wanted and a profiler may run."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or x.is_meta
         or not ordinary(x)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
     )
 
 

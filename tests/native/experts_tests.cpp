@@ -179,6 +179,39 @@ void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized, bool t
     }
 }
 
+// Forward the squares beside the product, backward relu2's derivative in its place, in fp32, with each group's largest magnitude.
+void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
+    const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
+    const Matrices b(groups, n, k, quantized);
+    const Floats a = numbers(rows * k), h = numbers(rows * n), weights = numbers(rows);
+    const std::vector<double> d = product({a.begin(), a.end()}, b, offsets, false);
+    const Operand left{Kind::fp32, a.data(), nullptr, nullptr, rows, k, k, 1};
+    for (bool backward : {false, true}) {
+        std::vector<double> squares(count(rows * n)), dh(squares.size()), dweights(count(rows));
+        Floats y(squares.size()), made(y.size()), sums(dweights.size());
+        std::vector<u32> amax(count(groups)), wanted(amax.size());
+        Squares all{backward ? h.data() : nullptr, made.data(), weights.data(), nullptr, nullptr};
+        GroupedMatmulParams p{left, b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 3};
+        p.squares = &all, p.dweights = backward ? sums.data() : nullptr, p.amax = amax.data();
+        expect(grouped(p) == 0, "grouped squares status");
+        for (size_t i = 0; i < squares.size(); ++i) {
+            const size_t row = i / count(n);
+            const double r = std::max(backward ? h[i] : y[i], 0.0f);
+            squares[i] = r * r * weights[row], dh[i] = 2 * r * weights[row] * d[i], dweights[row] += r * r * d[i];
+        }
+        for (i64 e = 0; e < groups; ++e) {
+            for (size_t i = count(offsets[e] * n); i < count(offsets[e + 1] * n); ++i) {
+                const float magnitude = std::fabs(backward ? y[i] : made[i]);
+                u32 bits;
+                std::memcpy(&bits, &magnitude, 4);
+                wanted[count(e)] = std::max(wanted[count(e)], bits);
+            }
+        }
+        expect(near(made, squares, 2e-6) && near(y, backward ? dh : d, 2e-6), "grouped squares", n, k);
+        expect(amax == wanted && (!backward || near(sums, dweights, 2e-6)), "grouped squares' amax and sums", n, k);
+    }
+}
+
 // Of x's columns in order, or of those that an index names.
 void divided_sums(const Longs& offsets, i64 m, i64 n, bool gathered) {
     const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
@@ -306,6 +339,7 @@ void experts_everywhere() {
             grouped_products({0, 0, 70, 70}, 130, 48, quantized);
             grouped_products({0, 12, 25}, 17, 1856, quantized);
             grouped_products({0, 0}, 5, 16, quantized);
+            grouped_squares({0, 5, 5, 22, 63}, 33, 80, quantized), grouped_squares({0, 2}, 530, 320, quantized);
             if (quantized) grouped_products({0, 5, 5, 22, 23}, 80, 33, true, true);
             if (quantized) grouped_products({0, 0, 70, 70}, 48, 1856, true, true);
         }

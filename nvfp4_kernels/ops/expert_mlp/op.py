@@ -31,7 +31,8 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     float_tensor("x", x)
     no_grad("x", x, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
-    require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
+    if x.dim() != 2 or x.shape[0] != tokens:  # no words are put together for what is right, here and below
+        require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
     same_device("routing", routing.order, x.device)
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
@@ -41,20 +42,27 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
         )
         check_stack(name, stack, x.device)
         require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
-        require(stack.values.dim() > 2, name, f"{stack.values.dim()} dimensions", "3, [experts, out, in]")
+        if stack.values.dim() == 2:
+            require(False, name, "2 dimensions", "3, [experts, out, in]")
         shape = stack.values.shape[0], stack.rows, length(stack)
         size, width = x.shape[1], stacks[0].rows if stacks else stack.rows
         wanted = (experts, size, width) if stacks else (experts, width, size)
         fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
-        require(fits, name, f"shape {list(shape)}", f"{list(wanted)}")
+        if not fits:
+            require(False, name, f"shape {list(shape)}", f"{list(wanted)}")
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
-    run = _run if unobserved(x) else torch.ops.nvfp4.expert_mlp
-    return run(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
+    if unobserved(x):
+        return _serve(x, slots, *stacks)
+    return torch.ops.nvfp4.expert_mlp(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:
-    slots, up, down = (weights.detach(), offsets, inverse, order), from_parts(*parts[:3]), from_parts(*parts[3:])
+    slots = weights.detach(), offsets, inverse, order
+    return _serve(x, slots, from_parts(*parts[:3]), from_parts(*parts[3:]))
+
+
+def _serve(x: Tensor, slots: tuple[Tensor, ...], up: Stack, down: Stack) -> Tensor:
     if (up.packed or down.packed) and not reads_packed("expert_mlp", x, *slots, up, down):
         up, down = unpacked(up, x.shape[1]), unpacked(down, up.rows)
     return select("expert_mlp", x, *slots, up, down).run(x, *slots, up, down)

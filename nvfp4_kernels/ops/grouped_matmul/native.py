@@ -20,8 +20,14 @@ def refuses(
 
 
 def run(
-    a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
+    a: Stack | Columns,
+    b: Stack | Columns,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    rows: Tensor | None = None,
+    squares: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> Tensor:
+    """squares: what csrc/bindings.cpp says, for nk.grouped_relu2."""
     if isinstance(b, Stack) and b.packed:
         return _cuda.run(a, b, offsets, out_dtype, rows)
     a, b = readable(a), readable(b)
@@ -36,7 +42,8 @@ def run(
     threads = torch.get_num_threads()
     status = native.grouped_matmul(
         left, right, stride, starts, () if rows is None else (count, rows.data_ptr()),
-        offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype], threads,
+        offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype],
+        tuple(0 if x is None else x.data_ptr() for x in squares), threads,
     )  # fmt: skip
     last = "the number of rows" if starts[0] else f"{a.values.shape[1] if sums else count}, the number of rows"
     require(status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {last}")
@@ -50,7 +57,8 @@ def run(
 def readable(x: Stack | Columns) -> Stack | Columns:
     """The same with codes and scales in order, as the kernels read them; plain values may have any strides."""
     names = ("global_scales",) if x.scales is None else ("values", "scales", "global_scales")
-    return x._replace(**{n: part.contiguous() for n in names if (part := getattr(x, n)) is not None})
+    parts = {n: part for n in names if (part := getattr(x, n)) is not None and not part.is_contiguous()}
+    return x._replace(**{n: part.contiguous() for n, part in parts.items()}) if parts else x
 
 
 def operand(x: Stack | Columns) -> tuple[tuple, int]:

@@ -143,23 +143,20 @@ def check_stack(name: str, stack: Stack, device: torch.device) -> None:
         wanted = fp8, torch.float32, tuple(values.shape[:-2])
         require(values.dim() == 3 and found == wanted, name, f"FP8 {found}", f"{fp8} [groups, N, K], float32 [groups]")
     else:
-        codes, found = values.shape, (tuple(scales.shape), scales.dtype)
+        codes = values.shape
         if global_scales is None:
             fp8, run, scale = torch.float8_e4m3fn, 32, torch.uint8
             require(values.dtype == fp8, name, f"codes {values.dtype} without global scales", f"{fp8}, MXFP8")
         else:
             run, scale = 8, torch.float8_e4m3fn  # bytes of codes
             require(values.dtype == torch.uint8, name, f"codes {values.dtype}", "uint8 [.., K / 2]")
-            require(
-                global_scales.dim() <= 1 and global_scales.dtype == torch.float32,
-                name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
-            )  # fmt: skip
-            require(
-                values.dim() == 2 or global_scales.shape == codes[:1],
-                name, f"global scales {global_scales.dtype} {list(global_scales.shape)}", f"float32 [{codes[0]}]",
-            )  # fmt: skip
-        wanted = (*codes[:-1], codes[-1] // run), scale
-        require(codes[-1] % run == 0 and found == wanted, name, f"scales {found}", f"{scale} {list(wanted[0])}")
+            single = global_scales.dim() <= 1 and (values.dim() == 2 or global_scales.shape == codes[:1])
+            if not single or global_scales.dtype != torch.float32:  # no words are put together for what is right
+                found = f"{global_scales.dtype} {list(global_scales.shape)}"
+                require(False, name, f"global scales {found}", f"float32 [{codes[0]}]")
+        wanted = (*codes[:-1], codes[-1] // run)
+        if codes[-1] % run or scales.shape != wanted or scales.dtype != scale:
+            require(False, name, f"scales {scales.dtype} {list(scales.shape)}", f"{scale} {list(wanted)}")
     for part in stack[:3]:
         if part is not None:
             same_device(name, part, device)

@@ -1,12 +1,10 @@
-"""The C++ kernels of the parts, one after another."""
+"""csrc/grouped_matmul, which makes the rest of its sums in registers."""
 
 import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops.grouped_matmul import native as grouped_matmul
-from nvfp4_kernels.ops.grouped_relu2.reference import largest
-from nvfp4_kernels.ops.relu2 import native as relu2
 
 
 def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None) -> str | None:
@@ -16,16 +14,26 @@ def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: T
 def run(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    h = grouped_matmul.run(a, b, offsets, out_dtype, rows)
-    squared = relu2.run(h, weights)
-    return h, squared, largest(squared, offsets) if amax else None
+    squared = torch.empty(len(a.values) if rows is None else len(rows), b.rows, dtype=out_dtype)
+    weights, most = _wide(weights), _zeros(offsets) if amax else None
+    h = grouped_matmul.run(a, b, offsets, out_dtype, rows, (None, squared, weights, None, most))
+    return h, squared, most
 
 
 def backward(
     a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
-    d = grouped_matmul.run(a, b, offsets, torch.float32)
-    dh, dweights = relu2.backward(d, h.float(), weights)
-    dh = dh.to(h.dtype)
-    return dh, dweights, relu2.run(h, weights) if again else None, largest(dh, offsets) if amax else None
+    h, weights = h.contiguous(), _wide(weights)
+    dweights, squared = None if weights is None else torch.empty_like(weights), torch.empty_like(h) if again else None
+    most = _zeros(offsets) if amax else None
+    dh = grouped_matmul.run(a, b, offsets, h.dtype, None, (h, squared, weights, dweights, most))
+    return dh, dweights, squared, most
+
+
+def _wide(weights: Tensor | None) -> Tensor | None:
+    return None if weights is None else weights.float().contiguous()
+
+
+def _zeros(offsets: Tensor) -> Tensor:
+    return torch.zeros(len(offsets) - 1)

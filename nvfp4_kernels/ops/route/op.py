@@ -45,7 +45,8 @@ def route(
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; as Nemotron 3 uses it.
     """
     floating_point("logits", logits)
-    require(logits.dim() == 2, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
+    if logits.dim() != 2:  # no words are put together for what is right
+        require(False, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
     experts = logits.shape[1]
     require(1 <= top_k <= experts, "top_k", top_k, f"1 to {experts}, the number of experts")
     require(

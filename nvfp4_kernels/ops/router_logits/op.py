@@ -18,9 +18,10 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """
     floating_point("x", x)
     floating_point("weight", weight)
-    require(x.dim() == 2, "x", f"shape {list(x.shape)}", "[tokens, hidden]")
-    fits = weight.dim() == 2 and weight.shape[1] == x.shape[1]
-    require(fits, "weight", f"shape {list(weight.shape)}", f"[experts, {x.shape[1]}], x's width")
+    if x.dim() != 2:  # no words are put together for what is right
+        require(False, "x", f"shape {list(x.shape)}", "[tokens, hidden]")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        require(False, "weight", f"shape {list(weight.shape)}", f"[experts, {x.shape[1]}], x's width")
     same_device("weight", weight, x.device)
     return (_run if unobserved(x) else torch.ops.nvfp4.router_logits)(x, weight)
 

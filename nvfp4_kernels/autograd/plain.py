@@ -1,0 +1,51 @@
+"""y = x W^T in fp32 by nk.matmul where torch's own product is slower: MKL uses half of AVX-512's width on AMD's processors.
+
+Measured at 2048 x 256 x 256 on one core of an AMD EPYC: 52 products a nanosecond against 100, forward and both gradients alike.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp4_kernels.ops._device import multiplies_by_mkl
+from nvfp4_kernels.ops._dispatch import candidates, implementation
+from nvfp4_kernels.ops._library import ordinary, unwrapped
+from nvfp4_kernels.ops.matmul.op import matmul
+
+LEAST = 1 << 22  # products, some tens of microseconds; with fewer the call costs more than it saves
+
+
+class _Product(torch.autograd.Function):
+    """a @ b.T + bias, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx, a, b, bias):
+        ctx.save_for_backward(a, b)
+        return matmul(a, b, bias=bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        a, b = ctx.saved_tensors
+        wants_da, wants_db, wants_dbias = ctx.needs_input_grad
+        dy = dy.contiguous()
+        da = _Product.apply(dy, b.t(), None) if wants_da else None
+        db = _Product.apply(dy.t(), a.t(), None) if wants_db else None
+        return da, db, dy.sum(0) if wants_dbias else None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """x @ weight.T + bias, differentiable; None where torch is to make it, which it is where anybody would see the difference.
+
+    x: [..., in]. weight: [out, in]. bias: [out] or None.
+    """
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if not unwrapped(x) or not all(ordinary(t) and t.is_cpu and t.dtype == torch.float32 for t in operands):
+        return None
+    native = implementation("matmul", "native").native
+    if native is None or not native.outruns_mkl() or not multiplies_by_mkl():
+        return None
+    if candidates("matmul")[0] != "native" or torch.is_autocast_enabled("cpu"):
+        return None
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or x.numel() * weight.shape[0] < LEAST or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
