@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -52,6 +53,11 @@ struct Copy {
     int bytes, bytes_from;
 };
 
+struct Sent {  // to another block's shared memory
+    unsigned char* to;
+    std::string bytes;
+};
+
 struct Thread {
     Dim3 index;
     std::unique_ptr<char[]> stack;
@@ -61,6 +67,10 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     bool unshown = false;  // copies have arrived that only this thread and, after a barrier, plain reads of others see
     std::unique_ptr<Pending> pending;
+    std::vector<Sent> sent;    // since it last came to the cluster's barrier
+    bool at_cluster = false;   // it has arrived and not waited
+    bool met_cluster = false;  // it has waited once: all blocks have begun
+    std::uint64_t phase = 0;   // of the barrier it has arrived at
     bool done = false;
 };
 
@@ -81,30 +91,40 @@ struct Failed {};  // thrown by a unit's work
 struct Entry {
     Kernel::Entry run;
     size_t parameters;
-    unsigned threads;
+    unsigned threads, cluster;
 };
 std::map<std::string, Entry>& kernels() {
     static std::map<std::string, Entry> all;
     return all;
 }
 
-// One launch; of one block at a time.
+struct Block {
+    Dim3 at;
+    std::vector<Warp> warps;
+    std::vector<unsigned> at_barrier;
+    std::unique_ptr<unsigned char[]> dynamic;
+    std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
+    unsigned finished = 0, unshown = 0;  // unshown: threads with copies that are so
+    std::unique_ptr<BlockState> state;
+};
+
+// One launch; of one cluster, mostly a single block, at a time.
 struct Launch {
-    Dim3 grid, block, at;
+    Dim3 grid, block;
     const Entry* entry;
     const void* parameters;
     size_t dynamic_bytes;
     std::uint64_t random;  // 0: threads in order
 
-    std::vector<Warp> warps;
-    std::vector<unsigned> ready, at_barrier;
-    std::unique_ptr<unsigned char[]> dynamic;
-    std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
-    unsigned running = 0, finished = 0, unshown = 0;  // unshown: threads with copies that are so
+    std::vector<Block> blocks;
+    std::vector<unsigned> ready, waiting;  // waiting: at the barrier of the cluster
+    std::vector<Sent> sent;                // by those who have arrived there
+    unsigned arrived = 0;
+    std::uint64_t phase = 0;
+    unsigned running = 0;  // of the threads of all blocks, block after block
     std::vector<Sleeper> sleepers;
     std::map<int, std::deque<std::function<void()>>> units;
     bool in_unit = false;
-    std::unique_ptr<BlockState> state;
     std::string error;
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
@@ -115,14 +135,15 @@ Launch* now = nullptr;
 std::vector<Thread> threads;  // stacks live from launch to launch
 
 Thread& me() { return threads[now->running]; }
+Block& mine() { return now->blocks[now->running / now->block.x]; }
 
 void leave(bool for_good) {
-    Thread& mine = me();
+    Thread& self = me();
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &mine.fake, now->scheduler_stack, now->scheduler_stack_bytes);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake, now->scheduler_stack, now->scheduler_stack_bytes);
 #endif
     (void)for_good;
-    nvfp4_switch_stack(&mine.place, now->scheduler);
+    nvfp4_switch_stack(&self.place, now->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(me().fake, nullptr, nullptr);
 #endif
@@ -146,8 +167,10 @@ void life() {
     now->entry->run(now->parameters);
     if (!me().open.empty() || !me().groups.empty()) fail("a thread ended with copies that it never waited for");
     if (me().pending && !me().pending->done()) fail("a thread ended with products that it never waited for");
+    if (me().at_cluster) fail("a thread ended at a barrier of the cluster that it never waited for");
+    if (!me().sent.empty()) fail("a thread ended with stores to another block that no barrier of the cluster follows");
     me().done = true;
-    ++now->finished;
+    ++mine().finished;
     leave(true);
     std::abort();
 }
@@ -167,6 +190,8 @@ void make_fiber(Thread& thread) {
     thread.groups.clear();
     thread.unshown = false;
     thread.pending.reset();
+    thread.sent.clear();
+    thread.at_cluster = thread.met_cluster = false;
     thread.done = false;
 }
 
@@ -219,31 +244,41 @@ std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
     return memory;
 }
 
-void run_block() {
+void run_cluster(unsigned first) {
     Launch& l = *now;
-    const unsigned count = l.block.x;
-    l.warps.assign(count / 32, Warp());
-    l.dynamic = spoilt(l.dynamic_bytes);
-    l.statics.clear();
+    const unsigned of_block = l.block.x, count = of_block * l.entry->cluster;
+    l.blocks.clear();
     l.ready.clear();
-    l.at_barrier.clear();
-    l.finished = l.unshown = 0;
+    l.waiting.clear();
+    l.sent.clear();
+    l.arrived = 0;
     l.sleepers.clear();
     l.units.clear();
-    l.state.reset();
+    for (unsigned i = first; i < first + l.entry->cluster; ++i) {
+        l.blocks.emplace_back();
+        Block& b = l.blocks.back();
+        b.at = {i % l.grid.x, i / l.grid.x % l.grid.y, i / l.grid.x / l.grid.y};
+        b.warps.assign(of_block / 32, Warp());
+        b.dynamic = spoilt(l.dynamic_bytes);
+    }
     for (unsigned t = count; t-- > 0;) {
-        threads[t].index = {t, 0, 0};
+        threads[t].index = {t % of_block, 0, 0};
         make_fiber(threads[t]);
         l.ready.push_back(t);
     }
     while (step()) {
     }
-    if (l.error.empty() && l.finished != count) {
-        l.error = "deadlock: " + std::to_string(l.finished) + " of " + std::to_string(count) + " threads ended, " +
-                  std::to_string(l.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(l.sleepers.size()) +
+    size_t finished = 0, at_barrier = 0;
+    for (const Block& b : l.blocks) finished += b.finished, at_barrier += b.at_barrier.size();
+    if (l.error.empty() && finished != count) {
+        l.error = "deadlock: " + std::to_string(finished) + " of " + std::to_string(count) + " threads ended, " +
+                  std::to_string(at_barrier) + " wait at __syncthreads, " + std::to_string(l.waiting.size()) +
+                  " at the cluster's barrier, " + std::to_string(l.sleepers.size()) +
                   " at barriers in shared memory, the others in their warps";
     }
-    if (l.error.empty() && l.state && l.state->complaint()) l.error = l.state->complaint();
+    for (const Block& b : l.blocks) {
+        if (l.error.empty() && b.state && b.state->complaint()) l.error = b.state->complaint();
+    }
 }
 
 void finish(const Copy& c) {
@@ -254,7 +289,7 @@ void finish(const Copy& c) {
 }  // namespace
 
 const Dim3& thread_index() { return me().index; }
-const Dim3& block_index() { return now->at; }
+const Dim3& block_index() { return mine().at; }
 const Dim3& block_size() { return now->block; }
 const Dim3& grid_size() { return now->grid; }
 int lane() { return static_cast<int>(now->running % 32); }
@@ -267,20 +302,21 @@ void fail(const char* what) {
 }
 
 void barrier() {
-    now->at_barrier.push_back(now->running);
-    if (now->at_barrier.size() == now->block.x) {
-        now->ready.insert(now->ready.end(), now->at_barrier.begin(), now->at_barrier.end());
-        now->at_barrier.clear();
+    std::vector<unsigned>& here = mine().at_barrier;
+    here.push_back(now->running);
+    if (here.size() == now->block.x) {
+        now->ready.insert(now->ready.end(), here.begin(), here.end());
+        here.clear();
     }
     leave(false);
 }
 
-const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot] {
-    Warp& warp = now->warps[now->running / 32];
+const unsigned char (*exchange(const char* operation, const void* given, size_t bytes))[slot] {
+    Warp& warp = mine().warps[now->running % now->block.x / 32];
     if (warp.arrived == 0) warp.operation = operation;
     if (std::strcmp(warp.operation, operation) != 0) fail("the lanes of a warp have come to different operations");
     unsigned char(*slots)[slot] = warp.slots[warp.turn % 2];
-    std::memcpy(slots[lane()], mine, bytes);
+    std::memcpy(slots[lane()], given, bytes);
     if (++warp.arrived == 32) {
         warp.arrived = 0;
         ++warp.turn;
@@ -305,12 +341,12 @@ void wake() {
 
 void later(int unit, std::function<void()> work) { now->units[unit].push_back(std::move(work)); }
 
-std::unique_ptr<BlockState>& block_state() { return now->state; }
+std::unique_ptr<BlockState>& block_state() { return mine().state; }
 
-void* dynamic_shared() { return now->dynamic.get(); }
+void* dynamic_shared() { return mine().dynamic.get(); }
 
 void* static_shared(const void* key, size_t bytes) {
-    auto& memory = now->statics[key];
+    auto& memory = mine().statics[key];
     if (!memory) memory = spoilt(bytes);
     return memory.get();
 }
@@ -334,24 +370,68 @@ void wait_copies(int groups_left) {
     auto& groups = me().groups;
     for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) {
         for (const Copy& c : groups.front()) finish(c);
-        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++now->unshown;
+        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++mine().unshown;
     }
 }
 
 void show_copies() {
-    if (me().unshown) me().unshown = false, --now->unshown;
+    if (me().unshown) me().unshown = false, --mine().unshown;
 }
-bool copies_shown() { return now->unshown == 0; }
+bool copies_shown() { return mine().unshown == 0; }
 
 // The first address is a multiple of 16, as the hardware promises, and of no more.
+constexpr unsigned first_address = 0x410;
 unsigned shared_address(const void* p) {
-    return 0x410u + static_cast<unsigned>(static_cast<const unsigned char*>(p) - now->dynamic.get());
+    return first_address + static_cast<unsigned>(static_cast<const unsigned char*>(p) - mine().dynamic.get());
+}
+
+unsigned remote_address(unsigned address, unsigned rank) {
+    if (rank >= now->blocks.size()) fail("mapa: a block that the cluster has not");
+    return (rank + 1) << 24 | address;
+}
+
+void store_remote(unsigned to, const void* value, size_t bytes) {
+    if (to >> 24 == 0) fail("st.shared::cluster: an address of the block's own shared memory");
+    Block& block = now->blocks[(to >> 24) - 1];
+    if (!me().met_cluster) fail("st.shared::cluster: no barrier of the cluster yet, the block may not have begun");
+    if (block.finished == now->block.x) fail("st.shared::cluster: the block has ended");
+    if (to % bytes) fail("st.shared::cluster: an address is no multiple of the store's size");
+    unsigned char* const at = block.dynamic.get() + ((to & 0xFFFFFFu) - first_address);
+    std::memset(at, 0xA5, bytes);
+    me().sent.push_back({at, std::string(static_cast<const char*>(value), bytes)});
+}
+
+void cluster_arrive() {
+    exchange("barrier.cluster.arrive", "", 1);
+    Thread& self = me();
+    if (self.at_cluster) fail("barrier.cluster: arrived twice without a wait");
+    self.at_cluster = true;
+    self.phase = now->phase;
+    std::move(self.sent.begin(), self.sent.end(), std::back_inserter(now->sent));
+    self.sent.clear();
+    if (++now->arrived < now->block.x * now->blocks.size()) return;
+    for (const Sent& s : now->sent) std::memcpy(s.to, s.bytes.data(), s.bytes.size());
+    now->sent.clear();
+    now->arrived = 0;
+    ++now->phase;
+    now->ready.insert(now->ready.end(), now->waiting.begin(), now->waiting.end());
+    now->waiting.clear();
+}
+
+void cluster_wait() {
+    exchange("barrier.cluster.wait", "", 1);
+    if (!me().at_cluster) fail("barrier.cluster: a wait without an arrival");
+    me().at_cluster = false;
+    me().met_cluster = true;
+    if (me().phase != now->phase) return;
+    now->waiting.push_back(now->running);
+    leave(false);
 }
 
 std::unique_ptr<Pending>& pending() { return me().pending; }
 
-Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads) {
-    kernels()[name] = {entry, parameters, most_threads};
+Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads, unsigned cluster) {
+    kernels()[name] = {entry, parameters, most_threads, cluster};
 }
 
 }  // namespace host_model
@@ -370,7 +450,8 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     if (entry.parameters != parameter_bytes) return say("parameters of another size than the kernel's");
     if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
     if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
-    if (threads.size() < block) threads.resize(block);
+    if (grid[0] % entry.cluster) return say("a grid that is no multiple of the cluster");
+    if (threads.size() < block * entry.cluster) threads.resize(block * entry.cluster);
     Launch launch;
     launch.grid = {grid[0], grid[1], grid[2]};
     launch.block = {block, 1, 1};
@@ -379,11 +460,9 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     launch.dynamic_bytes = dynamic_bytes;
     launch.random = seed;
     now = &launch;
-    const unsigned blocks = grid[0] * grid[1] * grid[2];
-    for (unsigned n = 0; n < blocks && launch.error.empty(); ++n) {
-        const unsigned i = seed % 2 ? blocks - 1 - n : n;  // odd seeds from the last block to the first
-        launch.at = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};
-        run_block();
+    const unsigned clusters = grid[0] * grid[1] * grid[2] / entry.cluster;
+    for (unsigned n = 0; n < clusters && launch.error.empty(); ++n) {
+        run_cluster((seed % 2 ? clusters - 1 - n : n) * entry.cluster);  // odd seeds from the last block to the first
     }
     now = nullptr;
     return launch.error.empty() ? 0 : say(launch.error);
