@@ -21,6 +21,9 @@ static __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// The compiler may not compute x anew where it is used, nor, in a loop, what follows from x before it.
+static __device__ __forceinline__ void keep_in_register(u32& x) { asm volatile("" : "+r"(x)); }
+
 // 16 bytes from global to shared memory, the first `bytes` of them read, the others zero; past the L1 cache
 // (PTX ISA, cp.async).
 static __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
@@ -138,6 +141,7 @@ static __device__ __forceinline__ u32 e2m1_word(const F32x1* v) {
 
 #else  // the model
 
+static inline void keep_in_register(u32&) {}
 static inline u32 shared_address(const void* p) { return host_model::shared_address(p); }
 static inline void copy_async16(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 16, bytes); }
 static inline void commit_copies() { host_model::commit_copies(); }

@@ -4,14 +4,14 @@
 
 namespace nvfp4 {
 
-// bf16, element (row, token, i) is data[row * row_stride + token * token_stride + i].
+// bf16, element i of a token, counted through all rows, is data[token * stride + i].
 struct TokensLaunch {
     const u16* data;
-    i64 row_stride, token_stride;
+    i64 stride;
 };
 
 struct MixerScanLaunch {
-    TokensLaunch xBC, z, dt;     // rows of xBC and z begin at multiples of 16 bytes
+    TokensLaunch xBC, z, dt;     // tokens of xBC and z begin at multiples of 16 bytes
     const float* taps;           // [channels of xBC, 4]
     const float* bias;           // [channels of xBC] or null
     const float* A;              // [heads]
@@ -24,7 +24,7 @@ struct MixerScanLaunch {
     u16* y;                      // bf16 [rows, length, heads, 64]
     u16* conv_last;              // as conv_state
     float* last;                 // as initial_state
-    i64 length, groups;
+    i32 length, groups;
     float low, high;  // dt's limits
     float eps;
 };

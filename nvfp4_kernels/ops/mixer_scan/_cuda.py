@@ -12,8 +12,8 @@ HEAD_DIM, STATE, WIDTH, TOKENS = 64, 128, 4, 64  # csrc/mixer_scan/cuda.cu; TOKE
 # Heads of a B/C group: heads a block and blocks a cluster, those first that send B and C to fewest blocks.
 SHAPES = {8: ((2, 4), (1, 8)), 16: ((2, 8),), 32: ((4, 8),)}
 
-TOKENS_LAUNCH = struct.Struct("Qqq")  # csrc/mixer_scan/launch.h
-LAUNCH = struct.Struct("72s12Qqqfff4x")
+TOKENS_LAUNCH = struct.Struct("Qq")  # csrc/mixer_scan/launch.h
+LAUNCH = struct.Struct("48s12Qiifff4x")
 
 
 def shared_bytes(heads: int, cluster: int) -> int:
@@ -41,10 +41,14 @@ def refuses(
     if sizes != (HEAD_DIM, STATE, WIDTH):
         return f"head_dim {HEAD_DIM}, state {STATE} and width {WIDTH} only, not {sizes}"
     for name, t in (("xBC", xBC), ("z", z)):
-        if t.data_ptr() % 16 or t.stride(2) != 1 or t.stride(0) % 8 or t.stride(1) % 8:
+        if t.data_ptr() % 16 or t.stride(2) != 1 or t.stride(1) % 8:
             return f"{name}: tokens do not begin at multiples of 16 bytes"
-    if xBC.numel() == 0:
-        return "no tokens"
+    count = xBC.shape[0] * xBC.shape[1]
+    if not 0 < count < 2**31:
+        return f"{count} tokens"
+    for name, t in narrow.items():
+        if t.shape[0] > 1 and t.stride(0) != t.shape[1] * t.stride(1):
+            return f"{name}: rows do not follow one another"
     chosen = shape(heads // groups, _device.most_shared(xBC.device))
     if chosen is None:
         return f"no cluster of blocks holds the {heads // groups} heads of a group here"
@@ -73,12 +77,11 @@ def run(
     conv_last = torch.empty(sequences, channels, WIDTH - 1, dtype=xBC.dtype, device=xBC.device)
     last = torch.empty(sequences, heads, HEAD_DIM, STATE, device=xBC.device)
     parameters = LAUNCH.pack(
-        b"".join(TOKENS_LAUNCH.pack(t.data_ptr(), *t.stride()[:2]) for t in (xBC, z, dt)),
+        b"".join(TOKENS_LAUNCH.pack(t.data_ptr(), t.stride(1)) for t in (xBC, z, dt)),
         *(address(t) for t in (*weights, before, initial, bounds, y, conv_last, last)),
         *(length, groups, low, high, eps),
     )
     in_block, cluster = shape(heads // groups, _device.most_shared(xBC.device))
-    blocks, shared = sequences * groups * cluster, shared_bytes(in_block, cluster)
-    name = f"mixer_scan_{in_block}x{cluster}"
-    _cuda.launch("mixer_scan", name, (blocks,), 128 * in_block, shared, parameters, xBC)
+    name, shared = f"mixer_scan_{in_block}x{cluster}", shared_bytes(in_block, cluster)
+    _cuda.launch("mixer_scan", name, (groups * cluster, sequences), 128 * in_block, shared, parameters, xBC)
     return y, conv_last, last
