@@ -52,7 +52,7 @@ def run(
         mixed, conv_last = conv.run(xBC, weight, bias, conv_state, cu_seqlens, True)
         x, B, C = (lines(t, packed) for t in _in_turn.split(mixed, A.shape[0], groups, state))
         call = replace(call, x=x, B=B, C=C)
-    return forward(call, a, found, last).view(x.shape), conv_last, last
+    return forward(call, a, found, last).view(*xBC.shape[:2], *x.shape[2:]), conv_last, last
 
 
 def backward(*arguments) -> tuple[Tensor | None, ...]:

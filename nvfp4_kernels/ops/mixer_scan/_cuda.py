@@ -53,6 +53,8 @@ def refuses(
     if chosen is None:
         return f"no cluster of blocks holds the {heads // groups} heads of a group here"
     sequences = xBC.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences > 65535:
+        return "more than 65,535 sequences"
     blocks = sequences * heads // chosen[0]
     if 2 * blocks < _device.multiprocessors(xBC.device):
         return f"{blocks} blocks would leave most multiprocessors idle"
