@@ -186,9 +186,9 @@ struct Scan : Inputs<heads, cluster> {
             const float by = __shfl_sync(all_lanes, scale[i / 4], row % 32);
             const float* low = y[i / 2][0] + i % 2 * 2;
             const float* high = y[i / 2][1] + i % 2 * 2;
-            const Words out = {pack_bf16(low[0] * by * weight.x, low[1] * by * weight.y),
-                               pack_bf16(high[0] * by * weight.z, high[1] * by * weight.w)};
-            if (row < left) *reinterpret_cast<Words*>(to + row * all_heads * head_dim) = out;
+            const u32 words[2] = {pack_bf16(low[0] * by * weight.x, low[1] * by * weight.y),
+                                  pack_bf16(high[0] * by * weight.z, high[1] * by * weight.w)};
+            if (row < left) *reinterpret_cast<u64*>(to + row * all_heads * head_dim) = words[0] | u64(words[1]) << 32;
         }
     }
 

@@ -44,6 +44,12 @@ def test_every_kernel(model, monkeypatch, in_group, length, most_shared, name):
     assert model.kernels == [f"mixer_scan_{name}"]
 
 
+def test_warps_that_run_ahead(model):
+    """In order, each thread as far as it comes: of barriers within a block none can be missed."""
+    model.seed = None
+    compare(drawn(1, 66, sequences=1))
+
+
 def test_packed_sequences_of_two_rows_and_groups():
     """One without tokens, whose states stay; the inputs are tensors of their own."""
     given = drawn(2, 35, heads=16, groups=2, sequences=5) | dict(conv_bias=None)
