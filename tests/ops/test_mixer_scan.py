@@ -141,14 +141,20 @@ def test_what_the_cuda_kernels_refuse(monkeypatch, change, reason):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(xBC=torch.zeros(1, 3, 112), z=torch.zeros(2, 3, 64)), r"z: got shape \[2, 3, 64\]; allowed: \[1, 3\] and channels"),
+        (
+            dict(xBC=torch.zeros(1, 3, 112), z=torch.zeros(2, 3, 64)),
+            r"z: got shape \[2, 3, 64\]; allowed: \[1, 3\] and channels",
+        ),
         (dict(z=torch.zeros(1, 3, 66)), "z: got 66 channels; allowed: a multiple of 4, 112 less a multiple of 2"),
         (dict(z=torch.zeros(1, 3, 64).half()), "z: got torch.float16; allowed: torch.float32"),
         (dict(groups=3), "groups: got 3; allowed: a divisor of the 4 heads"),
         (dict(norm_weight=torch.zeros(16)), r"norm_weight: got shape \[16\]; allowed: \[64\]"),
         (dict(D=torch.zeros(4, 16)), r"D: got shape \[4, 16\]; allowed: \[4\]"),
         (dict(dt=torch.zeros(1, 3, 3)), r"dt: got shape \[1, 3, 3\]; allowed: \[1, 3, 4\]"),
-        (dict(xBC=torch.zeros(1, 3, 112, requires_grad=True)), "xBC: got a tensor that requires grad; allowed: no grad"),
+        (
+            dict(xBC=torch.zeros(1, 3, 112, requires_grad=True)),
+            "xBC: got a tensor that requires grad; allowed: no grad",
+        ),
     ],
 )
 def test_errors(change, message):

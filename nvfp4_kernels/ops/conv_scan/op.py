@@ -48,7 +48,20 @@ def conv_scan(
 
 
 def check(
-    xBC, dt, conv_weight, conv_bias, A, D, dt_bias, groups, state, dt_limit, conv_state, initial_state, cu_seqlens, chunk_size
+    xBC,
+    dt,
+    conv_weight,
+    conv_bias,
+    A,
+    D,
+    dt_bias,
+    groups,
+    state,
+    dt_limit,
+    conv_state,
+    initial_state,
+    cu_seqlens,
+    chunk_size,
 ) -> None:
     """Raise for what conv_scan, whose arguments these are, cannot mean."""
     floating_point("xBC", xBC)

@@ -42,7 +42,9 @@ def mixer_scan(
     """
     no_grad("xBC", xBC, "conv_scan and gated_rms_norm differentiate")
     require(groups >= 1 and A.shape[0] % groups == 0, "groups", groups, f"a divisor of the {A.shape[0]} heads of A")
-    require(z.dim() == 3 and z.shape[:2] == xBC.shape[:2], "z", f"shape {list(z.shape)}", f"{[*xBC.shape[:2]]} and channels")
+    require(
+        z.dim() == 3 and z.shape[:2] == xBC.shape[:2], "z", f"shape {list(z.shape)}", f"{[*xBC.shape[:2]]} and channels"
+    )
     inner = z.shape[2]
     state = (xBC.shape[-1] - inner) // (2 * groups)
     require(
@@ -66,7 +68,9 @@ def _run(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return select("mixer_scan", *arguments).run(*arguments)
 
 
-def _fake(xBC, z, dt, weight, bias, A, D, dt_bias, norm_weight, conv_state, initial_state, cu_seqlens, groups, *options):
+def _fake(
+    xBC, z, dt, weight, bias, A, D, dt_bias, norm_weight, conv_state, initial_state, cu_seqlens, groups, *options
+):
     heads, head_dim = A.shape[0], z.shape[2] // A.shape[0]
     sequences = xBC.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = torch.float64 if xBC.dtype == torch.float64 else torch.float32

@@ -81,6 +81,8 @@ def test_rows_one_by_one_and_cut_at_a_chunk():
     for row in range(2):
         alone = given | {name: given[name][row : row + 1] for name in tokens + states}
         head = mixer_scan(**alone | {name: alone[name][:, :64] for name in tokens})
-        tail = mixer_scan(**alone | {name: alone[name][:, 64:] for name in tokens} | dict(zip(states, head[1:], strict=True)))
+        tail = mixer_scan(
+            **alone | {name: alone[name][:, 64:] for name in tokens} | dict(zip(states, head[1:], strict=True))
+        )
         for got, of_all in zip((torch.cat((head[0], tail[0]), 1), *tail[1:]), whole, strict=True):
             assert torch.equal(got, of_all[row : row + 1])
