@@ -6,7 +6,9 @@ import struct
 import pytest
 import torch
 
-from tests.native.test_cuda import build, pytestmark
+from tests.native import test_cuda
+
+pytestmark = test_cuda.pytestmark
 
 FAULTS = {
     "none": None,
@@ -25,7 +27,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     library = tmp_path_factory.mktemp("faults") / "faults.so"
-    build(library, "tests/native/cluster_faults.cu", flags=("-Wall", "-Wextra", "-Werror"))
+    test_cuda.build(library, "tests/native/cluster_faults.cu", flags=("-Wall", "-Wextra", "-Werror"))
     return ctypes.CDLL(str(library))
 
 
