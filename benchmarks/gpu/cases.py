@@ -197,8 +197,8 @@ def selective_scan(device: str, small: bool) -> Iterator[Case]:
 
 
 def conv_scan(device: str, small: bool) -> Iterator[Case]:
-    """Forward, beside its two ops one after the other; and mixer_scan, beside conv_scan and then the norm. Bytes: xBC, dt, y and,
-    of mixer_scan, z once."""
+    """Forward, beside its two ops one after the other; and mixer_scan, beside conv_scan and then the norm. Bytes: xBC, dt, y
+    and, of mixer_scan, z once."""
     dtype = FP16 if small else BF16
     sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
         "Nano 8k": (1, 8192, 64, 64, 8, 128),
