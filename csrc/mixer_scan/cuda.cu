@@ -12,8 +12,8 @@
 //
 // Bytes a token at Nano's sizes, bf16: 28,800 (xBC, z, dt, y), of 57,000 by conv_scan and 32,800 by the norm behind it in Triton.
 // For 64 tokens of a head an H200's memory takes 1,550 clocks of a multiprocessor for them, and 4,830 for what Triton moves. On
-// sm_90 a warp issues 3,070 instructions for a chunk, four warps on four schedulers: 3,070 clocks, so that instructions are
-// the limit here: convolutions 730, scores 510, C S and scores x 310, the update 250, gate and sums 580, norm 270.
+// sm_90 a warp issues 2,980 instructions for a chunk, four warps on four schedulers: 2,980 clocks, so that instructions are
+// the limit here: convolutions 720, scores 430, C S and scores x 310, the update 240, gate and sums 570, norm 250.
 // A block hands 8 KB (Nano) or 4 KB (Super) of B and C to each of 3 or 7 others: 24 or 28 KB a chunk of its two heads.
 // No figure here has been measured.
 #include "inputs.cuh"
@@ -37,10 +37,15 @@ struct Scan : Inputs<heads, cluster> {
         return ((i64(sequence) * all_heads + first_head + head) * head_dim + channel) * states + n * 8 + q * 2;
     }
 
-    // Of 16 rows from `row` and two pieces from `piece`: the lane's, as load_matrices wants it.
+    // Of 16 rows from `row` and two pieces from `piece`: the lane's, as load_matrices wants it, to find the rows 8 apart in
+    // neighbouring registers, or the pieces, as a product wants its right operand.
     template <int columns>
-    __device__ __forceinline__ const u16* tile(const u16 (&matrix)[tokens][columns], int row, int piece) const {
+    __device__ __forceinline__ const u16* rows_first(const u16 (&matrix)[tokens][columns], int row, int piece) const {
         return matrix[row + (lane & 15)] + piece / 8 * 64 + ((piece % 8 + (lane >> 4)) ^ (lane & 7)) * 8;
+    }
+    template <int columns>
+    __device__ __forceinline__ const u16* pieces_first(const u16 (&matrix)[tokens][columns], int row, int piece) const {
+        return matrix[row + (lane & 7) + (lane >> 4) * 8] + piece / 8 * 64 + ((piece % 8 + (lane >> 3 & 1)) ^ (lane & 7)) * 8;
     }
     static __device__ __forceinline__ int exchanged(int row, int piece) { return row * 16 + (piece ^ (row >> 2 & 1)) * 8; }
 
@@ -53,10 +58,10 @@ struct Scan : Inputs<heads, cluster> {
             NVFP4_UNROLL
             for (int k = 0; k < states / 16; ++k) {
                 u32 c[4], b[4];
-                load_matrices(c, tile(m.C, 16 * high, 2 * k));
-                load_matrices(b, tile(m.B, 16 * low, 2 * k));
-                multiply_bf16(d[0], c, b[0], b[2]);
-                multiply_bf16(d[1], c, b[1], b[3]);
+                load_matrices(c, rows_first(m.C, 16 * high, 2 * k));
+                load_matrices(b, pieces_first(m.B, 16 * low, 2 * k));
+                multiply_bf16(d[0], c, b[0], b[1]);
+                multiply_bf16(d[1], c, b[2], b[3]);
             }
             NVFP4_UNROLL
             for (int n = 0; n < 2; ++n) {
@@ -84,7 +89,7 @@ struct Scan : Inputs<heads, cluster> {
             NVFP4_UNROLL
             for (int i = 0; i < 4; ++i) {
                 u32 c[4];
-                load_matrices(c, tile(m.C, 16 * i, 2 * k));
+                load_matrices(c, rows_first(m.C, 16 * i, 2 * k));
                 multiply_bf16(y[i][0], c, b[0], b[1]);
                 multiply_bf16(y[i][1], c, b[2], b[3]);
             }
@@ -101,7 +106,7 @@ struct Scan : Inputs<heads, cluster> {
         NVFP4_UNROLL
         for (int low = 0; low < 4; ++low) {
             u32 x[4];
-            load_matrices_transposed(x, tile(m.x, 16 * low, head * 8 + part * 2));
+            load_matrices_transposed(x, rows_first(m.x, 16 * low, head * 8 + part * 2));
             NVFP4_UNROLL
             for (int high = low; high < 4; ++high) {
                 u32 a[4];
@@ -123,13 +128,13 @@ struct Scan : Inputs<heads, cluster> {
         NVFP4_KEEP_LOOP
         for (int t = 0; t < tokens; t += 16) {
             u32 x[4];
-            load_matrices_transposed(x, tile(m.x, t, head * 8 + part * 2));
+            load_matrices_transposed(x, rows_first(m.x, t, head * 8 + part * 2));
             const Two near = two(&m.to_end[head][t + 2 * q]), far = two(&m.to_end[head][t + 8 + 2 * q]);
             const u32 a[4] = {scaled(x[0], near), scaled(x[2], near), scaled(x[1], far), scaled(x[3], far)};
             NVFP4_UNROLL
             for (int n = 0; n < states / 16; ++n) {
                 u32 b[4];
-                load_matrices_transposed(b, tile(m.B, t, 2 * n));
+                load_matrices_transposed(b, rows_first(m.B, t, 2 * n));
                 multiply_bf16(s[2 * n], a, b[0], b[1]);
                 multiply_bf16(s[2 * n + 1], a, b[2], b[3]);
             }
