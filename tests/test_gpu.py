@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from benchmarks.gpu.cases import all_cases
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
@@ -90,7 +91,7 @@ def test_packed_weights_in_a_graph():
     assert torch.equal(y, nk.matmul(a, packed))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 700, 2000])
 def test_packed_experts_in_a_graph(tokens):
     """Loads change from replay to replay; nothing waits for the host."""
     plain = [nk.quantize(torch.randn(32 * n, k, device="cuda")) for n, k in ((1856, 256), (256, 1856))]
@@ -168,6 +169,30 @@ def test_no_op_waits_for_the_device(no_sync):
     nk.selective_scan(heads, dt, A, shared, shared)
     nk.causal_conv1d(x.view(4, 32, 256), torch.ones(256, 4, device="cuda"))
     nk.gated_rms_norm(x, x, torch.ones(256, device="cuda"), group_size=64)
+
+
+def test_no_benchmark_waits_for_the_device():
+    """Every op as the benchmarks call it, each backend alone, and a step of a model with all kinds of layers."""
+    model = nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="ME*-E"), "nvfp4").cuda().train()
+    ids = torch.randint(0, 64, (2, 32), device="cuda")
+    calls = [("hybrid model", lambda: model(ids).float().square().mean().backward(), ())]
+    for case in all_cases("cuda", small=True):
+        forced = (("native",), ("triton",)) if case.forced else ((),)
+        calls += [(f"{case.op} {case.name} {backends}", case.ours, backends) for backends in forced]
+    for name, call, backends in calls:
+        with nk.backend(*backends):
+            try:
+                call()  # compiles
+            except nk.Refused:
+                continue
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                call()
+            except RuntimeError as error:
+                raise AssertionError(name) from error
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def test_more_than_2_31_values():

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu.run import step
 from nvfp4_kernels.ops import _dispatch, _triton
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu" / "run.py"
@@ -24,6 +26,14 @@ def run(*arguments):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_it_says_that_there_is_no_gpu():
     assert "no GPU here" in run().stdout
+
+
+def test_a_step_that_overruns_leaves_nothing_behind(tmp_path):
+    done = tmp_path / "done"
+    assert step(["bash", "-c", f"(sleep 0.7; touch {done}) & wait"], 0.2) == "stopped after 0.2 s"
+    time.sleep(0.8)
+    assert not done.exists()
+    assert step(["bash", "-c", f"touch {done}; exit 3"], 60).startswith("exit status 3, ") and done.exists()
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")

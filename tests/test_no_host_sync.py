@@ -110,6 +110,15 @@ def test_mixture_of_experts(recipe, latent):
     assert x.grad.shape == x.shape
 
 
+def test_a_step_of_the_hybrid_model():
+    with torch.device("meta"):
+        model = nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="ME*-E"), "nvfp4").train()
+    with NoHost():
+        logits = model(torch.empty(2, 32, dtype=torch.int64, device="meta"))
+        logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", [NVFP4Weight, FP8Weight])
 def test_frozen_mixture_of_experts(kind):
     """Gradients reach the router and the input through weights that are kept quantized."""

@@ -1,12 +1,12 @@
-// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, block after block, each thread a
-// fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks or clusters at a time, each thread
+// a fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
 //   __syncthreads     every thread of the block must come to it, or the launch fails
 //   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
 //   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
-//   clusters          a cluster's blocks live at a time, each with its shared memory; what a thread stores to another's is spoilt
-//                     there at once and arrives no sooner than the barrier of the cluster that the thread comes to next
+//   clusters          its blocks live together; what a thread stores to another's shared memory is spoilt there at once and
+//                     arrives no sooner than at the barrier of the cluster to which the thread comes next
 //   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
 //   thread order      drawn from a seed: with a barrier missing, results depend on it
 #pragma once
@@ -125,7 +125,7 @@ static inline unsigned __ballot_sync(unsigned, int predicate) {
     return votes;
 }
 
-// Blocks run one at a time and a fiber gives way at its own will only, so that plain code is atomic.
+// A fiber gives way at its own will only, so that plain code is atomic.
 static inline unsigned atomicAdd(unsigned* at, unsigned value) {
     const unsigned before = *at;
     *at = before + value;

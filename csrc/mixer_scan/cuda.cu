@@ -5,7 +5,7 @@
 // hands to the others through their shared memory; then y = C S decayed + (C B^T under decays) x + D x and the state's update, in
 // mma.sync; then the gate, and sums of squares that the blocks exchange, added in the order of blocks: the norm.
 //   S (a warp's 16 channels by 128 states) as accumulators is, packed to bf16, operand B of C S.
-//   x, transposed as it is read, is operand B of the mixed scores and, times the decays to the chunk's end, A of the update.
+//   x, transposed as it is read, is operand B of the scores' product and, times the decays to the chunk's end, A of the update.
 // Channels of x lie in shared memory in an order that gives each lane four neighbours of y: stores of whole sectors.
 // Barriers of the cluster, two a chunk: behind B and C, and behind the sums, which also frees B and C for the next chunk.
 // The next chunk's x, B and C are fetched once this one's are convolved, its z once this one is gated: one buffer each.

@@ -67,6 +67,7 @@ struct Inputs {
         end = static_cast<int>(p.cu_seqlens ? p.cu_seqlens[sequence + 1] : token + p.length);
     }
 
+    // The first channel of its slice, formed where it is wanted, as find_place.
     __device__ __forceinline__ int bc_channel() const {
         u32 block = blockIdx.x;
         keep_in_register(block);
@@ -74,7 +75,7 @@ struct Inputs {
         return all_heads * head_dim + (rank / half * p.groups + group) * states + rank % half * slice;
     }
 
-    // Anew in each chunk: addresses kept from one to the next would not fit the registers.
+    // Anew in each chunk: addresses kept for the next would not fit the registers.
     __device__ __forceinline__ void find_place() {
         u32 index = threadIdx.x;
         keep_in_register(index);
@@ -143,6 +144,7 @@ struct Inputs {
         }
     }
 
+    // By the head's first warp: steps and decays of the chunk's tokens, steps of 0 from `left` on.
     __device__ __forceinline__ void decays(int left) const {
         float step[2], a[2];
         const float rate = p.A[first_head + head] * log2e;

@@ -33,6 +33,12 @@ struct Target {
         }
         for (int i = 0; i < 4 && run + i < runs; ++i) to[i] = static_cast<u8>(four >> (8 * i));
     }
+    // MXFP8: half a block's codes, and from its first half the scale.
+    __device__ __forceinline__ void store_bytes(i64 line, i64 run, const u32* word, u32 scale) const {
+        if (line >= lines || run >= runs) return;
+        *reinterpret_cast<Chunk*>(f.codes + at(line, run) * 16) = {word[0], word[1], word[2], word[3]};
+        if (run % 2 == 0) f.scales[at(line, run) / 2] = static_cast<u8>(scale);
+    }
 };
 
 // What the columns of a tile became, until whole memory sectors of it can be written. The 4 words of padding send the two
@@ -99,11 +105,15 @@ static __device__ __forceinline__ void clear_rest(const QuantizeLaunch& p, i64 l
     const i64 last = p.starts[p.groups] / 16, line = left + threadIdx.x;
     const i64 first = 0;
     const Target to{p.col, p.cols, p.col.runs, first};
-    const u32 nothing[2] = {0, 0};
+    const u32 nothing[4] = {0, 0, 0, 0};
     if (threadIdx.x >= tile_side || line >= p.cols) return;
     for (i64 run = (last < 0 ? 0 : last) + blockIdx.y; run < p.col.runs; run += gridDim.y) {
-        to.store_codes(line, run, nothing);
-        p.col.scales[to.at(line, run)] = 0;
+        if (p.col.block == static_cast<i32>(Block::b1x32)) {
+            to.store_bytes(line, run, nothing, 0);
+        } else {
+            to.store_codes(line, run, nothing);
+            p.col.scales[to.at(line, run)] = 0;
+        }
     }
 }
 
@@ -148,7 +158,8 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
         offset = p.noise[1];
     }
 
-    const TileRing<T> ring{p, memory, left, part};
+    constexpr bool gathers = row_known == absent || row_known == anything;  // beside a row form nobody does
+    const TileRing<T, gathers> ring{p, memory, left, part};
     ring.walk([&](const unsigned char* tile, i64 top) {
         const int lane = lane_index(), warp = warp_index();
         F32x1 v[2][16];
@@ -167,6 +178,62 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
             const i64 index[2] = {cols.at(line, block), cols.at(line + 1, block)};
             const Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
             write_cols(cols, made, staged, left, top / 16);
+        }
+    });
+}
+
+// Either form or both in MXFP8, whose scales are the blocks' own: x is read once.
+template <class T>
+static __device__ __forceinline__ void quantize_mxfp8(const QuantizeLaunch& p) {
+    using Magnitudes = u32[4][tile_side];
+    NVFP4_DYNAMIC_SHARED(memory);
+    NVFP4_SHARED(Magnitudes, halves);
+    NVFP4_SHARED(Part, part);
+    find_part(p, sizeof(typename T::Raw), part);
+    const Target rows{p.row, part.rows, p.row.runs, part.row_first}, cols{p.col, p.cols, part.col_runs, part.col_first};
+    const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
+    if (p.offsets != nullptr) {
+        clear_rest(p, left);
+        if (part.group < 0) return;
+    }
+    const TileRing<T> ring{p, memory, left, part};
+    ring.walk([&](const unsigned char* tile, i64 top) {
+        const int lane = lane_index(), warp = warp_index();
+        F32x1 v[2][16];
+        u32 most[2];
+        const auto largest_of_mine = [&] {
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                most[half] = 0;
+                NVFP4_UNROLL
+                for (int j = 0; j < 16; ++j) most[half] = Single::largest(bits(v[half][j]).v, most[half]);
+            }
+        };
+        const auto with = [&](int half, u32 other) { most[half] = other > most[half] ? other : most[half]; };
+        if (p.row.codes != nullptr) {
+            row_blocks<T>(tile, v);
+            largest_of_mine();
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) with(half, __shfl_xor_sync(all_lanes, most[half], 8));
+            const EncodedBytes made = encode_mxfp8(v, most);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                rows.store_bytes(top + 16 * warp + (lane & 7) + 8 * half, left / 16 + (lane >> 3), made.word[half], made.scale[half]);
+            }
+        }
+        if (p.col.codes != nullptr) {
+            col_blocks<T>(tile, v);
+            largest_of_mine();
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) halves[warp][2 * lane + half] = most[half];
+            __syncthreads();
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) with(half, halves[warp ^ 1][2 * lane + half]);
+            const EncodedBytes made = encode_mxfp8(v, most);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                cols.store_bytes(left + 2 * lane + half, top / 16 + warp, made.word[half], made.scale[half]);
+            }
         }
     });
 }
@@ -254,18 +321,21 @@ static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& 
     }
 }
 
-// For each dtype: the amax kernels, and a kernel that reads all options from its parameters.
+// For each dtype: the amax kernels, a kernel that reads all options from its parameters, and that for MXFP8.
 #define NVFP4_QUANTIZE(name, T)                                                                    \
     NVFP4_KERNEL(amax_values_##name, amax_threads, 4, QuantizeLaunch) { amax_of_values<T>(p); }       \
     NVFP4_KERNEL(amax_transforms_##name, tile_threads, 5, QuantizeLaunch) { amax_of_transforms<T>(p); } \
-    NVFP4_KERNEL(quantize_any_##name, tile_threads, 3, QuantizeLaunch) { quantize<T, anything, anything>(p); }
+    NVFP4_KERNEL(quantize_any_##name, tile_threads, 3, QuantizeLaunch) { quantize<T, anything, anything>(p); } \
+    NVFP4_KERNEL(quantize_mxfp8_##name, tile_threads, 5, QuantizeLaunch) { quantize_mxfp8<T>(p); }
 NVFP4_QUANTIZE(fp32, Single)
 NVFP4_QUANTIZE(fp16, Half)
 NVFP4_QUANTIZE(bf16, Brain)
 
-// The recipe's forms, known to the compiler: an activation for inference, for training, a gradient, a weight.
+// The recipe's forms, known to the compiler: an activation for inference, for training, tokens that experts gather, a gradient,
+// a weight.
 NVFP4_KERNEL(quantize_row_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, present, absent>(p); }
 NVFP4_KERNEL(quantize_activation_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, present, present | rotated>(p); }
+NVFP4_KERNEL(quantize_gathered_bf16, tile_threads, 5, QuantizeLaunch) { quantize<Brain, absent, present | rotated>(p); }
 NVFP4_KERNEL(quantize_gradient_bf16, tile_threads, 5, QuantizeLaunch) {
     quantize<Brain, present | stochastic, present | stochastic | rotated>(p);
 }

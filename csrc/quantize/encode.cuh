@@ -3,6 +3,7 @@
 #pragma once
 #include "numerics/block_scale.h"
 #include "numerics/hadamard.h"
+#include "numerics/mxfp8.h"
 #include "numerics/philox.h"
 #include "tiles.cuh"
 
@@ -80,6 +81,31 @@ static __device__ __forceinline__ void choose_scales(const FormLaunch& f, bool t
     }
     NVFP4_UNROLL
     for (int half = 0; half < 2; ++half) scale[half] = less(error[1][half], error[0][half]) ? candidate[1][half] : candidate[0][half];
+}
+
+struct EncodedBytes {
+    u32 word[2][4];
+    u32 scale[2];
+};
+
+// MXFP8. most: of each block of 32 values, of which another thread has half, the largest magnitude, as bits.
+static __device__ __forceinline__ EncodedBytes encode_mxfp8(const F32x1 (&v)[2][16], const u32 (&most)[2]) {
+    EncodedBytes out;
+    NVFP4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const bool finite = most[half] < 0x7F800000u;
+        const U32x1 exponent = e8m0_encode(real(U32x1(finite ? most[half] : 0u)));
+        const F32x1 inverse = e8m0_inverse<F32x1>(exponent);
+        out.scale[half] = finite ? exponent.v : e8m0_nan;
+        NVFP4_UNROLL
+        for (int w = 0; w < 4; ++w) {
+            u32 word = 0;
+            NVFP4_UNROLL
+            for (int b = 0; b < 4; ++b) word |= e4m3_encode(v[half][4 * w + b] * inverse).v << (8 * b);
+            out.word[half][w] = finite ? word : 0u;
+        }
+    }
+    return out;
 }
 
 // index: of each block in the form, row-major (the Philox counter).

@@ -5,12 +5,12 @@
 namespace nvfp4 {
 
 struct FormLaunch {
-    u8* codes;            // [lines, runs, 8]; lines: rows of x for the row form, columns for the column form
-    u8* scales;           // [lines, runs]
-    float* global_scale;  // [1], or one for each matrix or group
+    u8* codes;            // [lines, runs, 8], MXFP8 [lines, runs, 16]; lines: rows of x, or its columns for the column form
+    u8* scales;           // [lines, runs], MXFP8 [lines, runs / 2]
+    float* global_scale;  // [1], or one for each matrix or group; MXFP8: null
     i64 runs;             // of 16 values, from one line to the next
     i64 advance;          // of the noise's offset
-    i32 block;            // Block: none, b1x16 or b16x16
+    i32 block;            // Block; MXFP8 for both forms or none
     i32 stochastic;
     i32 four_over_six;    // FourOverSix
     i32 hadamard;         // sign mask, or -1
@@ -20,7 +20,7 @@ struct QuantizeLaunch {
     const void* x;
     i64 rows, cols, row_stride;  // in elements; the column stride is 1
     i64 matrix_stride;           // of a stack, whose matrices are the grid's third axis and whose forms lie one behind the other
-    u32* amax;                   // bits of fp32: of the values, of the row form's transform, of the column form's
+    u32* amax;                   // bits of fp32: of the values, of the row form's transform, of the column form's; MXFP8: null
     i64 programs;                // amax [matrices, 3, programs], from each block of the pass before; or [3, groups], zeros before
     const u64* noise;            // (seed, offset), or null
     FormLaunch row, col;
@@ -31,6 +31,9 @@ struct QuantizeLaunch {
     const i64* offsets;
     const i64* starts;
     i64 groups;
+    // Which row of x, of `tokens`, each row of the groups is, zeros where there is no such row; null: itself.
+    const i64* index;
+    i64 tokens;
 };
 
 }  // namespace nvfp4

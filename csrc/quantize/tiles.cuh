@@ -14,12 +14,18 @@ constexpr int tile_side = 64, tile_threads = 128, tile_stages = 3;
 // tiles has no registers left for it.
 struct Part {
     const void* x;             // where what it is part of begins
+    const i64* index;          // which rows from there on are the part's; null: the first and those after it
     i64 rows;                  // of that
     i64 matrix, group;         // its number; 0 where there are none, group -1 for a block beyond all groups
     i64 tile, end;             // the block's tiles
     i64 row_first, col_first;  // blocks of 16 values that each form has before it
     i64 col_runs;              // blocks of 16 of its rows
 };
+
+// Blocks of 16 values that a line of a form has for so many of them.
+static __device__ __forceinline__ i64 runs_of(const FormLaunch& f, i64 values) {
+    return f.block == static_cast<i32>(Block::b1x32) ? (values + 31) / 32 * 2 : (values + 15) / 16;
+}
 
 // The group that a block has a part of. With S rows a block, the first block of group e is offsets[e] / S + e: the next
 // group's is as many further as its rows need at least, so that nobody adds up groups, and rows / S + groups blocks are enough.
@@ -42,8 +48,9 @@ static __device__ __forceinline__ void find_group(const QuantizeLaunch& p, i64 s
         return;
     }
     const i64 begin = offset(part.group), end = offset(part.group + 1), start = p.starts[part.group] / 16;
-    const bool fits = begin < end && start >= 0 && start + (end - begin + 15) / 16 <= p.col.runs;
-    part.x = static_cast<const unsigned char*>(p.x) + begin * p.row_stride * size;
+    const bool fits = begin < end && start >= 0 && start + runs_of(p.col, end - begin) <= p.col.runs;
+    if (p.index != nullptr) part.index = p.index + begin;
+    else part.x = static_cast<const unsigned char*>(p.x) + begin * p.row_stride * size;
     part.rows = fits ? end - begin : 0;
     part.tile = (place - begin / height - part.group) * p.tiles_down;
     part.row_first = begin * p.row.runs;
@@ -54,6 +61,7 @@ static __device__ __forceinline__ void find_part(const QuantizeLaunch& p, i64 si
     if (threadIdx.x == 0) {
         part.matrix = static_cast<i64>(blockIdx.z);
         part.group = 0;
+        part.index = nullptr;
         part.x = static_cast<const unsigned char*>(p.x) + part.matrix * p.matrix_stride * size;
         part.rows = p.rows;
         part.tile = static_cast<i64>(blockIdx.y) * p.tiles_down;
@@ -64,12 +72,13 @@ static __device__ __forceinline__ void find_part(const QuantizeLaunch& p, i64 si
     if (threadIdx.x == 0) {
         const i64 down = (part.rows + tile_side - 1) / tile_side;
         part.end = part.tile + p.tiles_down < down ? part.tile + p.tiles_down : down;
-        part.col_runs = (part.rows + 15) / 16;
+        part.col_runs = runs_of(p.col, part.rows);
     }
     __syncthreads();
 }
 
-template <class T>
+// gathers: whether the kernel can be given an index.
+template <class T, bool gathers = true>
 struct TileRing {
     static constexpr int size = sizeof(typename T::Raw);
     static constexpr int chunks = tile_side * size / 16;  // of a row
@@ -84,6 +93,19 @@ struct TileRing {
 
     // Starts the loads of the tile whose first row is `row`, to stage `to`; zeros outside x.
     __device__ __forceinline__ void load(i64 row, int to) const {
+        if (gathers && part.index != nullptr) {
+            load(to, [&](int r) {
+                const i64 named = row + r < part.rows ? part.index[row + r] : -1;
+                return named < p.tokens ? named : -1;
+            });
+        } else {
+            load(to, [&](int r) { return row + r < part.rows ? row + r : -1; });
+        }
+    }
+
+    // place_of: the row of part.x that is row r of the tile, or less than 0 for none.
+    template <class PlaceOf>
+    __device__ __forceinline__ void load(int to, PlaceOf place_of) const {
         unsigned char* tile = memory + to * bytes;
         const auto* x = static_cast<const typename T::Raw*>(part.x);
         const int thread = static_cast<int>(threadIdx.x);
@@ -91,17 +113,17 @@ struct TileRing {
             NVFP4_UNROLL
             for (int i = 0; i < tile_side * chunks / tile_threads; ++i) {
                 const int at = thread + i * tile_threads, r = at / chunks, c = at % chunks;
-                const i64 left = (p.cols - col) * size - c * 16;
-                const int inside = row + r < part.rows && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
-                copy_async16(tile + place(r, c), inside ? x + (row + r) * p.row_stride + col + c * (16 / size) : x, inside);
+                const i64 left = (p.cols - col) * size - c * 16, from = place_of(r);
+                const int inside = from >= 0 && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
+                copy_async16(tile + place(r, c), inside ? x + from * p.row_stride + col + c * (16 / size) : x, inside);
             }
             return;
         }
         for (int at = thread; at < tile_side * tile_side; at += tile_threads) {
             const int r = at / tile_side, c = at % tile_side;
-            const bool inside = row + r < part.rows && col + c < p.cols;
+            const i64 from = place_of(r);
             auto* to_element = reinterpret_cast<typename T::Raw*>(tile + place(r, c * size / 16) + c * size % 16);
-            *to_element = inside ? x[(row + r) * p.row_stride + col + c] : static_cast<typename T::Raw>(0);
+            *to_element = from >= 0 && col + c < p.cols ? x[from * p.row_stride + col + c] : static_cast<typename T::Raw>(0);
         }
     }
 

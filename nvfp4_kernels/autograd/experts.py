@@ -100,7 +100,7 @@ class _ExpertLinear(torch.autograd.Function):
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, None if again else x_col, *kept)
         ctx.recipe, ctx.noise, ctx.dtype, ctx.squared, ctx.again = recipe, noise, weight.dtype, squared, again
-        return grouped_matmul(x_row, w_row, offsets, x.dtype, _tokens(order, inverse))  # [rows, out]
+        return grouped_matmul(x_row, w_row, offsets, x.dtype, tokens_of(order, inverse))  # [rows, out]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -119,7 +119,7 @@ class _ExpertLinear(torch.autograd.Function):
                 dx, dweights = torch.ops.nvfp4.relu2_backward(dx, x, weights)
         if x_col is not None:
             # dy_col [out, rows] @ x_col [in, rows].T
-            x_col, tokens = (x_col, None) if recipe.wgrad_x else (x_col.t(), _tokens(order, inverse))
+            x_col, tokens = (x_col, None) if recipe.wgrad_x else (x_col.t(), tokens_of(order, inverse))
             dw = grouped_matmul(dy_col, x_col, offsets, ctx.dtype, tokens)
         advance(ctx.noise, recipe)
         return dx, dw, None if weights is None else dweights, *[None] * 8
@@ -138,7 +138,7 @@ def _forms_of_x(
     if not col:
         return x_row, x if wanted else None
     after_row = later(noise, draws(recipe.fprop_x))
-    return x_row, quantize_groups(x, offsets, None, col, after_row, rows=_tokens(order, inverse))[1]
+    return x_row, quantize_groups(x, offsets, None, col, after_row, rows=tokens_of(order, inverse))[1]
 
 
 def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns | Tensor]:
@@ -146,7 +146,7 @@ def _quantized(x, offsets, row, col, noise) -> tuple[Quantized | Tensor, Columns
     return quantize_groups(x, offsets, row, col, noise) if row or col else (x, x.t())
 
 
-def _tokens(order: Tensor | None, inverse: Tensor | None) -> Tensor | None:
+def tokens_of(order: Tensor | None, inverse: Tensor | None) -> Tensor | None:
     """The token of each row, where x is the tokens."""
     return None if order is None else torch.div(order, inverse.shape[1], rounding_mode="floor")
 

@@ -3,10 +3,16 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.autograd.experts import tokens_of
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
+from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul, unpacked
 from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.permute.op import sum_slots
+from nvfp4_kernels.ops.route.op import Routing
+
+DECODED = 32 << 20  # bytes of a weight decoded at a time, which the caches of GPUs hold
 
 
 def weight_only(
@@ -21,24 +27,31 @@ def weight_only(
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
 
 
-def weight_only_experts(x: Tensor, weight: Stack, offsets: Tensor) -> Tensor:
-    """y[row] = W[e] x[row] for the expert e of each row: x [rows, in], sorted by expert, e having rows offsets[e] to [e + 1].
+def weight_only_experts(x: Tensor, weight: Stack, groups: Routing | Tensor) -> Tensor:
+    """y[row] = W[e] x[row] for the expert e of each row, sorted by expert: e has the rows groups[e] to [e + 1] of x [rows, in].
+    Or x is the tokens [tokens, in] of a Routing, gathered as they are read.
 
     Differentiable in x. Raises TypeError or ValueError naming the argument, as nk.grouped_matmul.
     """
-    return _WeightOnlyExperts.apply(x, weight, offsets)
+    if isinstance(groups, Tensor):
+        return _WeightOnlyExperts.apply(x, weight, groups, None, None)
+    tokens = groups.inverse.shape[0]
+    require(x.dim() == 2 and len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
+    return _WeightOnlyExperts.apply(x, weight, groups.offsets, groups.order, groups.inverse)
 
 
 class _WeightOnlyExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, offsets):
-        ctx.weight, ctx.offsets, ctx.cols = weight, offsets, x.shape[1]
-        return grouped_matmul(x, weight, offsets)
+    def forward(ctx, x, weight, offsets, order, inverse):
+        ctx.weight, ctx.cols, ctx.routing = weight, x.shape[1], (offsets, order, inverse)
+        return grouped_matmul(x, weight, offsets, rows=tokens_of(order, inverse))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return grouped_matmul(dy, unpacked(ctx.weight, ctx.cols).mT, ctx.offsets), None, None
+        offsets, order, inverse = ctx.routing
+        dx = grouped_matmul(dy, unpacked(ctx.weight, ctx.cols).mT, offsets)
+        return dx if order is None else sum_slots(dx, order, inverse), None, None, None, None
 
 
 class _WeightOnly(torch.autograd.Function):
@@ -55,8 +68,18 @@ class _WeightOnly(torch.autograd.Function):
     def backward(ctx, dy):
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weight.dequantize(dy.dtype)
+            dx = _times(dy, ctx.weight)
             dx = dx if ctx.scale is None else dx * ctx.scale.to(dx.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.float().sum(0).to(ctx.bias_dtype)
         return dx, None, dbias, None
+
+
+def _times(dy: Tensor, weight: NVFP4Tensor | MXFP8Tensor) -> Tensor:
+    """dy [rows, out] @ weight, so many of its columns at a time."""
+    (out, cols), rows = weight.shape, dy.shape[0]
+    dx, most = dy.new_empty(rows, cols), max(128, DECODED // (out * dy.element_size()) // 128 * 128)
+    for first in range(0, cols, most):
+        last = min(first + most, cols)
+        torch.mm(dy, weight.columns(first, last).dequantize(dy.dtype), out=dx[:, first:last])
+    return dx

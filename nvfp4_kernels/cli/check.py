@@ -14,7 +14,8 @@ from pathlib import Path
 
 HELP = "Check every op of every backend on this machine against the reference, and write a report to send back."
 EXAMPLE = "nvfp4 check --device cuda"
-SECONDS = 100  # of an op's process without a new line, before it is given up
+SECONDS = 60  # of an op's process without a new line, before it is given up
+WHOLE = 110  # of all; what is not through by then is given up too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"op: no op {arguments.op}; {nearest(arguments.op, _dispatch.TABLE)}")
     ops = [arguments.op] if arguments.op else list(_dispatch.TABLE)
     began = time.monotonic()
-    with ThreadPoolExecutor(min(len(ops), os.cpu_count() or 1, 4)) as pool:
-        found = dict(zip(ops, pool.map(lambda op: check(op, _dispatch.TABLE[op], device), ops), strict=True))
+    with ThreadPoolExecutor(min(len(ops), os.cpu_count() or 1, 8)) as pool:
+        order = pool.submit(_probe, device)
+        of_each = pool.map(lambda op: check(op, _dispatch.TABLE[op], device, began + WHOLE), ops)
+        found = dict(zip(ops, of_each, strict=True))
     report = {
         "date": datetime.date.today().isoformat(),
         "device": device,
         "machine": info.collect(),
-        "stochastic_rounding": _probe(device),
+        "stochastic_rounding": order.result(),
         "ops": found,
     }
     Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
@@ -58,11 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
 BAD = ("FAIL", "error", "crash")
 
 
-def check(op: str, backends: tuple[str, ...], device: str) -> list[dict]:
-    """The results of one op, a dict for each case and backend; a backend that takes its process down costs its own only."""
+def check(op: str, backends: tuple[str, ...], device: str, until: float) -> list[dict]:
+    """The results of one op, a dict for each case and backend; a backend that takes its process down costs its own only.
+
+    until: of time.monotonic, when there is no time left.
+    """
     rows, left = [], list(backends)
     while left:
-        made, ending = _process(op, device, left)
+        made, ending = _process(op, device, left, until)
         started = next((row for row in reversed(made) if row["result"] == "started"), None)
         rows += [row for row in made if row["result"] != "started"]
         if ending is None:
@@ -73,7 +79,7 @@ def check(op: str, backends: tuple[str, ...], device: str) -> list[dict]:
     return rows
 
 
-def _process(op: str, device: str, backends: list[str]) -> tuple[list[dict], str | None]:
+def _process(op: str, device: str, backends: list[str], until: float) -> tuple[list[dict], str | None]:
     """The lines of a process that checks these backends, and how it ended when not well."""
     command = [sys.executable, "-m", "nvfp4_kernels.testing.run", op, device, *backends]
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
@@ -91,10 +97,10 @@ def _process(op: str, device: str, backends: list[str]) -> tuple[list[dict], str
         thread.start()
     rows, ending = [], None
     try:
-        while (line := lines.get(timeout=SECONDS)) is not None:
+        while (line := lines.get(timeout=max(0, min(SECONDS, until - time.monotonic())))) is not None:
             rows.append(json.loads(line))
     except queue.Empty:
-        ending = f"nothing within {SECONDS} s"
+        ending = f"nothing within {SECONDS} s" if time.monotonic() < until else f"not through after {WHOLE} s in all"
         child.kill()
     status = child.wait()
     for thread in threads:
@@ -118,7 +124,11 @@ def _known_device(device: str) -> None:
 def _probe(device: str) -> list[dict] | str:
     """In a process too: what asks a chip may take it down."""
     code = "import json, sys; from nvfp4_kernels.testing.rounding_probe import probe; print(json.dumps(probe(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, device]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"could not be asked: nothing within {SECONDS} s"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return f"could not be asked: {last[:300]}"

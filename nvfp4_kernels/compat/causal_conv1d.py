@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.compat.packing import boundaries
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import float_operand, floating_point, integers, require
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 
 
@@ -24,6 +24,8 @@ def causal_conv1d_fn(
     Returns out as x, and final_states [batch, dim, width - 1] where asked for (in final_states_out where given).
     Raises TypeError or ValueError naming the argument.
     """
+    floating_point("x", x)
+    require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, dim, seqlen]")
     require(
         seq_idx is None or (initial_states is None and not return_final_states),
         "seq_idx",
@@ -33,11 +35,12 @@ def causal_conv1d_fn(
     require(
         final_states_out is None or return_final_states, "final_states_out", "a tensor", "None, or return_final_states"
     )
-    bounds = None if seq_idx is None else boundaries(seq_idx)
+    bounds = None if seq_idx is None else boundaries(seq_idx, x.shape[0], x.shape[2])
     y, last = causal_conv1d(x.transpose(1, 2), weight, bias, _silu(activation), initial_states, True, bounds)
     y = y if seq_idx is None else y.masked_fill((seq_idx < 0)[..., None], 0)
     if not return_final_states:
         return y.transpose(1, 2)
+    float_operand("final_states_out", final_states_out, last.shape, x.device, optional=True)
     return y.transpose(1, 2), last if final_states_out is None else final_states_out.copy_(last)
 
 
@@ -58,21 +61,27 @@ def causal_conv1d_update(
     conv_state_indices: int [batch], the slot of each row, no slot twice; below 0: none, the row's out is 0.
     Returns out as x, without gradients. Raises ValueError naming the argument.
     """
-    history, length = weight.shape[1] - 1, conv_state.shape[-1]
-    require(length >= history, "conv_state", f"state_len {length}", f"at least {history}, the width - 1")
+    floating_point("x", x)
+    floating_point("weight", weight)
+    require(x.dim() in (2, 3), "x", f"shape {list(x.shape)}", "[batch, dim] or [batch, dim, seqlen]")
+    floating_point("conv_state", conv_state)
     tokens = x[..., None] if x.dim() == 2 else x
+    (batch, dim), history, length = x.shape[:2], weight.shape[-1] - 1, conv_state.shape[-1]
+    require(length >= history, "conv_state", f"state_len {length}", f"at least {history}, the width - 1")
+    for name, index in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        if index is not None:
+            integers(name, index)
+            require(tuple(index.shape) == (batch,), name, f"shape {list(index.shape)}", f"[{batch}]")
+    slots = conv_state_indices
+    rows = batch if slots is None else conv_state.shape[0]
+    float_operand("conv_state", conv_state, (rows, dim, length), x.device)
     require(
         cache_seqlens is None or tokens.shape[2] <= length,
         "x",
         f"{tokens.shape[2]} tokens",
         f"at most {length}, the length of the ring",
     )
-    state, slots = conv_state, conv_state_indices
-    if slots is not None:
-        require(
-            tuple(slots.shape) == x.shape[:1], "conv_state_indices", f"shape {list(slots.shape)}", f"[{x.shape[0]}]"
-        )
-        state = conv_state[slots.clamp(min=0).long()]
+    state = conv_state if slots is None else conv_state[slots.clamp(min=0).long()]
     if cache_seqlens is None:
         past, after = state[..., length - history :], torch.cat([state, tokens.to(state.dtype)], -1)[..., -length:]
     else:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvfp4_kernels.compat.packing import boundaries, first_of_rows
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._gate import gate
-from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d, check_cu_seqlens
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
@@ -48,6 +48,8 @@ def mamba_chunk_scan_combined(
     Returns out [batch, seqlen, nheads, headdim], then final_states [batch, nheads, headdim, dstate] and varlen_states
     [sequences, nheads, headdim, dstate] where asked for. Raises TypeError or ValueError naming the argument.
     """
+    floating_point("x", x)
+    require(x.dim() == 4, "x", f"shape {list(x.shape)}", "[batch, seqlen, nheads, headdim]")
     require(not return_varlen_states or x.shape[0] == 1, "x", f"batch {x.shape[0]}", "1 with return_varlen_states")
     require(
         not return_varlen_states or cu_seqlens is not None, "cu_seqlens", "None", "boundaries with return_varlen_states"
@@ -59,13 +61,17 @@ def mamba_chunk_scan_combined(
         "seq_idx beside it, or return_varlen_states=True",
     )
     bounds = cu_seqlens
+    if bounds is not None:
+        check_cu_seqlens(bounds, x)
     if seq_idx is not None:
-        found = boundaries(seq_idx)
+        found = boundaries(seq_idx, *x.shape[:2])
         alike = cu_seqlens is None or torch.equal(torch.unique_consecutive(cu_seqlens).to(found.dtype), found)
         require(alike, "cu_seqlens", "other sequences than those of seq_idx", "the same, or one of the two")
         bounds = found if cu_seqlens is None else cu_seqlens
     state = initial_states
     if bounds is not None and initial_states is not None:
+        wanted = (x.shape[0], *x.shape[2:], B.shape[-1])
+        float_operand("initial_states", initial_states, wanted, x.device)
         first = first_of_rows(bounds, x.shape[0], x.shape[1])
         state = initial_states.new_zeros(bounds.numel() - 1, *initial_states.shape[1:]).index_copy(
             0, first, initial_states
@@ -126,7 +132,7 @@ def mamba_split_conv1d_scan_combined(
         f"2 * {inner} + 2 * ngroups * dstate + {heads}, and an even number for an MLP",
     )
     first, z, xBC, dt = zxbcdt.split(widths, -1)
-    bounds = None if seq_idx is None else boundaries(seq_idx)
+    bounds = None if seq_idx is None else boundaries(seq_idx, *zxbcdt.shape[:2])
     silu = "silu" if activation in ("silu", "swish") else activation
     if silu == "silu" and initial_states is None and not return_final_states:
         y, *_ = conv_scan(
@@ -169,16 +175,20 @@ def selective_state_update(
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """mamba_ssm.ops.triton.selective_state_update for Mamba-2: state [batch, nheads, headdim, dstate], in place; x, z [batch,
-    nheads, headdim]; dt as x and A [nheads, headdim, dstate], dt_bias, D [nheads, headdim], expanded from one value a head.
+    nheads, headdim]; B, C [batch, ngroups, dstate], or [batch, dstate] for one group; dt as x and A [nheads, headdim, dstate],
+    dt_bias, D [nheads, headdim], expanded from one value a head.
 
     state_batch_indices: int [batch], the slot of each row; -1: none. Returns out as x. Raises ValueError for A, dt or dt_bias
     that are not one value a head (Mamba-1): only a stride of 0 says so without reading them.
     """
+    for name, t in (("dt", dt), ("A", A)):
+        floating_point(name, t)
     for name, t, axes in (("A", A, (1, 2)), ("dt", dt, (2,)), ("dt_bias", dt_bias, (1,))):
         tied = t is None or all(t.dim() > axis and (t.stride(axis) == 0 or t.shape[axis] == 1) for axis in axes)
         strides = None if t is None else f"shape {list(t.shape)}, strides {list(t.stride())}"
         require(tied, name, strides, f"one value a head, expanded (stride 0) along axes {axes}")
     bias = None if dt_bias is None else dt_bias[:, 0]
+    B, C = (t.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (B, C))
     no_limit = (-math.inf, math.inf)  # steps are clamped in the scan alone
     return state_update(
         state, x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, dt_softplus, no_limit, indices=state_batch_indices
@@ -197,6 +207,7 @@ def rmsnorm_fn(
     """mamba_ssm.ops.triton.layernorm_gated: norm(x) * weight + bias, gated by silu(z) after the norm or before it."""
     if bias is None:
         return gated_rms_norm(x, z, weight, eps, group_size, norm_before_gate)
+    float_operand("bias", bias, weight.shape, x.device)
     early = z is not None and not norm_before_gate
     y = (gated_rms_norm(x, z if early else None, weight, eps, group_size) + bias).to(x.dtype)
     return y if z is None or early else gate(y, z)

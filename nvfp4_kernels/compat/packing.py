@@ -6,9 +6,10 @@ from torch import Tensor
 from nvfp4_kernels.ops._check import require
 
 
-def boundaries(seq_idx: Tensor) -> Tensor:
-    """int64 [sequences + 1]: where seq_idx [batch, seqlen] changes and where rows start. Reads the count back on a GPU."""
-    require(seq_idx.dim() == 2, "seq_idx", f"shape {list(seq_idx.shape)}", "[batch, seqlen]")
+def boundaries(seq_idx: Tensor, batch: int, length: int) -> Tensor:
+    """int64 [sequences + 1]: where seq_idx [batch, length] changes and where rows start. Reads the count back on a GPU."""
+    require(isinstance(seq_idx, Tensor), "seq_idx", type(seq_idx).__name__, "a tensor", TypeError)
+    require(tuple(seq_idx.shape) == (batch, length), "seq_idx", f"shape {list(seq_idx.shape)}", f"[{batch}, {length}]")
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     where = starts.flatten().nonzero().flatten()

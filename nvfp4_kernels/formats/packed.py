@@ -130,6 +130,8 @@ class PackedNVFP4Tensor(QuantizedTensor):
     global_scale, shape, hadamard: as in NVFP4Tensor.
     """
 
+    UNITS = {"codes": TILE, "scales": STEP}
+
     codes: Tensor
     scales: Tensor
     global_scale: Tensor

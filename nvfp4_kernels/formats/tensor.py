@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 class QuantizedTensor:
-    """What the containers share: moving, copying and naming their tensors as one."""
+    """What the containers share: moving, copying, cutting and naming their tensors as one.
+
+    UNITS: how many columns of a matrix an element of the second axis of a part stands for, by the part's name.
+    """
+
+    UNITS: dict[str, int]
 
     def _map(self, change):
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -47,6 +52,12 @@ class QuantizedTensor:
             prefix + f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
         }
 
+    def columns(self, first: int, last: int):
+        """Columns first to last of a matrix, as views: multiples of 128, but for the end of the matrix."""
+        end = None if last == self.shape[1] else last
+        parts = {name: getattr(self, name)[:, first // n : end and end // n] for name, n in self.UNITS.items()}
+        return replace(self, **parts, shape=torch.Size((self.shape[0], last - first)))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, [*shape] in `dtype`: exact in fp32, one rounding otherwise. Rotated forms stay rotated."""
         codes, scales = (part.view(torch.uint8).flatten(0, -2) for part in (self.codes, self.scales))
@@ -66,6 +77,8 @@ class NVFP4Tensor(QuantizedTensor):
 
     Raises ValueError when the parts do not fit together. Layout: numerics of "Pretraining LLMs with NVFP4", appendix B.
     """
+
+    UNITS = {"codes": 2, "scales": 16}
 
     codes: Tensor
     scales: Tensor
@@ -107,6 +120,8 @@ class MXFP8Tensor(QuantizedTensor):
     Raises ValueError when the parts do not fit together. Source: OCP Microscaling Formats (MX) v1.0; the scale is
     rounded up so that nothing saturates ("Recipes for Pre-training LLMs with MXFP8").
     """
+
+    UNITS = {"codes": 1, "scales": 32}
 
     codes: Tensor
     scales: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nvfp4_kernels.nn.forms import Derived
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
+from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
@@ -80,6 +81,11 @@ class Mamba2(nn.Module):
         state: a Mamba2State, or what has its `mix`, of the tokens before x, brought up to date in place; rows are then
         documents.
         """
+        require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, length, hidden]")
+        both = state is not None and cu_seqlens is not None
+        require(
+            not both, "cu_seqlens", "boundaries beside a state", "one of the two: with a state each row is a document"
+        )
         projected = self.in_proj(x)
         y = self.scan(projected, cu_seqlens=cu_seqlens)[0] if state is None else state.mix(projected, self)
         return self.out_proj(y)

@@ -10,6 +10,7 @@ from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.nn.aside import aside
 from nvfp4_kernels.nn.forms import FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
+from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.permute.op import unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -128,6 +129,9 @@ class MoE(nn.Module):
 
         The balance is for training; otherwise it is None.
         """
+        hidden = self.gate.weight.shape[1]
+        if x.dim() != 3 or x.shape[2] != hidden:
+            require(False, "x", f"shape {list(x.shape)}", f"[batch, length, {hidden}]")
         shared = None if self.shared_experts is None else aside(self.shared_experts, x)
         tokens = x.flatten(0, 1)
         routing, logits = self.gate(tokens)
@@ -154,9 +158,11 @@ class MoE(nn.Module):
 def sequence_balance_loss(scores: Tensor, indices: Tensor, batch: int) -> Tensor:
     """Mean over sequences of sum_e f_e P_e: f_e the share of slots times the number of experts, P_e the mean normalised score.
 
-    1 when balanced, more when not. Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20.
+    1 when balanced, more when not; 0 without tokens. Source: DeepSeek-V3 (arXiv 2412.19437), equations 17 to 20.
     """
     experts_, top_k = scores.shape[1], indices.shape[1]
+    if scores.shape[0] == 0:
+        return scores.sum()
     share = (scores / (scores.sum(1, keepdim=True) + 1e-20)).view(batch, -1, experts_).mean(1)
     picked = torch.zeros_like(share).scatter_add_(
         1, indices.view(batch, -1), torch.ones_like(scores[:1, :1]).expand(batch, indices.numel() // batch)

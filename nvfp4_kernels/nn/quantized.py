@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, unpack
@@ -53,11 +52,11 @@ class QuantizedWeight(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.register_buffer("input_scale", torch.zeros(lead, device=device) if input_scale else None)
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x [..., in] W^T + b. For experts x is [rows, in], sorted by expert: offsets[e] to offsets[e + 1] are those of e."""
+    def forward(self, x: Tensor, groups: Routing | Tensor | None = None) -> Tensor:
+        """x [..., in] W^T + b. For experts as autograd.weight_only.weight_only_experts."""
         if self.experts is None:
             return self._product(x)
-        return weight_only_experts(x, self.stack(), offsets)
+        return weight_only_experts(x, self.stack(), groups)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, [out, in] or [experts, out, in]."""
@@ -249,8 +248,8 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x: Tensor, groups: Routing | Tensor, weights: Tensor | None = None) -> Tensor:
         """As nn.moe.Experts."""
-        rows, offsets = sorted_rows(x, groups)
-        return self.down_proj(relu2(self.up_proj(rows, offsets), weights), offsets)
+        offsets = groups.offsets if isinstance(groups, Routing) else groups
+        return self.down_proj(relu2(self.up_proj(x, groups), weights), offsets)
 
     def pack(self, dtype: torch.dtype) -> None:
         """As NVFP4Weight.pack, of both or neither: nk.expert_mlp reads them alike."""

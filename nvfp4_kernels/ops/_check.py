@@ -1,5 +1,7 @@
 """Errors in one form, "argument: got ...; allowed: ...", for op.py files, where every check of the ops is made."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,35 @@ def float_tensor(argument: str, x: object) -> None:
     """`x` must be a bf16, fp16 or fp32 tensor in plain strided memory."""
     require(isinstance(x, Tensor), argument, type(x).__name__, "a torch.Tensor", TypeError)
     require(x.dtype in FLOATS, argument, x.dtype, "bfloat16, float16, float32", TypeError)
+    _strided(argument, x)
+
+
+def _strided(argument: str, x: Tensor) -> None:
     if not torch.compiler.is_compiling():  # dynamo cannot trace a layout inside a backward; eager has checked before
         require(x.layout == torch.strided, argument, x.layout, "a strided tensor", TypeError)
 
 
 def floating_point(argument: str, x: object) -> None:
-    """`x` must be a tensor of any floating-point type."""
-    right = isinstance(x, Tensor) and x.is_floating_point()
-    require(right, argument, getattr(x, "dtype", type(x).__name__), "a floating-point tensor", TypeError)
+    """`x` must be a tensor of any floating-point type in plain strided memory."""
+    require(isinstance(x, Tensor), argument, type(x).__name__, "a floating-point tensor", TypeError)
+    require(x.is_floating_point(), argument, x.dtype, "a floating-point tensor", TypeError)
+    _strided(argument, x)
+
+
+def float_operand(argument: str, x: object, shape: Sequence[int], device: torch.device, optional: bool = False) -> None:
+    """`x` must be a floating-point tensor of this shape on this device, or None where it is `optional`."""
+    if x is None and optional:
+        return
+    floating_point(argument, x)
+    if tuple(x.shape) != tuple(shape):  # no words for what is right: dynamo has none for a size that varies
+        require(False, argument, f"shape {list(x.shape)}", str(list(shape)))
+    same_device(argument, x, device)
+
+
+def integers(argument: str, x: object) -> None:
+    """`x` must be a tensor of int32 or int64."""
+    require(isinstance(x, Tensor), argument, type(x).__name__, "an int32 or int64 tensor", TypeError)
+    require(x.dtype in (torch.int32, torch.int64), argument, x.dtype, "int32, int64", TypeError)
 
 
 def same_device(argument: str, x: Tensor, device: torch.device) -> None:
@@ -33,6 +56,7 @@ def same_device(argument: str, x: Tensor, device: torch.device) -> None:
 
 def index_tensor(argument: str, index: Tensor, device: torch.device) -> None:
     """`index` must be an int64 vector in order in memory."""
+    require(isinstance(index, Tensor), argument, type(index).__name__, "an int64 tensor", TypeError)
     require(index.dtype == torch.int64, argument, index.dtype, "int64", TypeError)
     require(index.dim() == 1, argument, f"shape {list(index.shape)}", "one dimension")
     require(index.is_contiguous(), argument, f"strides {index.stride()}", "contiguous memory")

@@ -1,4 +1,4 @@
-"""Compiles csrc/<op>/cuda.cu where there is no nvcc: NVRTC, which CuPy brings, with a cache on disk.
+"""Compiles csrc/<op>/cuda.cu where there is no nvcc: NVRTC, through CuPy, with a cache on disk.
 
 CuPy's low-level calls need neither a driver nor a GPU. Its RawModule will not do: it appends an -arch without the suffix that
 the FP4 instructions want, and -ftz=true, which changes results.
@@ -24,9 +24,9 @@ def missing() -> str | None:
     try:
         _nvrtc().getVersion()
     except ImportError:
-        return "CuPy, which brings NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
+        return "CuPy, which calls NVRTC, is not installed (pip install 'nvfp4-kernels[cuda12]', or [cuda13])"
     except RuntimeError as error:
-        return f"CuPy finds no NVRTC ({str(error).splitlines()[0]})"
+        return f"CuPy finds no NVRTC ({str(error).splitlines()[0]}; pip install 'cupy-cuda12x[ctk]' brings it)"
     return None
 
 

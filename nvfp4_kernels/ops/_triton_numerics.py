@@ -275,8 +275,8 @@ def load_picked_runs(x_ptr, index_ptr, rows, line, block, lines, length, line_st
 def load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE: tl.constexpr):
     """Values 16 block .. 16 block + 15 of each line: sixteen fp32 tensors [lines, blocks], zero beyond the matrix.
 
-    line, block: index vectors. step: elements from a value of a line to the next. WIDE: step is 1, and a thread loads 16
-    bytes at once; else the lines should be neighbours in memory, and so are the threads.
+    line, block: index vectors. step: elements from a value of a line to the next, fifteen of them below 2^31. WIDE: step is 1,
+    and a thread loads 16 bytes at once; else the lines should be neighbours in memory, and so are the threads.
     """
     at = x_ptr + line[:, None].to(tl.int64) * line_stride + block[None, :].to(tl.int64) * 16 * step
     v = ()

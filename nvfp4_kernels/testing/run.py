@@ -43,7 +43,21 @@ def main(op: str, device: str, *backends: str) -> None:
     for backend in backends:
         for case in cases(op):
             print(json.dumps({"case": case.name, "backend": backend, "result": "started"}), flush=True)
-            print(json.dumps(check(case, backend, device)), flush=True)
+            row = check(case, backend, device)
+            if row["result"] == "error" and _lost(device):
+                sys.exit(f"the device answers no more after {row['detail']}")
+            print(json.dumps(row), flush=True)
+
+
+def _lost(device: str) -> bool:
+    """Whether the device refuses all that this process asks of it from now on, as after a wrong address."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -266,6 +266,62 @@ def test_states_where_sequences_are_empty(with_seq_idx):
     torch.testing.assert_close(states, torch.stack([zeros, after[1], zeros, after[5], zeros]))
 
 
+def test_one_group_may_go_without_an_axis():
+    v = inputs(batch=2, length=1, groups=1)
+    given = dict(x=v["x"][:, 0], dt=v["dt"][:, 0, :, None].expand(-1, -1, 3), A=v["A"][:, None, None].expand(-1, 3, 5))
+    states = [torch.ones(2, 4, 3, 5).double() for _ in range(2)]
+    y = [
+        selective_state_update(state, **given, B=v["B"][:, 0].view(shape), C=v["C"][:, 0].view(shape))
+        for state, shape in zip(states, ((2, 1, 5), (2, 5)), strict=True)
+    ]
+    assert torch.equal(*y) and torch.equal(*states)
+
+
+X, SCAN = torch.zeros(2, 5, 6), inputs(length=6)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: mamba_chunk_scan_combined(**SCAN, chunk_size=4, seq_idx=torch.zeros(1, 6)),
+            r"seq_idx: got shape \[1, 6\]",
+        ),
+        (lambda: mamba_chunk_scan_combined(**SCAN, chunk_size=4, seq_idx=[0]), "seq_idx: got list"),
+        (
+            lambda: mamba_chunk_scan_combined(
+                **SCAN, chunk_size=4, seq_idx=torch.zeros(2, 6), initial_states=torch.zeros(1, 4, 3, 5)
+            ),
+            r"initial_states: got shape \[1, 4, 3, 5\]; allowed: \[2, 4, 3, 5\]",
+        ),
+        (lambda: causal_conv1d_fn(X[0], torch.zeros(5, 4)), r"x: got shape \[5, 6\]; allowed: \[batch, dim, seqlen\]"),
+        (
+            lambda: causal_conv1d_fn(
+                X, torch.zeros(5, 4), return_final_states=True, final_states_out=torch.zeros(2, 5, 4)
+            ),
+            r"final_states_out: got shape \[2, 5, 4\]; allowed: \[2, 5, 3\]",
+        ),
+        (
+            lambda: causal_conv1d_update(X, torch.zeros(3, 5, 3), torch.zeros(5, 4)),
+            r"conv_state: got shape \[3, 5, 3\]",
+        ),
+        (lambda: causal_conv1d_update(X, None, torch.zeros(5, 4)), "conv_state: got NoneType"),
+        (
+            lambda: causal_conv1d_update(X, torch.zeros(2, 5, 7), torch.zeros(5, 4), cache_seqlens=torch.tensor([1])),
+            r"cache_seqlens: got shape \[1\]; allowed: \[2\]",
+        ),
+        (
+            lambda: causal_conv1d_update(X, torch.zeros(9, 5, 3), torch.zeros(5, 4), conv_state_indices=[1, 2]),
+            "conv_state_indices: got list",
+        ),
+        (lambda: rmsnorm_fn(X, torch.ones(6), torch.ones(5)), r"bias: got shape \[5\]; allowed: \[6\]"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
 def test_nothing_is_ignored():
     v, w = inputs(batch=1, length=6), torch.randn(5, 4)
     with pytest.raises(ValueError, match="cu_seqlens: got other sequences"):

@@ -18,11 +18,21 @@ MAMBA = dict(
     vocab_size=64, hidden_size=32, num_heads=4, head_dim=16, state_size=8, num_hidden_layers=3, n_groups=2, chunk_size=8,
     expand=2, time_step_limit=WIDE, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-BAMBA = dict(
-    vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-    attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2, mamba_chunk_size=8,
-    mamba_expand=2, time_step_limit=WIDE,
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+MIXER = dict(
+    mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2, mamba_chunk_size=8, mamba_expand=2,
+    time_step_limit=WIDE,
 )  # fmt: skip
+BAMBA = SMALL | MIXER | dict(num_key_value_heads=2, attn_layer_indices=[1])
+ZAMBA2 = SMALL | dict(
+    num_key_value_heads=4, layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
+    n_mamba_heads=4, mamba_headdim=16, mamba_d_state=8, mamba_ngroups=2, chunk_size=8, mamba_expand=2, time_step_limit=WIDE,
+)  # fmt: skip
+GRANITE = SMALL | MIXER | dict(
+    num_key_value_heads=2, layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=48, num_local_experts=4,
+    num_experts_per_tok=2,
+)  # fmt: skip
+FALCON_H1 = SMALL | MIXER | dict(num_key_value_heads=2, num_hidden_layers=2, head_dim=8, mamba_d_ssm=64)
 CONFIGS = {
     "nemotron_h": ("nemotron_h", NEMOTRON | dict(hybrid_override_pattern="ME*M-")),
     "nemotron_h one group": (
@@ -33,6 +43,9 @@ CONFIGS = {
     "mamba2": ("mamba2", MAMBA),
     "mamba2 odd heads": ("mamba2", MAMBA | dict(num_heads=3, head_dim=16, n_groups=1, hidden_size=24)),
     "bamba": ("bamba", BAMBA),
+    "zamba2": ("zamba2", ZAMBA2),
+    "granitemoehybrid": ("granitemoehybrid", GRANITE),
+    "falcon_h1": ("falcon_h1", FALCON_H1),
 }
 
 
@@ -69,11 +82,13 @@ def test_logits_and_gradients(name, training):
         assert error < 1e-3, (parameter, float(error))
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "mamba2", "bamba"])
+@pytest.mark.parametrize("name", MODELS)
 def test_decoding_with_a_cache(name):
+    """Prompts of two lengths, the shorter one padded on its left."""
     model = build(name).eval()
-    ids = torch.randint(3, 64, (2, 11))
-    options = dict(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
+    ids, mask = torch.randint(3, 64, (2, 11)), torch.ones(2, 11, dtype=torch.int64)
+    ids[0, :4], mask[0, :4] = 0, 0
+    options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
     expected = model.generate(ids, **options)
     with patch_transformers():
         assert torch.equal(model.generate(ids, **options), expected)

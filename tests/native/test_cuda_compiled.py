@@ -1,6 +1,7 @@
 """The CUDA kernels as nvcc and NVRTC compile them, without a GPU: no warning, no spill, the instructions they are for."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -33,11 +34,14 @@ def compiled(resources):
 
 
 @pytest.mark.parametrize("op, arch", TASKS)
-def test_no_spills(compiled, op, arch):
+def test_no_spills(compiled, resources, op, arch):
     rows = compiled[op, arch].values()
+    told = [row for row in json.loads(resources.RESULTS.read_text()) if (row["op"], row["case"]) == (op, "CUDA")]
+    committed = {row["kernel"]: row["shared"] for row in told if row["arch"] == int(arch.rstrip("af"))}
+    assert committed == {row["kernel"]: row["shared"] for row in rows}  # registers are another with each ptxas
     of_matmul = {"80": 5, "90a": 9, "100a": 8, "103a": 8, "120f": 6}[arch]
     of_scan = 1 if arch == "120f" else 3
-    assert len(rows) == {"quantize": 14, "matmul": of_matmul, "state_update": 15, "mixer_scan": of_scan}[op]
+    assert len(rows) == {"quantize": 18, "matmul": of_matmul, "state_update": 15, "mixer_scan": of_scan}[op]
     assert not [row["kernel"] for row in rows if row["spills"]]
     most = {"120f": 99}.get(arch, 163) << 10
     chips_own = [row for row in rows if row["kernel"].startswith(("weight_only_tiles", "tcgen05", "mixer_scan"))]
@@ -183,7 +187,7 @@ def test_an_error_is_told_and_not_cached(stub, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("op, arch", ALL)
+@pytest.mark.parametrize("op, arch", TASKS)
 def test_nvrtc(op, arch):
     if _nvrtc.missing():
         pytest.skip(_nvrtc.missing())

@@ -131,7 +131,18 @@ def test_run_to_run(backend):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_no_tokens():
-    moe, x = block("plain"), torch.zeros(0, 5, 64)
+@pytest.mark.parametrize("shape", [(0, 5, 64), (2, 0, 64)])
+def test_no_tokens(backend, shape):
+    moe, x = block("latent"), torch.zeros(shape, requires_grad=True)
     with torch.no_grad():
         assert moe.eval()(x)[0].shape == x.shape
+    y, balance = moe.train()(x)
+    (y.sum() + balance.loss).backward()
+    assert balance.loss == 0 and not balance.load.any() and x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in moe.parameters())
+
+
+def test_errors_name_the_argument():
+    for shape in ((7, 64), (1, 2, 7, 64), (2, 7, 63)):
+        with pytest.raises(ValueError, match=r"x: got shape .*; allowed: \[batch, length, 64\]"):
+            block("plain")(torch.zeros(shape))

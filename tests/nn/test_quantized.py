@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.autograd import weight_only
 from nvfp4_kernels.nn.moe import Experts
 from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
 from tests.oracles.nvfp4_brute import GRID, e4m3_value
@@ -58,6 +59,18 @@ def test_products_and_gradients(kind):
     if layer.bias is not None:
         torch.testing.assert_close(layer.bias.grad, dy.sum((0, 1)), rtol=1e-5, atol=1e-5)
     assert all(not b.requires_grad for b in layer.buffers())
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "packed", "fp8"])
+def test_gradients_of_a_weight_decoded_in_parts(kind, monkeypatch):
+    """128 columns at a time, the last part of less."""
+    monkeypatch.setattr(weight_only, "DECODED", 0)
+    layer = FP8Weight.from_tensors(fp8_codes(32, 301), torch.tensor(0.37)) if kind == "fp8" else nvfp4_layer(32, 272)
+    weight, x, dy = decoded(layer), drawn(5, layer.in_features, seed=3).requires_grad_(), drawn(5, 32, seed=4)
+    packed = nk.PackedNVFP4Tensor.pack(layer.tensor()) if kind == "packed" else None
+    y = layer(x) if packed is None else weight_only.weight_only(x, packed)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", ["half", "to float64", "double and back", "copy", "state_dict", "meta"])
@@ -123,6 +136,22 @@ def test_experts(sizes, weighted):
         assert (y[row].double() - wanted).norm() <= 1e-5 * wanted.norm()
         (gradient,) = torch.autograd.grad(wanted, token, dy[row].double())
         assert (dx[row].double() - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_experts_gather_tokens():
+    """The bits of gathered rows; a token's gradient is the sum of its rows'."""
+    up = NVFP4Weight.from_tensors([nk.quantize(drawn(32, 48, seed=e)) for e in range(4)])
+    down = FP8Weight.from_tensors(fp8_codes(4, 48, 32), torch.rand(4) + 0.1)
+    experts, x = QuantizedExperts(up, down), drawn(9, 48, seed=9)
+    routing = nk.route(torch.randn(9, 4), None, 2)
+    tokens, weights, dy = routing.order // 2, torch.rand(18), drawn(18, 48, seed=10)
+    x.requires_grad_()
+    y, wanted = experts(x, routing, weights), experts(x[tokens], routing.offsets, weights)
+    assert torch.equal(y, wanted)
+    (dx,), (dx_wanted,) = (torch.autograd.grad(out, x, dy) for out in (y, wanted))
+    torch.testing.assert_close(dx, dx_wanted, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"x: got shape \[8, 48\]; allowed: \[9, in\], as routed"):
+        experts(x[:8], routing)
 
 
 def test_errors():

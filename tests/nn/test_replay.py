@@ -74,10 +74,45 @@ def test_rows_at_different_places():
         places = [place + n for place, n in zip(places, accepted, strict=True)]
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_what_is_refused_leaves_no_trace(started):
+    tokens, fixed, first = inputs()
+    whole = nk.selective_scan(**tokens, **fixed, initial_state=first, chunk_size=CHUNK)
+    replay, start = nk.ReplayState(first.clone(), CHUNK), 5 if started else 0
+    if started:
+        replay.advance(**cut(tokens, 0, start), **fixed)
+    now = cut(tokens, start, start + 4)
+    for change, message in (
+        (dict(dt_limit=(1.0, 0.0)), "dt_limit: got"),
+        (dict(A=torch.zeros(3)), r"A: got shape \[3\]"),
+        (dict(C=now["C"][..., :4]), "C: got "),
+        (dict(dt=now["dt"][:, :3]), r"dt: got shape \[3, 3, 4\]; allowed: \[3, 4\] and more, as x"),
+        (dict(x=now["x"][..., :5]), "x: got|initial_state: got"),
+        (dict(B=[1.0]), "B: got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            replay.advance(**(now | fixed | change))
+    assert replay.counts == [start] * 3
+    assert torch.equal(replay.advance(**cut(tokens, start, LENGTH), **fixed), whole[:, start:])
+
+
+def test_tokens_of_another_kind_are_refused():
+    tokens, fixed, first = inputs()
+    replay = nk.ReplayState(first, CHUNK)
+    replay.advance(**cut(tokens, 0, 3), **fixed)
+    with pytest.raises(ValueError, match="x: got torch.bfloat16 .*; allowed: torch.float32 .*, as before"):
+        replay.advance(**(cut(tokens, 3, 4) | dict(x=tokens["x"][:, 3:4].bfloat16())), **fixed)
+    assert replay.advance(**cut(tokens, 3, 3), **fixed).shape == (3, 0, 4, 6) and replay.counts == [3, 3, 3]
+
+
 def test_errors_name_the_argument():
     replay = nk.ReplayState(torch.zeros(2, 4, 6, 5), CHUNK)
     with pytest.raises(ValueError, match="tokens: got 1 for row 0; allowed: 0 to 0"):
         replay.rollback(1)
+    with pytest.raises(ValueError, match="tokens: got 3 numbers; allowed: 2, one for each row"):
+        replay.rollback([0, 0, 0])
+    with pytest.raises(TypeError, match="border: got torch.bfloat16; allowed: float32, float64"):
+        nk.ReplayState(torch.zeros(2, 4, 6, 5).bfloat16(), CHUNK)
     with pytest.raises(ValueError, match="chunk_size: got 0"):
         nk.ReplayState(torch.zeros(2, 4, 6, 5), 0)
     tokens, fixed, _ = inputs(batch=3)

@@ -1,5 +1,8 @@
 """What the tests of every quantizer share: specs, golden bytes, hard inputs, the comparison with the reference bit for bit."""
 
+import contextlib
+import tempfile
+
 import numpy as np
 import torch
 
@@ -67,6 +70,15 @@ def extreme(kind):
         case "one outlier":
             x[2, 3] = 3e4
     return x
+
+
+@contextlib.contextmanager
+def far_apart(x):
+    """x [40, cols] in memory that is reserved and not there: the last rows lie beyond 2^31 elements."""
+    stride = (1 << 27) - 64
+    with tempfile.NamedTemporaryFile() as file:
+        memory = np.memmap(file.name, np.int16, "w+", shape=(len(x) * stride,))
+        yield torch.from_numpy(memory).view(x.dtype).as_strided(x.shape, (stride, 1)).copy_(x)
 
 
 def saturating():

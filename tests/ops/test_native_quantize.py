@@ -13,7 +13,7 @@ from nvfp4_kernels.ops.hadamard import native as hadamard_native
 from nvfp4_kernels.ops.hadamard import reference as hadamard_reference
 from nvfp4_kernels.ops.quantize import native as quantize_native
 from nvfp4_kernels.ops.quantize import reference as quantize_reference
-from tests.ops.quantize_checks import NOISE, SPECS, assert_golden, assert_reference, same_bytes, to_hand_in
+from tests.ops.quantize_checks import NOISE, SPECS, assert_golden, assert_reference, far_apart, same_bytes, to_hand_in
 from tests.ops.test_quantize import NAMES, VARIANTS
 
 SHAPES = ((1, 64), (17, 33), (33, 16), (20, 1856))
@@ -27,6 +27,13 @@ def assert_same(x, row, col):
 def test_golden_bytes(isa, variant):
     for name in NAMES:
         assert_golden(quantize_native.run, name, variant)
+
+
+def test_rows_far_apart(isa):
+    x = torch.randn(40, 48).bfloat16()
+    with far_apart(x) as far:
+        assert_reference(quantize_native.run(far, SPECS[4], SPECS[3], NOISE), x, SPECS[4], SPECS[3])
+        assert_reference(quantize_native.run(far.t(), SPECS[2], SPECS[1], NOISE), x.t(), SPECS[2], SPECS[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -249,6 +249,33 @@ def test_a_state_carries_over_at_any_border_of_chunks(data):
     assert torch.equal(torch.cat([first, second], 1), y) and torch.equal(end, last)
 
 
+def test_every_length_and_every_cut():
+    """1 to 1000 tokens in chunks of 128, against the recurrence; at each of them a state is handed on, and a boundary gives
+    the bits of two calls."""
+    arguments = inputs(batch=1, length=1000, heads=2, head_dim=3, groups=1, state=5, without=("initial_state",))
+    ys, states = [], [torch.zeros(1, 2, 3, 5, dtype=torch.float64)]
+    for t in range(1000):
+        y, state = recurrence(**tokens(arguments, slice(t, t + 1)), initial_state=states[-1])
+        ys.append(y)
+        states.append(state)
+    exact = torch.cat(ys, 1)
+
+    def close(got, wanted):
+        assert (got.double() - wanted).norm() <= 2e-6 * wanted.norm()
+
+    for cut in range(1, 1001):
+        before, after = tokens(arguments, slice(cut)), tokens(arguments, slice(cut, None))
+        y, state = scan(before, 128)
+        close(y, exact[:, :cut])
+        close(state, states[cut])
+        rest, last = scan(after | {"initial_state": state}, 128)
+        close(rest, exact[:, cut:])
+        close(last, states[-1])
+        packed, both = scan(arguments, 128, cu_seqlens=torch.tensor([0, cut, 1000]))
+        alone, end = scan(after, 128)
+        assert torch.equal(packed, torch.cat([y, alone], 1)) and torch.equal(both, torch.cat([state, end]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_and_decays_of_any_size(isa, dtype):
     """Steps of 1e-6 to 100, rates up to -1e4: products from 1 to 1e-43000, finite and right everywhere."""

@@ -22,6 +22,7 @@ from tests.ops.quantize_checks import (
     assert_golden,
     assert_reference,
     extreme,
+    far_apart,
     same_bytes,
     saturating,
     to_hand_in,
@@ -101,6 +102,14 @@ def test_strides(row, col):
     odd = torch.randn(40, 61).bfloat16()[:, 1:]  # words of two values would not be aligned
     for x in (wide.t(), wide[::2, ::3], wide[3:20, 5:50], wide.t()[1:40:2], wide[:1].expand(33, 60), wide[:, 7:8], odd):
         assert_same(x, row, col)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs memory that is reserved and not there")
+def test_rows_far_apart():
+    x = torch.randn(40, 48).bfloat16()
+    with far_apart(x) as far:
+        assert_reference(run("quantize", far, SPECS[0], SPECS[6], NOISE), x, SPECS[0], SPECS[6])
+        assert_reference(run("quantize", far.t(), SPECS[2], SPECS[1], NOISE), x.t(), SPECS[2], SPECS[1])
 
 
 @pytest.mark.parametrize("kind", EXTREMES)

@@ -154,6 +154,29 @@ def test_strong_decay_stays_finite(backend):
     assert y.isfinite().all() and all(tensor.grad.isfinite().all() for tensor in arguments.values())
 
 
+def test_steps_and_decays_of_any_size():
+    """The reference; steps of 1e-6 to 100, rates up to -1e4: products from 1 to 1e-430,000, finite and right everywhere."""
+    arguments = inputs(length=40, dtype=torch.float32, without=("dt_bias", "z"))
+    arguments["dt"] = (10 ** (torch.rand(2, 40, 4) * 8 - 6)).requires_grad_()
+    arguments["A"] = torch.tensor([-1e4, -1.0, -1e-3, -30.0], requires_grad=True)
+    with nk.backend("reference"):
+        compare(arguments, 2e-6, chunk_size=32, dt_softplus=False)
+
+
+@pytest.mark.parametrize("wide", ["x", "A", "dt", "B", "D", "dt_bias"])
+def test_the_reference_computes_in_the_type_of_x(wide):
+    """Of operands of fp32 and fp64; each gradient has the type of its own."""
+    arguments = inputs(length=7, dtype=torch.float32)
+    arguments[wide] = arguments[wide].detach().double().requires_grad_()
+    y, state = selective_scan(**arguments, return_state=True, chunk_size=4)
+    assert y.dtype == state.dtype == (torch.float64 if wide == "x" else torch.float32)
+    (y.sum() + state.sum()).backward()
+    assert all(t.grad.dtype == t.dtype for t in arguments.values())
+    expected = oracle(**{name: t.detach().double() for name, t in arguments.items()})
+    for got, want in zip((y, state), expected, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_steps_keep_their_relative_accuracy(backend):
     dt = torch.full((1, 1, 1), -12.0)  # softplus 6.1e-6; log(1 + exp(dt)) in fp32 is 1e-2 off
@@ -234,11 +257,14 @@ def test_states_hand_over_between_calls():
         (dict(dt=torch.zeros(2, 21, 3)), "dt: got shape"),
         (dict(A=torch.zeros(3)), "A: got shape"),
         (dict(B=torch.zeros(2, 21, 3, 5)), "B: got 3 groups; allowed: a divisor of 4"),
+        (dict(B=torch.zeros(2, 21, 0, 5)), "B: got 0 groups; allowed: a divisor of 4"),
         (dict(C=torch.zeros(2, 21, 2, 4)), "C: got shape"),
         (dict(D=torch.zeros(5)), "D: got shape"),
         (dict(initial_state=torch.zeros(2, 4, 6, 4)), "initial_state: got shape"),
         (dict(chunk_size=0), "chunk_size: got 0"),
         (dict(dt_limit=(1.0, 0.0)), "dt_limit: got"),
+        (dict(dt_limit=None), "dt_limit: got None; allowed: .low, high"),
+        (dict(cu_seqlens=[0, 42]), "cu_seqlens: got list; allowed: an int32 or int64 tensor"),
         (dict(cu_seqlens=torch.zeros(3)), "cu_seqlens: got torch.float32; allowed: int32, int64"),
     ],
 )

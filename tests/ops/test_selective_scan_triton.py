@@ -186,6 +186,14 @@ def test_strong_decay(passes):
     compare(inputs(length=130, decay=300.0, without=("initial_state",)), gates=dict(A=3e-4))
 
 
+def test_steps_and_decays_of_any_size():
+    """Steps of 1e-6 to 100, rates up to -1e4: products from 1 to 1e-430,000, finite and right everywhere."""
+    arguments = inputs(length=70, heads=4, without=("dt_bias", "initial_state"))
+    arguments["dt"] = 10 ** (torch.rand(1, 70, 4, device=DEVICE) * 8 - 6)
+    arguments["A"] = -torch.tensor([1e4, 1.0, 1e-3, 30.0], device=DEVICE)
+    compare(arguments, gates=dict(dt=1e-4), dt_softplus=False)
+
+
 BOUNDS = [0, 1, 1, 18, 64, 130, 131, 131]
 
 

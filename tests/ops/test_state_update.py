@@ -319,7 +319,26 @@ def test_opcheck(backend, kept):
         torch.library.opcheck(torch.ops.nvfp4.state_update, (*arguments, *rest, True, 0.0, math.inf))
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_tokens_at_once_are_a_scan(backend, kept):
+    """y and the last state of a scan from the same state, up to rounding; of a 16-bit state that of the state too."""
+    values = several(2, 9, 6, 16, 3, 32, kept=kept)
+    y, state = update(values)
+    rest = {name: t for name, t in values.items() if name != "state"}
+    scanned, last = nk.selective_scan(**rest, initial_state=values["state"].float(), return_state=True, chunk_size=4)
+    bound = 2e-6 if kept == torch.float32 else 1e-2
+    assert (y - scanned).norm() <= bound * scanned.norm() and (state - last).norm() <= bound * last.norm()
+
+
 def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="state: got strides .*; allowed: memory of its own for each element"):
+        state_update(**(inputs() | {"state": torch.zeros(1, 4, 3, 5, dtype=torch.float64).expand(2, -1, -1, -1)}))
+    for name, wrong in (("indices", [0, 1]), ("intermediate", 1.0), ("noise", [1, 2])):
+        with pytest.raises(TypeError, match=f"{name}: got {type(wrong).__name__}"):
+            state_update(**(inputs() | {"state": torch.zeros(2, 4, 3, 5).half(), name: wrong}))
+    for wrong in (None, (1.0, 0.0), (0.0, 1.0, 2.0), 0.1):
+        with pytest.raises(ValueError, match=r"dt_limit: got .*; allowed: \(low, high\)"):
+            state_update(**inputs(), dt_limit=wrong)
     with pytest.raises(ValueError, match="state: got shape"):
         state_update(**(inputs() | {"state": torch.zeros(2, 4, 3, 4)}))
     with pytest.raises(ValueError, match="B: got 3 groups"):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -98,16 +99,7 @@ LINE = json.dumps({"case": "first", "backend": "BACKEND", "result": "started"})
 PASSED = LINE.replace("started", "pass")
 
 
-@pytest.mark.parametrize(
-    ("ending", "said"),
-    [
-        ("kill -SEGV $$", "signal 11"),
-        ("echo ouch >&2; exit 3", "exit status 3: ouch"),
-        ("exec sleep 60", "nothing within"),
-    ],
-)
-def test_a_backend_that_takes_its_process_down_costs_its_own_cell(monkeypatch, tmp_path, ending, said):
-    """An interpreter that plays a process in which the backend "bad" dies at its first case."""
+def in_the_place_of_python(monkeypatch, tmp_path, ending):
     script = tmp_path / "python"
     script.write_text(
         f"""#!/bin/bash
@@ -121,13 +113,55 @@ done
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("kill -SEGV $$", "signal 11"),
+        ("echo ouch >&2; exit 3", "exit status 3: ouch"),
+        ("exec sleep 60", "nothing within"),
+    ],
+)
+def test_a_backend_that_takes_its_process_down_costs_its_own_cell(monkeypatch, tmp_path, ending, said):
+    """An interpreter that plays a process in which the backend "bad" dies at its first case."""
+    in_the_place_of_python(monkeypatch, tmp_path, ending)
     monkeypatch.setattr(command, "SECONDS", 1)
-    rows = command.check("hadamard", ("good", "bad", "fine"), "cpu")
+    rows = command.check("hadamard", ("good", "bad", "fine"), "cpu", time.monotonic() + 60)
     assert [(row["backend"], row["result"]) for row in rows] == [("good", "pass"), ("bad", "crash"), ("fine", "pass")]
     assert said in rows[1]["detail"] and rows[1]["case"] == "first"
     report = {"device": "cpu", "ops": {"hadamard": rows}, "stochastic_rounding": "not asked"}
     text = command.render(report)
     assert "crash (0 of 1 pass)" in text and f"hadamard, bad, first: crash: {said}" in text
+
+
+def test_the_whole_has_an_end(monkeypatch, tmp_path):
+    in_the_place_of_python(monkeypatch, tmp_path, "exec sleep 60")
+    rows = command.check("hadamard", ("good", "bad", "fine"), "cpu", time.monotonic() + 1)
+    assert [row["result"] for row in rows] == ["pass", "crash", "crash"]
+    assert all("not through after 110 s in all" in row["detail"] for row in rows[1:])
+    monkeypatch.setattr(command, "SECONDS", 0.5)
+    script = tmp_path / "python"
+    script.write_text("#!/bin/bash\nexec sleep 60\n")
+    assert command._probe("cpu") == "could not be asked: nothing within 0.5 s"
+
+
+def test_a_lost_device_is_nobody_elses_fault(monkeypatch, capsys):
+    """An error after which the device answers goes with its case; one after which it does not ends the process."""
+    row = {"result": "error", "detail": "a wrong address"}
+    monkeypatch.setattr(run, "check", lambda case, backend, device: row)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    run.main("relu2", "cuda", "native", "triton")
+    assert capsys.readouterr().out.count("a wrong address") == 2 * len(cases("relu2"))
+
+    def lost(device):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(SystemExit, match="answers no more after a wrong address"):
+        run.main("relu2", "cuda", "native", "triton")
+    assert capsys.readouterr().out.count("\n") == 1  # that the first case has started
+    run.main("relu2", "cpu", "native")
 
 
 def test_the_probe_finds_the_order_of_the_bits():

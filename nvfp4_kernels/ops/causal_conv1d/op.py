@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, integers, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 
@@ -31,28 +31,19 @@ def causal_conv1d(
     floating_point("x", x)
     require(x.dim() == 3, "x", f"shape {list(x.shape)}", "[batch, length, channels]")
     channels = x.shape[2]
-    require(
-        weight.dim() == 2 and weight.shape[0] == channels,
-        "weight",
-        f"shape {list(weight.shape)}",
-        f"[{channels}, width]",
-    )
-    require(2 <= weight.shape[1] <= 4, "weight", f"width {weight.shape[1]}", "2, 3, 4")
-    if bias is not None:
-        require(tuple(bias.shape) == (channels,), "bias", f"shape {list(bias.shape)}", f"[{channels}]")
+    floating_point("weight", weight)
+    if weight.dim() != 2 or weight.shape[0] != channels:
+        require(False, "weight", f"shape {list(weight.shape)}", f"[{channels}, width]")
+    width = weight.shape[1]
+    require(2 <= width <= 4, "weight", f"width {width}", "2, 3, 4")
+    same_device("weight", weight, x.device)
+    float_operand("bias", bias, (channels,), x.device, optional=True)
     require(activation in ("silu", None), "activation", repr(activation), "'silu', None")
     sequences = x.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)
         sequences = cu_seqlens.numel() - 1
-    if initial_state is not None:
-        shape = (sequences, channels, weight.shape[1] - 1)
-        require(
-            tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
-        )
-    for name, t in (("weight", weight), ("bias", bias), ("initial_state", initial_state)):
-        if t is not None:
-            same_device(name, t, x.device)
+    float_operand("initial_state", initial_state, (sequences, channels, width - 1), x.device, optional=True)
     silu = activation == "silu"
     y, state = torch.ops.nvfp4.causal_conv1d(x, weight, bias, initial_state, cu_seqlens, silu)
     return (y, state) if return_state else y
@@ -60,7 +51,7 @@ def causal_conv1d(
 
 def check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
     """`cu_seqlens` must be boundaries of the batch * length tokens of x [batch, length, ...]. Values are not read."""
-    require(cu_seqlens.dtype in (torch.int32, torch.int64), "cu_seqlens", cu_seqlens.dtype, "int32, int64", TypeError)
+    integers("cu_seqlens", cu_seqlens)
     require(
         cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2,
         "cu_seqlens",

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable
 from nvfp4_kernels.ops.causal_conv1d.op import check_cu_seqlens
+from nvfp4_kernels.ops.selective_scan.op import limits, per_channel
 
 
 def conv_scan(
@@ -41,7 +42,7 @@ def conv_scan(
     """
     weights = conv_weight, conv_bias, A, D, dt_bias
     check(xBC, dt, *weights, groups, state, dt_limit, conv_state, initial_state, cu_seqlens, chunk_size)
-    low, high = map(float, dt_limit)
+    low, high = limits(dt_limit)
     return torch.ops.nvfp4.conv_scan(
         xBC, dt, *weights, conv_state, initial_state, cu_seqlens, groups, state, low, high, chunk_size
     )
@@ -67,35 +68,29 @@ def check(
     floating_point("xBC", xBC)
     require(xBC.dim() == 3, "xBC", f"shape {list(xBC.shape)}", "[batch, length, channels]")
     batch, length, channels = xBC.shape
+    for name, t in (("A", A), ("conv_weight", conv_weight)):
+        floating_point(name, t)
+        require(t.dim() > 0, name, "no axes", "[heads]" if name == "A" else "[channels, width]")
     heads, inner, width = A.shape[0], channels - 2 * groups * state, conv_weight.shape[-1]
-    require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of the {heads} heads of A")
-    require(
-        inner >= 0 and inner % heads == 0,
-        "xBC",
-        f"{channels} channels",
-        f"a multiple of {heads} and 2 * {groups} * {state}",
-    )
+    if groups < 1 or heads % groups:
+        require(False, "groups", groups, f"a divisor of the {heads} heads of A")
+    if inner < 0 or inner % heads:
+        require(False, "xBC", f"{channels} channels", f"a multiple of {heads} and 2 * {groups} * {state}")
     require(2 <= width <= 4, "conv_weight", f"width {width}", "2, 3, 4")
-    require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     sequences = batch
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xBC)
         sequences = cu_seqlens.numel() - 1
-    wanted = (
-        ("dt", dt, (batch, length, heads)),
-        ("conv_weight", conv_weight, (channels, width)),
-        ("conv_bias", conv_bias, (channels,)),
-        ("A", A, (heads,)),
-        ("D", D, (heads,) if D is None or D.dim() == 1 else (heads, inner // heads)),
-        ("dt_bias", dt_bias, (heads,)),
-        ("conv_state", conv_state, (sequences, channels, width - 1)),
-        ("initial_state", initial_state, (sequences, heads, inner // heads, state)),
-    )
-    for name, t, shape in wanted:
-        if t is not None:
-            require(tuple(t.shape) == shape, name, f"shape {list(t.shape)}", str(list(shape)))
-            same_device(name, t, xBC.device)
+    device, skip = xBC.device, (heads, inner // heads) if per_channel(D) else (heads,)
+    float_operand("dt", dt, (batch, length, heads), device)
+    float_operand("conv_weight", conv_weight, (channels, width), device)
+    float_operand("conv_bias", conv_bias, (channels,), device, optional=True)
+    float_operand("A", A, (heads,), device)
+    float_operand("D", D, skip, device, optional=True)
+    float_operand("dt_bias", dt_bias, (heads,), device, optional=True)
+    float_operand("conv_state", conv_state, (sequences, channels, width - 1), device, optional=True)
+    float_operand("initial_state", initial_state, (sequences, heads, inner // heads, state), device, optional=True)
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor]:

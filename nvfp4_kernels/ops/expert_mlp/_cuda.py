@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops import _cuda
-from nvfp4_kernels.ops.matmul._cuda import run_groups
+from nvfp4_kernels.ops.grouped_matmul._cuda import run_groups
 from nvfp4_kernels.ops.matmul._cuda_launch import Groups
 from nvfp4_kernels.ops.permute import reference, triton
 

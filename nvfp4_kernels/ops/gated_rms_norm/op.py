@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -33,14 +33,10 @@ def gated_rms_norm(
         group_size,
         f"a divisor of {channels}, the channels of x",
     )
-    if weight.shape != (channels,):  # no words are put together for what is right: a decoded token would feel it
-        require(False, "weight", f"shape {list(weight.shape)}", f"[{channels}]")
+    float_operand("weight", weight, (channels,), x.device)
+    float_operand("z", z, x.shape, x.device, optional=True)
     if z is not None:
-        if z.shape != x.shape:
-            require(False, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
         require(z.dtype == x.dtype, "z", z.dtype, f"{x.dtype}, as x", TypeError)
-        same_device("z", z, x.device)
-    same_device("weight", weight, x.device)
     run = _run if unobserved(x) else torch.ops.nvfp4.gated_rms_norm
     return run(x, z, weight, eps, group_size, norm_before_gate)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops.dequantize import reference as dequantize
+from nvfp4_kernels.ops.quantize._forms import check_ascending
 
 
 def refuses(
@@ -27,6 +28,9 @@ def run(
         a = a._replace(values=a.values[rows], scales=None if a.scales is None else a.scales[rows])
     types = {x.values.dtype if x.scales is None else None for x in (a, b)} | {out_dtype}
     dtype = out_dtype if len(types) == 1 or out_dtype == torch.float64 else torch.float32
+    plain = [len(a.values)] if b.values.dim() > 2 else [x.values.shape[1] for x in (a, b) if x.scales is None]
+    if plain:  # the rows of quantized columns are not told by their length
+        check_ascending(offsets, plain[0])
     bounds = offsets.tolist()
     spans = [(e, slice(*bounds[e : e + 2])) for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1]]
     if b.values.dim() == 2:

@@ -144,7 +144,7 @@ def _format(x: Stack | Columns) -> str:
 def _side(x: Stack | Columns, cores: bool, units: tuple[int, ...], block: int) -> _Side:
     kind, scaled = _format(x), x.global_scales is not None
     if x.scales is None:
-        values = portable(x.values.view(torch.uint8) if scaled else x.values)
+        values = portable(x.values.view(torch.uint8) if kind == E4M3 else x.values)
         places = values, values, x.global_scales.contiguous() if scaled else values
         return _Side(kind, places, values.shape[-1], 1, scaled)
     codes, scales = x.values.contiguous(), x.scales.contiguous().view(torch.uint8)
@@ -160,8 +160,14 @@ def multiply_rows(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
 ) -> Tensor:
     """squared: relu2 of the products, in fp32 before they are rounded."""
-    rows, groups, N = len(a.values if index is None else index), len(b.values), b.rows
-    y = torch.empty(rows, N, dtype=out_dtype, device=a.values.device)
+    y = torch.empty(len(a.values if index is None else index), b.rows, dtype=out_dtype, device=a.values.device)
+    write_rows(a, b, offsets, y, index, squared)
+    return y
+
+
+def write_rows(a: Stack, b: Stack, offsets: Tensor, y: Tensor, index: Tensor | None, squared: bool) -> None:
+    """Rows offsets[0] to offsets[-1] of y: those of the matrices that b has. b may be plain under global scales."""
+    (rows, N), groups = y.shape, len(b.values)
     t, sides, constants = _form(-(-rows // max(groups, 1)), N, a, b, (256, 64, 16), squared=squared)
     left, right = sides
     values, scales, _ = right.places
@@ -178,7 +184,6 @@ def multiply_rows(
         BLOCK_G=next_power_of_2(groups),
         GATHERED=index is not None,
     )
-    return y
 
 
 def _sums(

@@ -23,10 +23,9 @@ def slab_rows(tokens: int, length: int) -> int:
     return max(128, rows // 128 * 128)
 
 
-def decode(w: PackedNVFP4Tensor, first: int, out: Tensor) -> None:
-    """Rows from `first` on, as many as `out` [rows, length] has, under their block scales."""
-    slabs, tiles = out.shape[0] // SLAB, w.codes.shape[1]
-    codes, scales = w.codes[first // SLAB :], w.scales[first // SLAB :]
+def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """The first rows of a packed matrix, as many as `out` [rows, length] has, under their block scales."""
+    slabs, tiles = out.shape[0] // SLAB, codes.shape[1]
     parameters = _cuda_launch.DECODE.pack(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), slabs, out.shape[1])
     _cuda.launch("matmul", "decode_packed", (-(-slabs * tiles * 32 // THREADS),), THREADS, 0, parameters, out)
 
@@ -39,7 +38,7 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     g = torch.where(w.global_scale.isfinite(), w.global_scale, float("nan"))
     for first in range(0, rows, most):
         slab = values[: min(most, rows - first)]
-        decode(w, first, slab)
+        decode(w.codes[first // SLAB :], w.scales[first // SLAB :], slab)
         part = slice(first, first + slab.shape[0])
         _finish(_product(a, slab[:, : a.shape[1]]), g, None if bias is None else bias[part], out[:, part], accumulate)
     return out

@@ -49,7 +49,7 @@ def refuses(
         if t.data_ptr() % 16 or t.stride(2) != 1 or t.stride(1) % 8:
             return f"{name}: tokens do not begin at multiples of 16 bytes"
     count = xBC.shape[0] * xBC.shape[1]
-    if not 0 < count < 2**31:
+    if not 0 < count < 2**31 - 2 * TOKENS:
         return f"{count} tokens"
     for name, t in narrow.items():
         if t.shape[0] > 1 and t.stride(0) != t.shape[1] * t.stride(1):

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import no_grad, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, no_grad, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register, unobserved
 from nvfp4_kernels.ops.conv_scan.op import check
+from nvfp4_kernels.ops.selective_scan.op import limits
 
 
 def mixer_scan(
@@ -40,25 +41,24 @@ def mixer_scan(
     No gradients: the two ops have them. Raises TypeError, ValueError or RuntimeError naming the argument.
     Source: Mamba-2 (arXiv 2405.21060), section 7.
     """
+    for name, t, axes in (("xBC", xBC, 3), ("z", z, 3), ("A", A, 1)):
+        floating_point(name, t)
+        require(t.dim() == axes, name, f"{t.dim()} dimensions", str(axes))
     no_grad("xBC", xBC, "conv_scan and gated_rms_norm differentiate")
-    require(groups >= 1 and A.shape[0] % groups == 0, "groups", groups, f"a divisor of the {A.shape[0]} heads of A")
-    require(
-        z.dim() == 3 and z.shape[:2] == xBC.shape[:2], "z", f"shape {list(z.shape)}", f"{[*xBC.shape[:2]]} and channels"
-    )
-    inner = z.shape[2]
-    state = (xBC.shape[-1] - inner) // (2 * groups)
-    require(
-        inner % A.shape[0] == 0 and state >= 0 and inner + 2 * groups * state == xBC.shape[-1],
-        "z", f"{inner} channels", f"a multiple of {A.shape[0]}, {xBC.shape[-1]} less a multiple of 2 * {groups}",
-    )  # fmt: skip
-    require(z.dtype == xBC.dtype, "z", z.dtype, f"{xBC.dtype}, as xBC", TypeError)
-    require(norm_weight.shape == (inner,), "norm_weight", f"shape {list(norm_weight.shape)}", f"[{inner}]")
-    require(D.dim() == 1, "D", f"shape {list(D.shape)}", f"[{A.shape[0]}]")
-    for name, t in (("z", z), ("norm_weight", norm_weight)):
-        same_device(name, t, xBC.device)
+    (batch, length, channels), heads, inner = xBC.shape, A.shape[0], z.shape[2]
+    if groups < 1 or heads % groups:
+        require(False, "groups", groups, f"a divisor of the {heads} heads of A")
+    state = (channels - inner) // (2 * groups)
+    if inner % heads or state < 0 or inner + 2 * groups * state != channels:
+        allowed = f"a multiple of {heads}, {channels} less a multiple of 2 * {groups}"
+        require(False, "z", f"{inner} channels", allowed)
     weights = conv_weight, conv_bias, A, D, dt_bias
     check(xBC, dt, *weights, groups, state, dt_limit, conv_state, initial_state, cu_seqlens, chunk_size)
-    low, high = map(float, dt_limit)
+    wanted = ("z", z, (batch, length, inner)), ("norm_weight", norm_weight, (inner,)), ("D", D, (heads,))
+    for name, t, shape in (*wanted, ("dt_bias", dt_bias, (heads,))):
+        float_operand(name, t, shape, xBC.device)
+    require(z.dtype == xBC.dtype, "z", z.dtype, f"{xBC.dtype}, as xBC", TypeError)
+    low, high = limits(dt_limit)
     run = _run if unobserved(xBC) else torch.ops.nvfp4.mixer_scan
     options = groups, low, high, float(eps), chunk_size
     return run(xBC, z, dt, *weights, norm_weight, conv_state, initial_state, cu_seqlens, *options)

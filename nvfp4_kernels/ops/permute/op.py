@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import require, same_device
+from nvfp4_kernels.ops._check import float_operand, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.route.op import Routing
+from nvfp4_kernels.ops.route.op import Routing, check_routing
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:
     """Row r of the result is the token of the r-th slot in expert order.
 
     x: [tokens, features]. Returns [tokens * top_k, features] of x's dtype; differentiable in x.
-    Raises ValueError naming the argument.
+    Raises TypeError or ValueError naming the argument.
     """
+    check_routing(routing)
     tokens, top_k = routing.indices.shape
+    require(isinstance(x, Tensor), "x", type(x).__name__, "a tensor", TypeError)
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, features], as routed")
     same_device("routing", routing.order, x.device)
     return _Permute.apply(x, routing.order, routing.inverse)
@@ -26,19 +28,16 @@ def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Ten
 
     y: [tokens * top_k, features], sorted by expert. weights: float [tokens, top_k] or None.
     Returns [tokens, features] of y's dtype; differentiable in y and weights. The sum over a token's slots runs in a fixed
-    order, in fp32 when weighted. Raises ValueError naming the argument.
+    order, in fp32 when weighted. Raises TypeError or ValueError naming the argument.
     """
+    check_routing(routing)
     tokens, top_k = routing.indices.shape
+    require(isinstance(y, Tensor), "y", type(y).__name__, "a tensor", TypeError)
     require(
         y.dim() == 2 and y.shape[0] == tokens * top_k, "y", f"shape {list(y.shape)}", f"[{tokens * top_k}, features]"
     )
     same_device("routing", routing.order, y.device)
-    if weights is not None:
-        require(
-            tuple(weights.shape) == (tokens, top_k), "weights", f"shape {list(weights.shape)}", f"[{tokens}, {top_k}]"
-        )
-        require(torch.is_floating_point(weights), "weights", weights.dtype, "a floating-point tensor", TypeError)
-        same_device("weights", weights, y.device)
+    float_operand("weights", weights, (tokens, top_k), y.device, optional=True)
     return _Unpermute.apply(y, routing.order, routing.inverse, weights)
 
 

@@ -15,9 +15,9 @@ AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a bloc
 BLOCKS_PER_PROCESSOR = 8
 
 FORM = struct.Struct("QQQqqiiii")  # csrc/quantize/launch.h
-HEAD, TAIL = struct.Struct("QqqqqQqQ"), struct.Struct("qqQQq")
+HEAD, TAIL = struct.Struct("QqqqqQqQ"), struct.Struct("qqQQqQq")
 NOTHING = FORM.pack(0, 0, 0, 0, 0, 0, 0, 0, -1)
-BLOCKS, CHOICES = {"1x16": 1, "16x16": 2}, {None: 0, "mae": 1, "mse": 2}
+BLOCKS, CHOICES = {"1x16": 1, "16x16": 2, "1x32": 3}, {None: 0, "mae": 1, "mse": 2}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 PLAIN, STOCHASTIC, TILED = ("1x16", False, False), ("1x16", True, False), ("16x16", False, False)
@@ -25,6 +25,7 @@ PLAIN, STOCHASTIC, TILED = ("1x16", False, False), ("1x16", True, False), ("16x1
 KNOWN = {
     ("bf16", PLAIN, None): "row_bf16",
     ("bf16", PLAIN, ("1x16", False, True)): "activation_bf16",
+    ("bf16", None, ("1x16", False, True)): "gathered_bf16",
     ("bf16", STOCHASTIC, ("1x16", True, True)): "gradient_bf16",
     ("bf16", TILED, TILED): "weight_bf16",
     ("fp32", TILED, TILED): "weight_fp32",
@@ -32,13 +33,15 @@ KNOWN = {
 
 
 def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None) -> str | None:
-    if any(spec is not None and spec.format == "mxfp8" for spec in (row, col)):
-        return "the CUDA kernels write NVFP4 alone"
+    if len({spec.format for spec in (row, col) if spec is not None}) == 2:
+        return "the CUDA kernels write both forms in the same format"
     return _cuda.refuses_device("quantize", x)
 
 
 def kernel(dtype: torch.dtype, row: QuantSpec | None, col: QuantSpec | None) -> str:
     """The kernel compiled for these forms, or the one that reads them from its parameters."""
+    if any(s is not None and s.format == "mxfp8" for s in (row, col)):
+        return f"quantize_mxfp8_{NAMES[dtype]}"
     forms = [None if s is None else (s.block, s.stochastic, s.hadamard is not None) for s in (row, col)]
     chooses = any(s is not None and s.four_over_six for s in (row, col))
     known = None if chooses else KNOWN.get((NAMES[dtype], *forms))
@@ -72,7 +75,8 @@ def run(
         x, row, col = x.mT, col, row  # column-major: the transpose is row-major, and its forms change places
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    rows, cols = x.shape[-2:]
+    (tokens, cols), index = x.shape[-2:], None if groups is None else groups.rows
+    rows = tokens if index is None else len(index)
     matrices, stride = (1, 0) if x.dim() == 2 else (x.shape[0], x.stride(0))
     if matrices == 0:
         return
@@ -85,17 +89,20 @@ def run(
     shared = shared_bytes(x.element_size())
     name, forms = NAMES[x.dtype], (_form(*row), _form(*col))
     aligned = _cuda.aligned(x[0] if x.dim() == 3 else x) and stride * x.element_size() % 16 == 0
-    places = (0, 0, 0) if groups is None else (address(groups.offsets), address(groups.starts), count)
+    places = (0, 0) if groups is None else (address(groups.offsets), address(groups.starts))
 
     def parameters(rows: int, cols: int, row_stride: int, found: Tensor) -> bytes:
         head = (x.data_ptr(), rows, cols, row_stride, stride, found.data_ptr(), found.shape[-1], address(noise))
-        return HEAD.pack(*head) + forms[0] + forms[1] + TAIL.pack(down, aligned, *places)
+        return HEAD.pack(*head) + forms[0] + forms[1] + TAIL.pack(down, aligned, *places, count, address(index), tokens)
 
     def amaxes(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=x.device)
 
     transforms = any(spec is not None and spec.hadamard is not None for spec, *_ in (row, col))
-    if amax is not None and not transforms:
+    scaled = any(spec is not None and spec.format == "nvfp4" for spec, *_ in (row, col))
+    if not scaled:
+        found = amaxes(3, 0)
+    elif amax is not None and not transforms:
         found = amaxes(matrices, 3, 1) if groups is None else amaxes(3, count)
     elif groups is not None or transforms:
         found = amaxes(matrices, 3, grid[0] * grid[1]) if groups is None else amaxes(3, count).zero_()
@@ -107,7 +114,7 @@ def run(
         found = amaxes(matrices, 3, max(1, min(pieces, -(-BLOCKS_PER_PROCESSOR * processors // matrices))))
         given = parameters(lines, length, x.stride(-2), found)
         _cuda.launch("quantize", f"amax_values_{name}", (found.shape[2], 1, matrices), AMAX_THREADS, 0, given, x)
-    if amax is not None:
+    if amax is not None and scaled:
         put_amax(amax, found)
     given = parameters(rows, cols, x.stride(-2), found)
     _cuda.launch("quantize", kernel(x.dtype, row[0], col[0]), grid, THREADS, shared, given, x)
@@ -122,4 +129,5 @@ def _form(spec: QuantSpec | None, parts: tuple[Tensor, ...], advance: int) -> by
         CHOICES[spec.four_over_six],
         -1 if spec.hadamard is None else spec.hadamard,
     )
-    return FORM.pack(*(part.data_ptr() for part in parts), parts[1].shape[-1], advance, *options)
+    runs = parts[1].shape[-1] * (spec.run // 16)
+    return FORM.pack(*(part.data_ptr() for part in parts), runs, advance, *options)

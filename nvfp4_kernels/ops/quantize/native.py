@@ -34,13 +34,13 @@ def run(
     row_parts, col_parts = empty_forms(x, row, col, groups)
     noise, amax = (None if t is None else t.contiguous() for t in (noise, amax))
     index = None if groups is None else groups.rows
-    if index is not None and (_cuda.takes(x) or x.stride(1) != 1):  # the C++ kernels gather, of rows in order in memory
-        x, index = x.index_select(0, index), None
-    rows, cols = x.shape[-2:] if index is None else (len(index), x.shape[1])
     if _cuda.takes(x):
         advance = int(row is not None and row.stochastic)
         cuda.run(x, (row, row_parts, 0), (col, col_parts, advance), noise, groups, amax)
         return (*row_parts, *col_parts)
+    if index is not None and x.stride(1) != 1:  # the C++ kernels gather rows in order in memory
+        x, index = x.index_select(0, index), None
+    rows, cols = x.shape[-2:] if index is None else (len(index), x.shape[1])
     status = native.quantize(
         x.data_ptr(),
         DTYPES[x.dtype],

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -20,14 +20,7 @@ def relu2(x: Tensor, weights: Tensor | None = None) -> Tensor:
     floating_point("x", x)
     if weights is not None:
         require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, features], with weights")
-        require(
-            tuple(weights.shape) == x.shape[:1],
-            "weights",
-            f"shape {list(weights.shape)}",
-            f"[{x.shape[0]}], one for each row of x",
-        )
-        require(torch.is_floating_point(weights), "weights", weights.dtype, "a floating-point tensor", TypeError)
-        same_device("weights", weights, x.device)
+        float_operand("weights", weights, x.shape[:1], x.device)
     return (_run if unobserved(x) else torch.ops.nvfp4.relu2)(x, weights)
 
 

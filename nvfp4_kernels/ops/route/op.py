@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -58,12 +58,13 @@ def route(
         topk_group,
         f"groups with at least top_k ({top_k}) experts together",
     )
-    if bias is not None:
-        require(tuple(bias.shape) == (experts,), "bias", f"shape {list(bias.shape)}", f"[{experts}]")
-        require(torch.is_floating_point(bias), "bias", bias.dtype, "a floating-point tensor", TypeError)
-        same_device("bias", bias, logits.device)
+    float_operand("bias", bias, (experts,), logits.device, optional=True)
     run = _run if unobserved(logits) else torch.ops.nvfp4.route
     return Routing(*run(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
+
+
+def check_routing(routing: object) -> None:
+    require(isinstance(routing, Routing), "routing", type(routing).__name__, "a Routing, as nk.route gives", TypeError)
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:

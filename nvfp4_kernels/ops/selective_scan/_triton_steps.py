@@ -60,7 +60,9 @@ def steps_kernel(
         step = softplus(step)
     step = tl.where(step == step, tl.minimum(tl.maximum(step, low), high), step)
     rate = tl.load(A_ptr + head, head < heads, 0.0).to(tl.float32) * LOG2E
-    a = tl.cumsum(tl.where(inside, step * rate, 0.0), 0)
+    # of what 2^-160 takes nothing is left in fp32; a sum of larger ones would lose the digits of the small ones after them
+    decay = step * rate
+    a = tl.cumsum(tl.where(inside, tl.where(decay < -160.0, -160.0, decay), 0.0), 0)
     a = tl.where(a == a, tl.associative_scan(a, 0, least), a)
     at = a_ptr + head.to(tl.int64) * 2 * tokens + row * length + start + q
     tl.store(at, a, inside)

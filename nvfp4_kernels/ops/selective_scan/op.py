@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._gate import gate
 from nvfp4_kernels.ops._library import register_differentiable
@@ -45,32 +45,16 @@ def selective_scan(
     floating_point("x", x)
     require(x.dim() == 4, "x", f"shape {list(x.shape)}", "[batch, length, heads, head_dim]")
     batch, length, heads, head_dim = x.shape
-    require(tuple(dt.shape) == (batch, length, heads), "dt", f"shape {list(dt.shape)}", str([batch, length, heads]))
-    require(
-        B.dim() == 4 and B.shape[:2] == x.shape[:2],
-        "B",
-        f"shape {list(B.shape)}",
-        f"[{batch}, {length}, groups, state]",
-    )
-    require(heads % max(B.shape[2], 1) == 0, "B", f"{B.shape[2]} groups", f"a divisor of {heads} heads")
-    require(C.shape == B.shape, "C", f"shape {list(C.shape)}", f"{list(B.shape)}, as B")
-    check_per_head(x, A, D, z, dt_bias)
-    require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
+    check_groups(x, B, C)
+    low, high = limits(dt_limit)
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     sequences = batch
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x)
         sequences = cu_seqlens.numel() - 1
-    if initial_state is not None:
-        shape = (sequences, heads, head_dim, B.shape[3])
-        require(
-            tuple(initial_state.shape) == shape, "initial_state", f"shape {list(initial_state.shape)}", str(list(shape))
-        )
-    given = dict(dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    for name, t in given.items():
-        if t is not None:
-            same_device(name, t, x.device)
-    low, high = map(float, dt_limit)
+    float_operand("dt", dt, (batch, length, heads), x.device)
+    check_per_head(x, A, D, z, dt_bias)
+    float_operand("initial_state", initial_state, (sequences, heads, head_dim, B.shape[3]), x.device, optional=True)
     y, last = torch.ops.nvfp4.selective_scan(
         x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size
     )
@@ -78,21 +62,37 @@ def selective_scan(
     return (y, last) if return_state else y
 
 
+def check_groups(x: Tensor, B: Tensor, C: Tensor) -> None:
+    """B and C [..., groups, state] beside x [..., heads, head_dim]."""
+    floating_point("B", B)
+    if B.dim() != x.dim() or B.shape[:-2] != x.shape[:-2]:
+        require(False, "B", f"shape {list(B.shape)}", f"{list(x.shape[:-2])} + [groups, state]")
+    heads, groups = x.shape[-2], B.shape[-2]
+    if groups < 1 or heads % groups:
+        require(False, "B", f"{groups} groups", f"a divisor of {heads} heads")
+    same_device("B", B, x.device)
+    float_operand("C", C, B.shape, x.device)
+
+
 def check_per_head(x: Tensor, A: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
     """What belongs to the heads of x [..., heads, head_dim], and its gate."""
     heads, head_dim = x.shape[-2:]
-    require(tuple(A.shape) == (heads,), "A", f"shape {list(A.shape)}", f"[{heads}]")
-    if D is not None:
-        require(
-            tuple(D.shape) in ((heads,), (heads, head_dim)),
-            "D",
-            f"shape {list(D.shape)}",
-            f"[{heads}] or [{heads}, {head_dim}]",
-        )
-    if z is not None:
-        require(z.shape == x.shape, "z", f"shape {list(z.shape)}", f"{list(x.shape)}, as x")
-    if dt_bias is not None:
-        require(tuple(dt_bias.shape) == (heads,), "dt_bias", f"shape {list(dt_bias.shape)}", f"[{heads}]")
+    float_operand("A", A, (heads,), x.device)
+    float_operand("D", D, (heads, head_dim) if per_channel(D) else (heads,), x.device, optional=True)
+    float_operand("z", z, x.shape, x.device, optional=True)
+    float_operand("dt_bias", dt_bias, (heads,), x.device, optional=True)
+
+
+def per_channel(D: Tensor | None) -> bool:
+    """Whether the skip has a weight for each channel, [heads, head_dim]; if not, for each head."""
+    return isinstance(D, Tensor) and D.dim() == 2
+
+
+def limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    """The least and the largest step."""
+    pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    require(pair and dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
+    return float(dt_limit[0]), float(dt_limit[1])
 
 
 def _run(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size):

@@ -1,6 +1,6 @@
 """The scan twice: `recurrence`, token by token as the paper defines it, and `run`, chunk by chunk in matrix products.
 
-With a = cumsum(A dt) inside a chunk (Mamba-2, section 6):
+With a = cumsum(A dt) inside a chunk (Mamba-2, section 6), whose differences are formed as sums of their own:
     y_i    = exp(a_i) C_i S + sum_{j <= i} exp(a_i - a_j) dt_j (C_i . B_j) x_j + D x_i
     S_next = exp(a_last) S + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 `backward` is the derivative of these lines; the chunks' states and the decays, larger than the inputs, are formed again.
@@ -135,10 +135,10 @@ def _unfold(t: Tensor, like: Tensor, groups: int) -> Tensor:
 
 
 def _fold_all(x, step, A, B, C, chunk_size: int) -> tuple[Tensor, ...]:
-    """x [r, c, q, h, p], step and a = cumsum(A dt) [r, c, q, h], B and C [r, c, q, n], in fp32 or fp64."""
-    groups = B.shape[2]
-    x, step, rate, B, C = (_fold(_wide(t), groups, chunk_size) for t in (x, step, step * A, B, C))
-    return x, step, rate.cumsum(2), B.squeeze(3), C.squeeze(3)
+    """x [r, c, q, h, p], step and A step [r, c, q, h], B and C [r, c, q, n], in fp32 or fp64, as x asks for."""
+    groups, dtype = B.shape[2], _wide(x).dtype
+    x, step, rate, B, C = (_fold(t.to(dtype), groups, chunk_size) for t in (x, step, step * A, B, C))
+    return x, step, rate, B.squeeze(3), C.squeeze(3)
 
 
 def _first(x: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
@@ -150,10 +150,9 @@ def _first(x: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
 
 def _states(folded, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state before each chunk, [r, c, h, p, n], and after the last."""
-    x, step, a, B, _ = folded
-    onto = step * _exp(a[:, :, -1:] - a)
-    made = torch.einsum("rcqh,rcqhp,rcqn->rchpn", onto, x, B)
-    through = _exp(a[:, :, -1])[..., None, None]
+    x, step, rate, B, _ = folded
+    _, onto, through = _decays(rate)
+    made = torch.einsum("rcqh,rcqhp,rcqn->rchpn", step * onto, x, B)
     before = []
     for c in range(x.shape[1]):
         before.append(state)
@@ -163,18 +162,18 @@ def _states(folded, state: Tensor) -> tuple[Tensor, Tensor]:
 
 def _outputs(folded, states: Tensor) -> Tensor:
     """y without its skip, [r, c, q, h, p]."""
-    x, step, a, B, C = folded
-    entered = torch.einsum("rcqn,rchpn->rcqhp", C, states) * _exp(a)[..., None]
+    x, step, rate, B, C = folded
+    entered = torch.einsum("rcqn,rchpn->rcqhp", C, states) * _decays(rate)[0][..., None]
     scores = torch.einsum("rcin,rcjn->rcij", C, B)
-    mixed = _between(a) * scores[:, :, None] * step.mT[..., None, :]
+    mixed = _between(rate) * scores[:, :, None] * step.mT[..., None, :]
     return entered + torch.einsum("rchij,rcjhp->rcihp", mixed, x)
 
 
 def _gradients(folded, states: Tensor, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
     """The gradients of x, of step and A dt (both as if the other stood still), of B, C and the first state."""
-    x, step, a, B, C = folded
+    x, step, rate, B, C = folded
     dy = dy.to(x.dtype)
-    into, onto, through = _exp(a), _exp(a[:, :, -1:] - a), _exp(a[:, :, -1])[..., None, None]
+    into, onto, through = _decays(rate)
 
     wanted = torch.einsum("rcqh,rcqhp,rcqn->rchpn", into, dy, C)
     after = []
@@ -183,7 +182,7 @@ def _gradients(folded, states: Tensor, dy: Tensor, dlast: Tensor) -> tuple[Tenso
         dlast = through[:, c] * dlast + wanted[:, c]
     dstates = torch.stack(after[::-1], 1)  # of the state after each chunk
 
-    between = _between(a)
+    between = _between(rate)
     scores = torch.einsum("rcin,rcjn->rcij", C, B)[:, :, None]
     dmixed = torch.einsum("rcihp,rcjhp->rchij", dy, x)
     weighted = step.mT[..., None, :]
@@ -193,9 +192,11 @@ def _gradients(folded, states: Tensor, dy: Tensor, dlast: Tensor) -> tuple[Tenso
     entered = torch.einsum("rcqn,rchpn,rcqhp->rcqh", C, states, dy) * into
     kept = (dstates * states * through).sum((-1, -2))
 
-    slope = (pairs * weighted).sum(-1).mT - (pairs * weighted).sum(-2).mT + entered - given * step  # in a
-    slope[:, :, -1] += (given * step).sum(2) + kept
-    drate = slope.flip(2).cumsum(2).flip(2)
+    # of the decay by token k: pairs i >= k > j, what tokens i >= k read of the state and tokens j < k give to it, what it keeps
+    over = (pairs * weighted).flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1).mT
+    reads = entered.flip(2).cumsum(2).flip(2)
+    gives = F.pad((given * step)[:, :, :-1], (0, 0, 1, 0)).cumsum(2)
+    drate = over + reads + gives + kept[:, :, None]
     dstep = pairs.sum(-2).mT + given
     dx = from_state * step[..., None] + torch.einsum("rchij,rcihp->rcjhp", between * scores * weighted, dy)
     dscores = (between * weighted * dmixed).sum(2)
@@ -204,16 +205,20 @@ def _gradients(folded, states: Tensor, dy: Tensor, dlast: Tensor) -> tuple[Tenso
     return dx, dstep, drate, dB[..., None, :], dC[..., None, :], dlast
 
 
-def _between(a: Tensor) -> Tensor:
-    """exp(a_i - a_j) for j <= i, else 0: [r, c, h, i, j]. The mask comes first: what is discarded cannot overflow."""
-    a = a.mT
-    seen = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril()
-    return _exp((a[..., :, None] - a[..., None, :]).masked_fill(~seen, -math.inf))
+def _decays(rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From before the chunk to after each token, from there to its end [r, c, q, h], and over all of it [r, c, h, 1, 1].
+
+    Each is the exponential of a sum of its own: a difference of two sums would lose to rounding what strong decays hold.
+    """
+    later = F.pad(rate[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
+    return rate.cumsum(2).exp(), later.exp(), rate.sum(2).exp()[..., None, None]
 
 
-def _exp(a: Tensor) -> Tensor:
-    """exp(min(a, 0)): decays only ever shrink; rounding in a cumsum may leave a difference just above 0."""
-    return a.clamp(max=0).exp()
+def _between(rate: Tensor) -> Tensor:
+    """The decay from after token j to after token i for j <= i, else 0: [r, c, h, i, j]; each by its own sum, as in _decays."""
+    rate = rate.mT[..., :, None].expand(*rate.mT.shape, rate.shape[2])
+    before = torch.ones(rate.shape[-2:], dtype=torch.bool, device=rate.device).tril()
+    return rate.masked_fill(~before.tril(-1), 0).cumsum(-2).exp().masked_fill(~before, 0)
 
 
 def _per_channel(D: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, integers, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
-from nvfp4_kernels.ops.selective_scan.op import check_per_head
+from nvfp4_kernels.ops.selective_scan.op import check_groups, check_per_head, limits
 
 
 def state_update(
@@ -50,46 +50,36 @@ def state_update(
         x.dim() in (3, 4), "x", f"shape {list(x.shape)}", "[batch, heads, head_dim] or [batch, tokens, heads, head_dim]"
     )
     batch, (heads, head_dim), lead = x.shape[0], x.shape[-2:], x.shape[:-2]
-    require(tuple(dt.shape) == (*lead, heads), "dt", f"shape {list(dt.shape)}", str([*lead, heads]))
-    require(B.dim() == x.dim() and B.shape[:-2] == lead, "B", f"shape {list(B.shape)}", f"{[*lead]} + [groups, state]")
-    require(heads % max(B.shape[-2], 1) == 0, "B", f"{B.shape[-2]} groups", f"a divisor of {heads} heads")
-    require(C.shape == B.shape, "C", f"shape {list(C.shape)}", f"{list(B.shape)}, as B")
+    check_groups(x, B, C)
+    low, high = limits(dt_limit)
+    float_operand("dt", dt, (*lead, heads), x.device)
     check_per_head(x, A, D, z, dt_bias)
+    floating_point("state", state)
+    each = (heads, head_dim, B.shape[-1])
     slots = state.shape[0] if indices is not None and state.dim() == 4 else batch
-    shape = (slots, heads, head_dim, B.shape[-1])
-    require(tuple(state.shape) == shape, "state", f"shape {list(state.shape)}", str(list(shape)))
-    require(state.is_floating_point(), "state", state.dtype, "a floating-point tensor", TypeError)
-    if indices is not None:
-        require(indices.dtype in (torch.int32, torch.int64), "indices", indices.dtype, "int32, int64", TypeError)
-        require(tuple(indices.shape) == (batch,), "indices", f"shape {list(indices.shape)}", f"[{batch}]")
-    if intermediate is not None:
-        shape = (*(lead if x.dim() == 4 else (batch, 1)), heads, head_dim, B.shape[-1])
+    float_operand("state", state, (slots, *each), x.device)
+    if any(stride == 0 and size > 1 for size, stride in zip(state.shape, state.stride(), strict=True)):
         require(
-            tuple(intermediate.shape) == shape, "intermediate", f"shape {list(intermediate.shape)}", str(list(shape))
+            False, "state", f"strides {list(state.stride())}", "memory of its own for each element, for it is written"
         )
+    if indices is not None:
+        integers("indices", indices)
+        if tuple(indices.shape) != (batch,):
+            require(False, "indices", f"shape {list(indices.shape)}", f"[{batch}]")
+        same_device("indices", indices, x.device)
+    if intermediate is not None:
+        tokens = lead if x.dim() == 4 else (batch, 1)
+        float_operand("intermediate", intermediate, (*tokens, *each), x.device)
         require(
             intermediate.dtype == state.dtype, "intermediate", intermediate.dtype, f"{state.dtype}, as state", TypeError
         )
     if noise is not None:
-        require(
-            state.dtype in (torch.bfloat16, torch.float16),
-            "noise",
-            f"noise for {state.dtype}",
-            "a 16-bit state",
-            TypeError,
-        )
-        require(
-            noise.dtype == torch.int64 and tuple(noise.shape) == (2,),
-            "noise",
-            f"{noise.dtype} {list(noise.shape)}",
-            "int64 [2]",
-        )
-    require(dt_limit[0] <= dt_limit[1], "dt_limit", dt_limit, "(low, high), low <= high")
-    given = dict(state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    for name, t in (given | dict(indices=indices, intermediate=intermediate, noise=noise)).items():
-        if t is not None:
-            same_device(name, t, x.device)
-    low, high = map(float, dt_limit)
+        sixteen = state.dtype in (torch.bfloat16, torch.float16)
+        require(sixteen, "noise", f"noise for {state.dtype}", "a 16-bit state", TypeError)
+        require(isinstance(noise, Tensor), "noise", type(noise).__name__, "an int64 tensor", TypeError)
+        right = noise.dtype == torch.int64 and tuple(noise.shape) == (2,)
+        require(right, "noise", f"{noise.dtype} {list(noise.shape)}", "int64 [2]")
+        same_device("noise", noise, x.device)
     if x.dim() == 3:
         x, dt, B, C, z = (None if t is None else t.unsqueeze(1) for t in (x, dt, B, C, z))
     y = torch.ops.nvfp4.state_update(

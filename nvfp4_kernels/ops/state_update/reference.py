@@ -30,11 +30,12 @@ def run(
     high: float,
 ) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    A, D, dt_bias = (None if v is None else v.to(wide) for v in (A, D, dt_bias))
     slots = torch.arange(x.shape[0], device=x.device) if indices is None else indices.long()
     current, y = state[slots.clamp(min=0)], x.new_empty(x.shape)
     for t in range(x.shape[1]):
         given = (None if v is None else v[:, t].to(wide).contiguous() for v in (x, dt, B, C, z))
-        after, made = _token(current.to(wide), *given, A.to(wide), D, dt_bias, dt_softplus, low, high)
+        after, made = _token(current.to(wide), *given, A, D, dt_bias, dt_softplus, low, high)
         current = after.to(state.dtype) if noise is None else stochastic(after, state.dtype, noise, t)
         if intermediate is not None:
             intermediate[:, t] = current

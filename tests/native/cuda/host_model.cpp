@@ -68,10 +68,9 @@ struct Thread {
     bool unshown = false;  // copies have arrived that only this thread and, after a barrier, plain reads of others see
     std::unique_ptr<Pending> pending;
     std::vector<Sent> sent;    // since it last came to the cluster's barrier
-    bool at_cluster = false;   // it has arrived and not waited
+    bool at_cluster = false;   // it has arrived there and not waited
     bool met_cluster = false;  // it has waited once: all blocks have begun
-    std::uint64_t phase = 0;   // of the barrier it has arrived at
-    bool done = false;
+    std::uint64_t phase = 0;   // of the barrier at which it has arrived
 };
 
 struct Warp {
@@ -79,11 +78,6 @@ struct Warp {
     std::uint64_t turn = 0;
     const char* operation = nullptr;
     unsigned char slots[2][32][slot];
-};
-
-struct Sleeper {
-    unsigned thread;
-    std::function<bool()> so;
 };
 
 struct Failed {};  // thrown by a unit's work
@@ -98,17 +92,31 @@ std::map<std::string, Entry>& kernels() {
     return all;
 }
 
+struct Cluster;
 struct Block {
     Dim3 at;
+    Cluster* cluster;
+    int slot;        // which threads are its cluster's
+    unsigned first;  // and of these its own
     std::vector<Warp> warps;
-    std::vector<unsigned> at_barrier;
+    std::vector<unsigned> ready, at_barrier;
     std::unique_ptr<unsigned char[]> dynamic;
     std::map<const void*, std::unique_ptr<unsigned char[]>> statics;
-    unsigned finished = 0, unshown = 0;  // unshown: threads with copies that are so
+    unsigned running = 0, finished = 0, unshown = 0;  // unshown: threads with copies that are so
+    std::vector<std::pair<unsigned, std::function<bool()>>> sleepers;  // a thread, and what it waits for
+    std::map<int, std::deque<std::function<void()>>> units;
     std::unique_ptr<BlockState> state;
 };
 
-// One launch; of one cluster, mostly a single block, at a time.
+// Blocks that live together, mostly one.
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::pair<Block*, unsigned>> waiting;  // threads at the barrier
+    std::vector<Sent> sent;                            // by those who have arrived there
+    unsigned arrived = 0;
+    std::uint64_t phase = 0;
+};
+
 struct Launch {
     Dim3 grid, block;
     const Entry* entry;
@@ -116,14 +124,6 @@ struct Launch {
     size_t dynamic_bytes;
     std::uint64_t random;  // 0: threads in order
 
-    std::vector<Block> blocks;
-    std::vector<unsigned> ready, waiting;  // waiting: at the barrier of the cluster
-    std::vector<Sent> sent;                // by those who have arrived there
-    unsigned arrived = 0;
-    std::uint64_t phase = 0;
-    unsigned running = 0;  // of the threads of all blocks, block after block
-    std::vector<Sleeper> sleepers;
-    std::map<int, std::deque<std::function<void()>>> units;
     bool in_unit = false;
     std::string error;
     void* scheduler = nullptr;
@@ -132,29 +132,29 @@ struct Launch {
     size_t scheduler_stack_bytes = 0;
 };
 Launch* now = nullptr;
-std::vector<Thread> threads;  // stacks live from launch to launch
+Block* here = nullptr;
+std::vector<Thread> threads[2];  // of two clusters; stacks live from launch to launch
 
-Thread& me() { return threads[now->running]; }
-Block& mine() { return now->blocks[now->running / now->block.x]; }
+Thread& me() { return threads[here->slot][here->first + here->running]; }
 
 void leave(bool for_good) {
-    Thread& self = me();
+    Thread& mine = me();
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &self.fake, now->scheduler_stack, now->scheduler_stack_bytes);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &mine.fake, now->scheduler_stack, now->scheduler_stack_bytes);
 #endif
     (void)for_good;
-    nvfp4_switch_stack(&self.place, now->scheduler);
+    nvfp4_switch_stack(&mine.place, now->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(me().fake, nullptr, nullptr);
 #endif
 }
 
 void resume(unsigned t) {
-    now->running = t;
+    here->running = t;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&now->scheduler_fake, threads[t].stack.get(), stack_bytes);
+    __sanitizer_start_switch_fiber(&now->scheduler_fake, me().stack.get(), stack_bytes);
 #endif
-    nvfp4_switch_stack(&now->scheduler, threads[t].place);
+    nvfp4_switch_stack(&now->scheduler, me().place);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(now->scheduler_fake, nullptr, nullptr);
 #endif
@@ -169,8 +169,7 @@ void life() {
     if (me().pending && !me().pending->done()) fail("a thread ended with products that it never waited for");
     if (me().at_cluster) fail("a thread ended at a barrier of the cluster that it never waited for");
     if (!me().sent.empty()) fail("a thread ended with stores to another block that no barrier of the cluster follows");
-    me().done = true;
-    ++mine().finished;
+    ++here->finished;
     leave(true);
     std::abort();
 }
@@ -192,7 +191,6 @@ void make_fiber(Thread& thread) {
     thread.pending.reset();
     thread.sent.clear();
     thread.at_cluster = thread.met_cluster = false;
-    thread.done = false;
 }
 
 size_t draw(size_t count) {  // the last, or any
@@ -203,7 +201,7 @@ size_t draw(size_t count) {  // the last, or any
 }
 
 unsigned next_ready() {
-    std::vector<unsigned>& ready = now->ready;
+    std::vector<unsigned>& ready = here->ready;
     const size_t i = draw(ready.size());
     const unsigned t = ready[i];
     ready[i] = ready.back();
@@ -212,7 +210,7 @@ unsigned next_ready() {
 }
 
 void work(int unit) {
-    auto& queue = now->units[unit];
+    auto& queue = here->units[unit];
     const size_t i = unit == any_order ? draw(queue.size()) : 0;
     const auto job = std::move(queue[i]);
     queue.erase(queue.begin() + static_cast<std::ptrdiff_t>(i));
@@ -224,13 +222,13 @@ void work(int unit) {
     now->in_unit = false;
 }
 
-// One step of a thread or of a unit; with threads in order, of a unit only when no thread can go on.
+// One step of a thread or of a unit of the block; with threads in order, of a unit only when no thread can go on.
 bool step() {
     std::vector<int> busy;
-    for (const auto& [unit, queue] : now->units) {
+    for (const auto& [unit, queue] : here->units) {
         if (!queue.empty()) busy.push_back(unit);
     }
-    const size_t threads_ready = now->ready.size();
+    const size_t threads_ready = here->ready.size();
     if (!now->error.empty() || threads_ready + busy.size() == 0) return false;
     const size_t i = now->random ? draw(threads_ready + busy.size()) : threads_ready ? 0 : draw(busy.size());
     if (i < threads_ready) resume(next_ready());
@@ -244,40 +242,66 @@ std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
     return memory;
 }
 
-void run_cluster(unsigned first) {
-    Launch& l = *now;
-    const unsigned of_block = l.block.x, count = of_block * l.entry->cluster;
-    l.blocks.clear();
-    l.ready.clear();
-    l.waiting.clear();
-    l.sent.clear();
-    l.arrived = 0;
-    l.sleepers.clear();
-    l.units.clear();
-    for (unsigned i = first; i < first + l.entry->cluster; ++i) {
-        l.blocks.emplace_back();
-        Block& b = l.blocks.back();
-        b.at = {i % l.grid.x, i / l.grid.x % l.grid.y, i / l.grid.x / l.grid.y};
-        b.warps.assign(of_block / 32, Warp());
-        b.dynamic = spoilt(l.dynamic_bytes);
+std::unique_ptr<Block> begin_block(unsigned i, Cluster* cluster, int slot, unsigned first) {
+    std::unique_ptr<Block> block(new Block);
+    block->at = {i % now->grid.x, i / now->grid.x % now->grid.y, i / now->grid.x / now->grid.y};
+    block->cluster = cluster, block->slot = slot, block->first = first;
+    block->warps.resize(now->block.x / 32);
+    block->dynamic = spoilt(now->dynamic_bytes);
+    for (unsigned t = now->block.x; t-- > 0;) {
+        threads[slot][first + t].index = {t, 0, 0};
+        make_fiber(threads[slot][first + t]);
+        block->ready.push_back(t);
     }
-    for (unsigned t = count; t-- > 0;) {
-        threads[t].index = {t % of_block, 0, 0};
-        make_fiber(threads[t]);
-        l.ready.push_back(t);
+    return block;
+}
+
+std::unique_ptr<Cluster> begin_cluster(unsigned i, int slot) {
+    const unsigned size = now->entry->cluster, of_block = now->block.x;
+    std::unique_ptr<Cluster> cluster(new Cluster);
+    threads[slot].resize(std::max<size_t>(threads[slot].size(), size * of_block));
+    for (unsigned rank = 0; rank < size; ++rank) {
+        cluster->blocks.push_back(begin_block(i * size + rank, cluster.get(), slot, rank * of_block));
     }
-    while (step()) {
+    return cluster;
+}
+
+// A step of one of its blocks; false when none can go on.
+bool step_in(const Cluster& cluster) {
+    const size_t size = cluster.blocks.size(), first = draw(size);
+    for (size_t i = 0; i < size; ++i) {
+        here = cluster.blocks[(first + i) % size].get();
+        if (step()) return true;
     }
-    size_t finished = 0, at_barrier = 0;
-    for (const Block& b : l.blocks) finished += b.finished, at_barrier += b.at_barrier.size();
-    if (l.error.empty() && finished != count) {
-        l.error = "deadlock: " + std::to_string(finished) + " of " + std::to_string(count) + " threads ended, " +
-                  std::to_string(at_barrier) + " wait at __syncthreads, " + std::to_string(l.waiting.size()) +
-                  " at the cluster's barrier, " + std::to_string(l.sleepers.size()) +
-                  " at barriers in shared memory, the others in their warps";
+    return false;
+}
+
+void end_cluster(const Cluster& cluster) {
+    for (const auto& block : cluster.blocks) {
+        const Block& b = *block;
+        if (!now->error.empty()) return;
+        if (b.state && b.state->complaint()) now->error = b.state->complaint();
+        if (b.finished == now->block.x) continue;
+        now->error = "deadlock: " + std::to_string(b.finished) + " of " + std::to_string(now->block.x) + " threads ended, " +
+                     std::to_string(b.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(b.sleepers.size()) +
+                     " at barriers in shared memory, " + std::to_string(cluster.waiting.size()) +
+                     " of all blocks at the cluster's, the others in their warps";
     }
-    for (const Block& b : l.blocks) {
-        if (l.error.empty() && b.state && b.state->complaint()) l.error = b.state->complaint();
+}
+
+// With threads in order a cluster after the other, else two at a time, a step of either in turns drawn by lot.
+void run_clusters(unsigned count, bool backwards) {
+    std::unique_ptr<Cluster> alive[2];
+    unsigned begun = 0;
+    while (now->error.empty()) {
+        for (int slot = 0; slot < (now->random ? 2 : 1); ++slot) {
+            if (!alive[slot] && begun < count) alive[slot] = begin_cluster(backwards ? count - ++begun : begun++, slot);
+        }
+        auto& cluster = alive[alive[0] && alive[1] ? draw(2) : alive[1] ? 1 : 0];
+        if (!cluster) return;
+        if (step_in(*cluster)) continue;
+        end_cluster(*cluster);
+        cluster.reset();
     }
 }
 
@@ -289,10 +313,10 @@ void finish(const Copy& c) {
 }  // namespace
 
 const Dim3& thread_index() { return me().index; }
-const Dim3& block_index() { return mine().at; }
+const Dim3& block_index() { return here->at; }
 const Dim3& block_size() { return now->block; }
 const Dim3& grid_size() { return now->grid; }
-int lane() { return static_cast<int>(now->running % 32); }
+int lane() { return static_cast<int>(here->running % 32); }
 
 void fail(const char* what) {
     if (now->error.empty()) now->error = what;
@@ -302,25 +326,24 @@ void fail(const char* what) {
 }
 
 void barrier() {
-    std::vector<unsigned>& here = mine().at_barrier;
-    here.push_back(now->running);
-    if (here.size() == now->block.x) {
-        now->ready.insert(now->ready.end(), here.begin(), here.end());
-        here.clear();
+    here->at_barrier.push_back(here->running);
+    if (here->at_barrier.size() == now->block.x) {
+        here->ready.insert(here->ready.end(), here->at_barrier.begin(), here->at_barrier.end());
+        here->at_barrier.clear();
     }
     leave(false);
 }
 
-const unsigned char (*exchange(const char* operation, const void* given, size_t bytes))[slot] {
-    Warp& warp = mine().warps[now->running % now->block.x / 32];
+const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot] {
+    Warp& warp = here->warps[here->running / 32];
     if (warp.arrived == 0) warp.operation = operation;
     if (std::strcmp(warp.operation, operation) != 0) fail("the lanes of a warp have come to different operations");
     unsigned char(*slots)[slot] = warp.slots[warp.turn % 2];
-    std::memcpy(slots[lane()], given, bytes);
+    std::memcpy(slots[lane()], mine, bytes);
     if (++warp.arrived == 32) {
         warp.arrived = 0;
         ++warp.turn;
-        for (unsigned t = now->running / 32 * 32; t < now->running / 32 * 32 + 32; ++t) now->ready.push_back(t);
+        for (unsigned t = here->running / 32 * 32; t < here->running / 32 * 32 + 32; ++t) here->ready.push_back(t);
     }
     leave(false);
     return slots;
@@ -328,25 +351,25 @@ const unsigned char (*exchange(const char* operation, const void* given, size_t 
 
 void rest_until(std::function<bool()> so) {
     if (so()) return;
-    now->sleepers.push_back({now->running, std::move(so)});
+    here->sleepers.push_back({here->running, std::move(so)});
     leave(false);
 }
 
 void wake() {
-    auto& all = now->sleepers;
-    const auto awake = std::partition(all.begin(), all.end(), [](const Sleeper& s) { return !s.so(); });
-    for (auto s = awake; s != all.end(); ++s) now->ready.push_back(s->thread);
+    auto& all = here->sleepers;
+    const auto awake = std::partition(all.begin(), all.end(), [](const auto& sleeper) { return !sleeper.second(); });
+    for (auto s = awake; s != all.end(); ++s) here->ready.push_back(s->first);
     all.erase(awake, all.end());
 }
 
-void later(int unit, std::function<void()> work) { now->units[unit].push_back(std::move(work)); }
+void later(int unit, std::function<void()> work) { here->units[unit].push_back(std::move(work)); }
 
-std::unique_ptr<BlockState>& block_state() { return mine().state; }
+std::unique_ptr<BlockState>& block_state() { return here->state; }
 
-void* dynamic_shared() { return mine().dynamic.get(); }
+void* dynamic_shared() { return here->dynamic.get(); }
 
 void* static_shared(const void* key, size_t bytes) {
-    auto& memory = mine().statics[key];
+    auto& memory = here->statics[key];
     if (!memory) memory = spoilt(bytes);
     return memory.get();
 }
@@ -370,29 +393,29 @@ void wait_copies(int groups_left) {
     auto& groups = me().groups;
     for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front()) {
         for (const Copy& c : groups.front()) finish(c);
-        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++mine().unshown;
+        if (!groups.front().empty() && !me().unshown) me().unshown = true, ++here->unshown;
     }
 }
 
 void show_copies() {
-    if (me().unshown) me().unshown = false, --mine().unshown;
+    if (me().unshown) me().unshown = false, --here->unshown;
 }
-bool copies_shown() { return mine().unshown == 0; }
+bool copies_shown() { return here->unshown == 0; }
 
 // The first address is a multiple of 16, as the hardware promises, and of no more.
 constexpr unsigned first_address = 0x410;
 unsigned shared_address(const void* p) {
-    return first_address + static_cast<unsigned>(static_cast<const unsigned char*>(p) - mine().dynamic.get());
+    return first_address + static_cast<unsigned>(static_cast<const unsigned char*>(p) - here->dynamic.get());
 }
 
 unsigned remote_address(unsigned address, unsigned rank) {
-    if (rank >= now->blocks.size()) fail("mapa: a block that the cluster has not");
+    if (rank >= here->cluster->blocks.size()) fail("mapa: a block that the cluster has not");
     return (rank + 1) << 24 | address;
 }
 
 void store_remote(unsigned to, const void* value, size_t bytes) {
     if (to >> 24 == 0) fail("st.shared::cluster: an address of the block's own shared memory");
-    Block& block = now->blocks[(to >> 24) - 1];
+    const Block& block = *here->cluster->blocks[(to >> 24) - 1];
     if (!me().met_cluster) fail("st.shared::cluster: no barrier of the cluster yet, the block may not have begun");
     if (block.finished == now->block.x) fail("st.shared::cluster: the block has ended");
     if (to % bytes) fail("st.shared::cluster: an address is no multiple of the store's size");
@@ -404,18 +427,19 @@ void store_remote(unsigned to, const void* value, size_t bytes) {
 void cluster_arrive() {
     exchange("barrier.cluster.arrive", "", 1);
     Thread& self = me();
+    Cluster& all = *here->cluster;
     if (self.at_cluster) fail("barrier.cluster: arrived twice without a wait");
     self.at_cluster = true;
-    self.phase = now->phase;
-    std::move(self.sent.begin(), self.sent.end(), std::back_inserter(now->sent));
+    self.phase = all.phase;
+    std::move(self.sent.begin(), self.sent.end(), std::back_inserter(all.sent));
     self.sent.clear();
-    if (++now->arrived < now->block.x * now->blocks.size()) return;
-    for (const Sent& s : now->sent) std::memcpy(s.to, s.bytes.data(), s.bytes.size());
-    now->sent.clear();
-    now->arrived = 0;
-    ++now->phase;
-    now->ready.insert(now->ready.end(), now->waiting.begin(), now->waiting.end());
-    now->waiting.clear();
+    if (++all.arrived < now->block.x * all.blocks.size()) return;
+    for (const Sent& s : all.sent) std::memcpy(s.to, s.bytes.data(), s.bytes.size());
+    for (const auto& [block, thread] : all.waiting) block->ready.push_back(thread);
+    all.sent.clear();
+    all.waiting.clear();
+    all.arrived = 0;
+    ++all.phase;
 }
 
 void cluster_wait() {
@@ -423,8 +447,8 @@ void cluster_wait() {
     if (!me().at_cluster) fail("barrier.cluster: a wait without an arrival");
     me().at_cluster = false;
     me().met_cluster = true;
-    if (me().phase != now->phase) return;
-    now->waiting.push_back(now->running);
+    if (me().phase != here->cluster->phase) return;
+    here->cluster->waiting.push_back({here, here->running});
     leave(false);
 }
 
@@ -451,7 +475,6 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
     if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
     if (grid[0] % entry.cluster) return say("a grid that is no multiple of the cluster");
-    if (threads.size() < block * entry.cluster) threads.resize(block * entry.cluster);
     Launch launch;
     launch.grid = {grid[0], grid[1], grid[2]};
     launch.block = {block, 1, 1};
@@ -460,10 +483,7 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     launch.dynamic_bytes = dynamic_bytes;
     launch.random = seed;
     now = &launch;
-    const unsigned clusters = grid[0] * grid[1] * grid[2] / entry.cluster;
-    for (unsigned n = 0; n < clusters && launch.error.empty(); ++n) {
-        run_cluster((seed % 2 ? clusters - 1 - n : n) * entry.cluster);  // odd seeds from the last block to the first
-    }
+    run_clusters(grid[0] * grid[1] * grid[2] / entry.cluster, seed % 2);  // odd seeds from the last block to the first
     now = nullptr;
     return launch.error.empty() ? 0 : say(launch.error);
 }

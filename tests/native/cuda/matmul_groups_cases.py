@@ -7,6 +7,7 @@ import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
+from nvfp4_kernels.ops.grouped_matmul import _cuda as grouped_cuda
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.matmul import _cuda
 from nvfp4_kernels.ops.matmul._cuda_launch import Groups
@@ -89,6 +90,34 @@ def test_large_groups(model, rows, tile):
     y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
     assert model.kernels == [f"weight_only_tiles_{tile}"] and within(y, a, w, sizes)
     assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
+
+
+def test_large_groups_elsewhere(model, monkeypatch):
+    """Matrices decoded two at a time, the last alone, and multiplied in Triton: rows as they lie, and gathered."""
+    monkeypatch.setattr(grouped_cuda._cuda, "refuses_arch", lambda arch, x: "another chip")
+    monkeypatch.setattr(grouped_cuda, "LARGE", {None: 8})
+    monkeypatch.setattr(grouped_cuda, "DECODED", 2 * 2 * 32 * 256)
+    sizes = [1, 0, 40, 20, 3]
+    a, (packed, w) = torch.randn(64, 144).bfloat16(), stacked(5, 32, 144)
+    few = grouped_matmul(a[:39], packed, offsets([1, 0, 15, 20, 3]), torch.float32)
+    assert model.kernels == ["weight_only_16"] and within(few, a[:39], w, [1, 0, 15, 20, 3])
+    model.kernels.clear()
+    with nk.backend("native", "triton"):
+        y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
+        assert model.kernels == ["decode_packed"] * 3 and within(y, a, w, sizes)
+        assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
+        back = torch.randperm(64)
+        gathered = grouped_matmul(a[back].contiguous(), packed, offsets(sizes), torch.float32, rows=back.argsort())
+        assert torch.equal(gathered, y)
+        packed.global_scales[2] = float("inf")
+        y = grouped_matmul(a, packed, offsets(sizes))
+        assert y[1:41].isnan().all() and y[0].isfinite().all() and y[41:].isfinite().all()
+        routing, x = route(torch.randn(40, 4), None, 2, 2.5), torch.randn(40, 48).bfloat16() / 64
+        (up, up_values), (down, down_values) = stacked(4, 32, 48), stacked(4, 48, 32)
+        model.kernels.clear()
+        y = expert_mlp(x, routing, up, down)
+        truth = moe(x.double(), routing.indices, routing.weights.double(), up_values, down_values)
+        assert error(y, truth) <= 2 * torch.finfo(torch.bfloat16).eps and set(model.kernels) == {"decode_packed"}
 
 
 @pytest.mark.parametrize("sizes", [[4, 0, 3, *[0] * 500], [70, 0, 30]])

@@ -136,7 +136,7 @@ def test_every_code_under_every_scale_is_exact(monkeypatch, tile):
     packed = nk.PackedNVFP4Tensor.pack(w)
     assert torch.equal(nk.matmul(torch.eye(128).bfloat16(), packed, torch.float32), w.dequantize().t())
     decoded = torch.empty(256, 128, dtype=torch.bfloat16)
-    _cuda_slabs.decode(packed, 0, decoded)
+    _cuda_slabs.decode(packed.codes, packed.scales, decoded)
     assert torch.equal(decoded.float(), w.dequantize())
 
 

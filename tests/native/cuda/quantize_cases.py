@@ -13,12 +13,13 @@ from tests.ops.quantize_checks import (
     assert_golden,
     assert_reference,
     extreme,
+    far_apart,
     saturating,
     to_hand_in,
 )
 from tests.ops.test_quantize import NAMES, VARIANTS
 
-NVFP4 = [spec for spec in SPECS if spec.format == "nvfp4"]
+NVFP4, MXFP8 = [spec for spec in SPECS if spec.format == "nvfp4"], QuantSpec("1x32")
 PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
 TURNED, TURNED_SR = QuantSpec(hadamard=DEFAULT_SIGNS), QuantSpec(rounding="stochastic", hadamard=DEFAULT_SIGNS)
 run = implementation("quantize", "native").run
@@ -48,6 +49,7 @@ def test_every_form_and_pair(shape, dtype):
     [
         (PLAIN, None, torch.bfloat16),
         (PLAIN, TURNED, torch.bfloat16),
+        (None, TURNED, torch.bfloat16),
         (SR, TURNED_SR, torch.bfloat16),
         (TILES, TILES, torch.bfloat16),
         (TILES, TILES, torch.float32),
@@ -61,7 +63,22 @@ def test_recipe(model, row, col, dtype):
     assert "any" not in _cuda.kernel(dtype, row, col)
 
 
-@pytest.mark.parametrize("row, col", [(PLAIN, TURNED_SR), (TURNED, TILES)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mxfp8(model, dtype):
+    """One read of x, given an amax or not; blocks of 32 that end anywhere in a tile, and beyond it."""
+    for shape, row, col in (
+        ((1, 16), MXFP8, MXFP8),
+        ((17, 144), MXFP8, MXFP8),
+        ((129, 80), None, MXFP8),
+        ((33, 200), MXFP8, None),
+    ):
+        x = (torch.randn(shape) * torch.exp(4 * torch.randn(shape))).to(dtype)
+        assert_same(x, row, col)
+        assert_reference(run(x, row, col, NOISE, None, torch.ones(1)), x, row, col)
+    assert set(model.kernels) == {_cuda.kernel(dtype, MXFP8, MXFP8)}
+
+
+@pytest.mark.parametrize("row, col", [(PLAIN, TURNED_SR), (TURNED, TILES), (MXFP8, MXFP8)])
 def test_strides(row, col):
     wide = torch.randn(40, 64).bfloat16()
     odd = torch.randn(40, 61).bfloat16()[:, 1:]  # rows that begin anywhere
@@ -69,10 +86,19 @@ def test_strides(row, col):
         assert_same(x, row, col)
 
 
+def test_rows_far_apart():
+    x = torch.randn(40, 48).bfloat16()
+    with far_apart(x) as far:
+        for row, col in ((PLAIN, None), (SR, TURNED_SR), (MXFP8, MXFP8)):
+            assert_reference(run(far, row, col, NOISE), x, row, col)
+            assert_reference(run(far.t(), col, row, NOISE), x.t(), col, row)
+
+
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_extremes(kind):
     x = extreme(kind)
-    for row, col in ((SR, TURNED), (TURNED, TILES), (QuantSpec(four_over_six="mse"), QuantSpec(four_over_six="mae"))):
+    choosing = QuantSpec(four_over_six="mse"), QuantSpec(four_over_six="mae")
+    for row, col in ((SR, TURNED), (TURNED, TILES), choosing, (MXFP8, MXFP8)):
         assert_same(x, row, col)
     assert_same(x.bfloat16(), PLAIN, TURNED)
 
@@ -109,7 +135,7 @@ def test_threads_one_after_the_other(model):
 
 
 def test_what_is_not_written():
-    assert _cuda.refuses(torch.zeros(1, 32), QuantSpec("1x32"), None) == "the CUDA kernels write NVFP4 alone"
+    assert "in the same format" in _cuda.refuses(torch.zeros(1, 32), MXFP8, PLAIN)
     assert _cuda.refuses(torch.zeros(1, 32), PLAIN, TURNED) is None
 
 

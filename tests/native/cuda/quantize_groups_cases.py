@@ -8,11 +8,11 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops.quantize import _cuda, reference
 from nvfp4_kernels.ops.quantize._forms import Groups
-from tests.ops.quantize_checks import NOISE, same_bytes
+from tests.ops.quantize_checks import NOISE, far_apart, same_bytes
 
 PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
 TURNED, TURNED_SR = QuantSpec(hadamard=DEFAULT_SIGNS), QuantSpec(rounding="stochastic", hadamard=DEFAULT_SIGNS)
-CHOOSING = QuantSpec(four_over_six="mse")
+CHOOSING, MXFP8 = QuantSpec(four_over_six="mse"), QuantSpec("1x32")
 LOADS = ([5, 0, 33, 16, 1, 0, 17], [0, 0, 70, 0], [200], [0, 1, 0], [0, 0, 0], [64, 128, 65], [])
 run = implementation("quantize", "native").run
 
@@ -40,11 +40,39 @@ def test_groups(model, sizes):
     x = drawn(sum(sizes), 100)
     for row, col in ((PLAIN, TURNED), (SR, TURNED_SR), (None, PLAIN), (TURNED, CHOOSING)):
         assert_same(x, row, col, groups)
+    for row, col in ((MXFP8, MXFP8), (None, MXFP8)):
+        assert_same(x, row, col, places(sizes, 32))
     assert [kernel for kernel in model.kernels if "values" in kernel] == []
     assert_same(x[:, :40].float(), PLAIN, TURNED, groups)
     assert_same(x.t().contiguous().t(), PLAIN, TURNED, groups)
-    if len(x):
-        assert_same(x[: len(x) // 2 + 1], None, TURNED, groups._replace(rows=torch.arange(len(x)) // 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gathered_rows(dtype):
+    """Each token at several places or at none, in rows that begin anywhere; beyond the tokens lie zeros."""
+    sizes, rows = [5, 0, 130, 16, 1], torch.randint(0, 40, (152,))
+    odd = drawn(40, 101, dtype=dtype)[:, 1:]
+    for x in (odd, odd.contiguous(), odd[:, ::2]):
+        for col in (TURNED, SR, MXFP8):
+            assert_same(x, None, col, places(sizes, col.run)._replace(rows=rows))
+    rows[[3, 70, 151]] = torch.tensor([-1, 40, 1 << 40])
+    inside = rows.clone()
+    inside[[3, 70, 151]] = 40
+    gathered = torch.cat([odd, torch.zeros_like(odd[:1])])[inside]
+    found, wanted = (
+        run(odd, None, TURNED, NOISE, places(sizes)._replace(rows=rows)),
+        reference.run(gathered, None, TURNED, NOISE, places(sizes)),
+    )
+    assert all(same_bytes(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_rows_far_apart():
+    x, groups = drawn(40, 40), places([2, 0, 38])
+    with far_apart(x) as far:
+        for given in (groups, groups._replace(rows=torch.arange(39, -1, -1))):
+            row = PLAIN if given is groups else None
+            found, wanted = run(far, row, TURNED_SR, NOISE, given), reference.run(x, row, TURNED_SR, NOISE, given)
+            assert all(same_bytes(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("down", [1, 3])
@@ -59,6 +87,7 @@ def test_given_amaxes():
     for amax in ([0.5, 0.0, 70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
         for row, col in ((PLAIN, TURNED), (SR, PLAIN), (None, CHOOSING)):
             assert_same(x, row, col, groups, torch.tensor(amax))
+        assert_same(x, None, MXFP8, places([5, 0, 33, 32], 32), torch.tensor(amax))
 
 
 def test_more_groups_than_threads():
@@ -83,12 +112,13 @@ def test_wrong_offsets_reach_nothing_outside(wrong):
     """The sanitizer looks on; what is written is anybody's guess."""
     offsets = torch.tensor(wrong)
     for starts in (group_starts(offsets, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
-        run(drawn(96, 24), SR, TURNED_SR, NOISE, Groups(offsets, starts))
+        for row, col in ((SR, TURNED_SR), (MXFP8, MXFP8)):
+            run(drawn(96, 24), row, col, NOISE, Groups(offsets, starts))
 
 
 @pytest.mark.parametrize("shape", [(3, 96, 80), (2, 17, 40), (1, 1, 1), (0, 8, 8), (2, 0, 16)])
 def test_stacks(shape):
-    for row, col in ((TILES, TILES), (SR, TURNED_SR), (PLAIN, None), (None, CHOOSING)):
+    for row, col in ((TILES, TILES), (SR, TURNED_SR), (PLAIN, None), (None, CHOOSING), (MXFP8, MXFP8)):
         for dtype in (torch.bfloat16, torch.float32):
             assert_same(drawn(*shape, dtype=dtype), row, col)
 
