@@ -1,5 +1,6 @@
-// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks or clusters at a time, each thread
-// a fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks or clusters at a time,
+// each thread a fiber. What is modelled is what a kernel can get wrong: who sees which value when.
+// tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
 //   __syncthreads     every thread of the block must come to it, or the launch fails

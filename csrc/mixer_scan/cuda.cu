@@ -12,8 +12,8 @@
 //
 // Bytes a token at Nano's sizes, bf16: 28,800 (xBC, z, dt, y), of 57,000 by conv_scan and 32,800 by the norm behind it in Triton.
 // For 64 tokens of a head an H200's memory takes 1,550 clocks of a multiprocessor for them, and 4,830 for what Triton moves. On
-// sm_90 a warp issues 2,980 instructions for a chunk, four warps on four schedulers: 2,980 clocks, so that instructions are
-// the limit here: convolutions 720, scores 430, C S and scores x 310, the update 240, gate and sums 570, norm 250.
+// sm_90 a warp issues 2,940 instructions for a chunk, four warps on four schedulers: 2,940 clocks, so that instructions are
+// the limit here: convolutions 670, scores 430, C S and scores x 310, the update 240, gate and sums 570, norm 250.
 // A block hands 8 KB (Nano) or 4 KB (Super) of B and C to each of 3 or 7 others: 24 or 28 KB a chunk of its two heads.
 // No figure here has been measured.
 #include "inputs.cuh"
@@ -225,8 +225,8 @@ struct Scan : Inputs<heads, cluster> {
             wait_copies<1>();  // all but z
             __syncthreads();
             if (part == 0) In::decays(left);
-            In::convolve_x(left);
-            In::convolve_bc(left);
+            In::convolve_x();
+            In::convolve_bc();
             cluster_arrive();
             cluster_wait();
             In::fetch_inputs(token + tokens, false);

@@ -20,8 +20,8 @@ struct Memory {
     u16 B[tokens][states], C[tokens][states];
     u16 scores[heads][squares_below][16 * 16];
     u16 bc_in[before + tokens][slice];
-    float taps[before + 2][width + slice];  // the bias last
-    float norm_weight[width];
+    alignas(16) float taps[before + 2][width + slice];  // the bias last
+    alignas(16) float norm_weight[width];
     float log_decay[heads][tokens], step[heads][tokens];  // log2, from the chunk's start
     float from_start[heads][tokens], to_end[heads][tokens];  // decays; to_end times the step
     float squares[4 * heads][tokens];                        // of a warp's channels
@@ -176,10 +176,11 @@ struct Inputs {
         }
     }
 
-    // silu of the convolution of two channels for `count` tokens; store(token, both in bf16), zeros from `left` on.
+    // silu of the convolution of two channels for `count` tokens; store(token, both in bf16). Beyond the sequence's end come
+    // values that steps of 0 make nothing of.
     template <int count, int columns, class Store>
     __device__ __forceinline__ void convolve(
-        const u16 (&in)[before + tokens][columns], int column, int tap, int first, int left, Store store) const {
+        const u16 (&in)[before + tokens][columns], int column, int tap, int first, Store store) const {
         Two weight[before + 1];
         const Two bias = two(&m.taps[before + 1][tap]);
         float seen[before + 1][2];
@@ -200,25 +201,25 @@ struct Inputs {
                     x = fmaf(weight[j].x, seen[(t + j) % 4][0], x);
                     y = fmaf(weight[j].y, seen[(t + j) % 4][1], y);
                 }
-                store(begin + t, pack_bf16(x * logistic(x), y * logistic(y)) & (begin + t < left ? ~0u : 0u));
+                store(begin + t, pack_bf16(x * logistic(x), y * logistic(y)));
             }
         }
     }
 
-    __device__ __forceinline__ void convolve_x(int left) const {
+    __device__ __forceinline__ void convolve_x() const {
         // a lane's channels 2 u and the next of 16 go to word u / 2 of the first or, of odd u, the second piece
         const int piece = head * 8 + lane / 8 * 2 + lane % 2, word = lane % 8 / 2, column = head * head_dim + 2 * lane;
-        convolve<tokens / 4>(m.x_in, column, column, part * (tokens / 4), left, [&](int t, u32 both) {
+        convolve<tokens / 4>(m.x_in, column, column, part * (tokens / 4), [&](int t, u32 both) {
             reinterpret_cast<u32*>(m.x[t])[(piece ^ (t & 7)) * 4 + word] = both;
         });
     }
 
     // The block's slice of B or C, to all blocks: each warp convolves whole rows of it, and hands them on.
-    __device__ __forceinline__ void convolve_bc(int left) const {
+    __device__ __forceinline__ void convolve_bc() const {
         constexpr int pairs = slice / 2, count = tokens * pairs / threads, pieces = slice / 8, rows = count * 32 / pairs;
         u16(&to)[tokens][states] = rank < half ? m.B : m.C;
         const int pair = thread % pairs, word = rank % half * pairs + pair;
-        convolve<count>(m.bc_in, 2 * pair, width + 2 * pair, thread / pairs * count, left, [&](int t, u32 both) {
+        convolve<count>(m.bc_in, 2 * pair, width + 2 * pair, thread / pairs * count, [&](int t, u32 both) {
             reinterpret_cast<u32*>(to[t])[(word / 4 ^ (t & 7)) * 4 + word % 4] = both;
         });
         __syncwarp();

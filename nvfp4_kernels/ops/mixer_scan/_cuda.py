@@ -1,7 +1,7 @@
 """mixer_scan through csrc/mixer_scan/cuda.cu: which kernel, with which parameters.
 
 A sequence has few blocks (Nano 32, Super 64, Ultra 64): fewer in all than half the multiprocessors are refused, for Triton cuts
-sequences into segments. By instructions (cuda.cu) one sequence of Nano's takes 53 ns a token, three 18, where the bytes that
+sequences into segments. By instructions (cuda.cu) one sequence of Nano's takes 52 ns a token, three 17, where the bytes that
 Triton moves take an H200 21; unmeasured.
 """
 

@@ -52,9 +52,9 @@ def test_warps_that_run_ahead(model):
 
 def test_packed_sequences_of_two_rows_and_groups():
     """One without tokens, whose states stay; the inputs are tensors of their own."""
-    given = drawn(2, 35, heads=16, groups=2, sequences=5) | dict(conv_bias=None)
+    given = drawn(2, 35, heads=16, groups=2, sequences=4) | dict(conv_bias=None)
     given |= {name: given[name].contiguous() for name in ("xBC", "z", "dt")}
-    compare(given, [0, 2, 2, 35, 68, 70])
+    compare(given, [0, 2, 2, 35, 70])
 
 
 def test_steps_and_decays_at_their_limits():
@@ -75,7 +75,7 @@ def test_limits_of_steps_and_eps():
 
 def test_rows_one_by_one_and_cut_at_a_chunk():
     """The same bits whatever the batch, and of a sequence in two calls with the states carried over."""
-    given = drawn(2, 100, sequences=2)
+    given = drawn(2, 70, sequences=2)
     whole = mixer_scan(**given)
     tokens, states = ("xBC", "z", "dt"), ("conv_state", "initial_state")
     for row in range(2):
