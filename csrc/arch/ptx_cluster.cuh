@@ -1,5 +1,5 @@
-// What the blocks of a cluster (NVFP4_CLUSTER_KERNEL) have in common, on sm_90 and newer, each instruction with the section of the
-// PTX ISA that defines it and, beside it, its model on the CPU (host_model.h).
+// What the blocks of a cluster (NVFP4_CLUSTER_KERNEL) have in common, on sm_90 and newer, each instruction with the section of
+// the PTX ISA that defines it and, beside it, its model on the CPU (host_model.h).
 #pragma once
 #include "arch/kernel.cuh"
 

@@ -1,16 +1,17 @@
-// mixer_scan on GPUs from sm_90 on: convolution, scan, gate and norm in one pass, a cluster of blocks for a B/C group of a sequence.
+// mixer_scan on GPUs from sm_90 on: convolution, scan, gate and norm in one pass, a cluster of blocks for each B/C group of a
+// sequence.
 //
 // Four warps have a head; the state, 64 channels by 128, stays in their accumulators, 16 channels a warp, from the first token
 // to the last. In a chunk of 64 tokens each block convolves x of its own heads and its share of the group's B and C, which it
-// hands to the others through their shared memory; then y = C S decayed + (C B^T under decays) x + D x and the state's update, in
-// mma.sync; then the gate, and sums of squares that the blocks exchange, added in the order of blocks: the norm.
+// hands to the others through their shared memory; then y = C S decayed + (C B^T under decays) x + D x and the state's update,
+// in mma.sync; then the gate, and sums of squares that the blocks exchange, added in the order of blocks: the norm.
 //   S (a warp's 16 channels by 128 states) as accumulators is, packed to bf16, operand B of C S.
 //   x, transposed as it is read, is operand B of the scores' product and, times the decays to the chunk's end, A of the update.
 // Channels of x lie in shared memory in an order that gives each lane four neighbours of y: stores of whole sectors.
 // Barriers of the cluster, two a chunk: behind B and C, and behind the sums, which also frees B and C for the next chunk.
 // The next chunk's x, B and C are fetched once this one's are convolved, its z once this one is gated: one buffer each.
 //
-// Bytes a token at Nano's sizes, bf16: 28,800 (xBC, z, dt, y), of 57,000 by conv_scan and 32,800 by the norm behind it in Triton.
+// Bytes a token at Nano's sizes, bf16: 28,800 (xBC, z, dt, y), of 57,000 by conv_scan and 32,800 by the norm in Triton.
 // For 64 tokens of a head an H200's memory takes 1,550 clocks of a multiprocessor for them, and 4,830 for what Triton moves. On
 // sm_90 a warp issues 2,940 instructions for a chunk, four warps on four schedulers: 2,940 clocks, so that instructions are
 // the limit here: convolutions 670, scores 430, C S and scores x 310, the update 240, gate and sums 570, norm 250.
@@ -25,8 +26,8 @@ namespace nvfp4 {
 template <int heads, int cluster>
 struct Scan : Inputs<heads, cluster> {
     using In = Inputs<heads, cluster>;
-    using In::p, In::m, In::thread, In::warp, In::lane, In::g, In::q, In::head, In::part, In::rank, In::sequence, In::token, In::end;
-    using In::all_heads, In::first_head, In::width, In::threads;
+    using In::all_heads, In::first_head, In::rank, In::sequence, In::width, In::threads, In::token, In::end;
+    using In::p, In::m, In::thread, In::warp, In::lane, In::g, In::q, In::head, In::part;
     using In::In;
     using State = float[states / 8][4];  // tile n: rows g and g + 8 of the warp's channels, states 8 n + 2 q and the next
     using Y = float[4][2][4];            // tile (i, j): tokens 16 i + g and + 8, channels 4 q + 2 j and the next
@@ -45,7 +46,8 @@ struct Scan : Inputs<heads, cluster> {
     }
     template <int columns>
     __device__ __forceinline__ const u16* pieces_first(const u16 (&matrix)[tokens][columns], int row, int piece) const {
-        return matrix[row + (lane & 7) + (lane >> 4) * 8] + piece / 8 * 64 + ((piece % 8 + (lane >> 3 & 1)) ^ (lane & 7)) * 8;
+        const int second = lane >> 3 & 1;
+        return matrix[row + (lane & 7) + (lane >> 4) * 8] + piece / 8 * 64 + ((piece % 8 + second) ^ (lane & 7)) * 8;
     }
     static __device__ __forceinline__ int exchanged(int row, int piece) { return row * 16 + (piece ^ (row >> 2 & 1)) * 8; }
 

@@ -85,7 +85,8 @@ struct Inputs {
 
     // Rows of 16-byte pieces, from row `first` on, of which row `rows` - 64 is token `chunk`; zeros from the sequence's end on.
     template <int rows, int columns, bool exchanged>
-    __device__ __forceinline__ void fetch(u16 (&to)[rows][columns], const TokensLaunch& t, int channel, int chunk, int first) const {
+    __device__ __forceinline__ void fetch(
+        u16 (&to)[rows][columns], const TokensLaunch& t, int channel, int chunk, int first) const {
         constexpr int pieces = columns / 8;
         const int piece = thread % pieces;
         const u16* const from = t.data + (chunk - (rows - tokens)) * t.stride + channel + piece * 8;

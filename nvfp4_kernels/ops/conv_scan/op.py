@@ -49,21 +49,9 @@ def conv_scan(
 
 
 def check(
-    xBC,
-    dt,
-    conv_weight,
-    conv_bias,
-    A,
-    D,
-    dt_bias,
-    groups,
-    state,
-    dt_limit,
-    conv_state,
-    initial_state,
-    cu_seqlens,
+    xBC, dt, conv_weight, conv_bias, A, D, dt_bias, groups, state, dt_limit, conv_state, initial_state, cu_seqlens,
     chunk_size,
-) -> None:
+) -> None:  # fmt: skip
     """Raise for what conv_scan, whose arguments these are, cannot mean."""
     floating_point("xBC", xBC)
     require(xBC.dim() == 3, "xBC", f"shape {list(xBC.shape)}", "[batch, length, channels]")
