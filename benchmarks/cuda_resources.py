@@ -23,6 +23,7 @@ from nvfp4_kernels.ops.matmul import _cuda as matmul
 from nvfp4_kernels.ops.matmul import _cuda_sm90 as matmul_sm90
 from nvfp4_kernels.ops.matmul import _cuda_sm100 as matmul_sm100
 from nvfp4_kernels.ops.matmul import _cuda_sm120 as matmul_sm120
+from nvfp4_kernels.ops.mixer_scan import _cuda as mixer_scan
 from nvfp4_kernels.ops.quantize import _cuda as quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,9 @@ ARCHS = ("80", "90a", "100a", "103a", "120f")  # as in CMakeLists.txt
 WARPS = collections.defaultdict(lambda: 4, {f"amax_values_{name}": 8 for name in quantize.NAMES.values()})
 WARPS |= {f"weight_only_{form}_{tile}": 8 for form in ("tiles", "parts") for tile in matmul_sm90.COST} | {
     "decode_packed": 8
+}
+WARPS |= {
+    f"mixer_scan_{heads}x{cluster}": 4 * heads for shapes in mixer_scan.SHAPES.values() for heads, cluster in shapes
 }
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*)")
 WARPS |= {f"tcgen05_{width}": matmul_sm100.THREADS // 32 for width in matmul_sm100.WIDTHS} | {
@@ -50,6 +54,8 @@ def launched_with(kernel: str) -> int:
         return matmul_sm120.SHARED
     if kernel.startswith("weight_only"):
         return matmul.shared_bytes(int(kernel.rsplit("_", 1)[1]))
+    if kernel.startswith("mixer_scan"):
+        return mixer_scan.shared_bytes(*map(int, kernel.rsplit("_", 1)[1].split("x")))
     if kernel.startswith("state_update"):
         return 16 * int(kernel.rsplit("_", 1)[1])
     return quantize.shared_bytes(4 if kernel.endswith("fp32") else 2)

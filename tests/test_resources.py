@@ -28,7 +28,8 @@ for arch in (100, 103):
     assert row(compiled)["spills"] == 0
 """
 ARCHS = {80, 90, 100, 103, 120}
-OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names]
+# mixer_scan launches those of conv_scan and gated_rms_norm
+OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names and op != "mixer_scan"]
 
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 

@@ -23,6 +23,7 @@ from nvfp4_kernels.nn.moe import MoE
 from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops.conv_scan.op import conv_scan as run_conv_scan
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
+from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 10304, 2688))  # rows, columns, length
@@ -196,7 +197,8 @@ def selective_scan(device: str, small: bool) -> Iterator[Case]:
 
 
 def conv_scan(device: str, small: bool) -> Iterator[Case]:
-    """Forward, beside its two ops one after the other. Bytes: xBC, dt and y once."""
+    """Forward, beside its two ops one after the other; and mixer_scan, beside conv_scan and then the norm. Bytes: xBC, dt, y
+    and, of mixer_scan, z once."""
     dtype = FP16 if small else BF16
     sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
         "Nano 8k": (1, 8192, 64, 64, 8, 128),
@@ -219,6 +221,19 @@ def conv_scan(device: str, small: bool) -> Iterator[Case]:
 
         about = dict(dtype=str(dtype)[6:], bytes=xBC.nbytes + dt.nbytes + batch * length * inner * 2, limit="copy")
         yield Case("conv_scan", name, lambda given=given: run_conv_scan(*given), {"the two ops": apart}, about)
+        z, norm = draw(batch, length, inner, dtype=dtype, device=device), torch.ones(inner, device=device)
+
+        def whole(given=given, z=z, norm=norm):
+            with torch.no_grad():
+                return mixer_scan(given[0], z, *given[1:7], norm, given[7])
+
+        def in_turn(given=given, z=z, norm=norm):
+            with torch.no_grad():
+                y = run_conv_scan(*given)[0].flatten(2)
+                return nk.gated_rms_norm(y, z, norm, group_size=y.shape[2] // given[7])
+
+        about = about | dict(bytes=about["bytes"] + z.nbytes)
+        yield Case("mixer_scan", name, whole, {"conv_scan, then the norm": in_turn}, about)
 
 
 def _mamba_ssm(leaves: list[torch.Tensor], dy: torch.Tensor, backward: bool) -> dict:

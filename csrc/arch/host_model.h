@@ -1,10 +1,13 @@
-// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks at a time, each thread
-// a fiber. What is modelled is what a kernel can get wrong: who sees which value when. tests/native/cuda/host_model.cpp schedules.
+// CUDA's names for a C++ compiler: csrc/*/cuda.cu compiled with this header runs on the CPU, two blocks or clusters at a time,
+// each thread a fiber. What is modelled is what a kernel can get wrong: who sees which value when.
+// tests/native/cuda/host_model.cpp schedules.
 //
 //   shared memory     allocated at its exact size for each block, filled with 0xA5 (the address sanitizer guards its ends)
 //   __syncthreads     every thread of the block must come to it, or the launch fails
 //   warp operations   all 32 lanes must come to the same one (kernels use full masks only)
 //   cp.async          the destination is spoilt at once and gets its values no sooner than at the wait for its group
+//   clusters          its blocks live together; what a thread stores to another's shared memory is spoilt there at once and
+//                     arrives no sooner than at the barrier of the cluster to which the thread comes next
 //   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
 //   thread order      drawn from a seed, and that of two blocks: with a barrier missing, results depend on it
 //   atomicAdd         the block may rest then until the other has ended, which sees all that is not written yet as it was
@@ -66,6 +69,12 @@ bool copies_shown();  // those of every thread that have arrived
 
 unsigned shared_address(const void* p);  // as instructions take them
 
+// Of a cluster: the address of block `rank`'s shared memory where `address` is in the running one's; stores to such addresses.
+unsigned remote_address(unsigned address, unsigned rank);
+void store_remote(unsigned to, const void* value, size_t bytes);
+void cluster_arrive();
+void cluster_wait();
+
 // What an architecture's instructions keep for the running thread, and what must be done when it ends.
 struct Pending {
     virtual ~Pending() = default;
@@ -75,7 +84,7 @@ std::unique_ptr<Pending>& pending();
 
 struct Kernel {  // makes a kernel known by name
     using Entry = void (*)(const void*);
-    Kernel(const char* name, Entry entry, size_t parameters, unsigned threads);
+    Kernel(const char* name, Entry entry, size_t parameters, unsigned threads, unsigned cluster);
 };
 
 template <class T>
@@ -137,8 +146,10 @@ static inline unsigned atomicMax(unsigned* at, unsigned value) {
     static const char name##_key = 0; \
     Type& name = *static_cast<Type*>(host_model::static_shared(&name##_key, sizeof(Type)))
 #define NVFP4_DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(host_model::dynamic_shared())
-#define NVFP4_KERNEL(name, threads, blocks, Parameters)                                                                \
-    static void name(const Parameters& p);                                                                             \
-    static const host_model::Kernel name##_entry(                                                                      \
-        #name, [](const void* given) { name(*static_cast<const Parameters*>(given)); }, sizeof(Parameters), threads);  \
+#define NVFP4_KERNEL(name, threads, blocks, Parameters) NVFP4_CLUSTER_KERNEL(name, threads, blocks, 1, Parameters)
+#define NVFP4_CLUSTER_KERNEL(name, threads, blocks, cluster, Parameters)                                              \
+    static void name(const Parameters& p);                                                                            \
+    static const host_model::Kernel name##_entry(                                                                     \
+        #name, [](const void* given) { name(*static_cast<const Parameters*>(given)); }, sizeof(Parameters), threads,   \
+        cluster);                                                                                                     \
     static void name(const Parameters& p)

@@ -8,6 +8,10 @@
 // `blocks` of `threads` must fit a multiprocessor's registers at a time.
 #define NVFP4_KERNEL(name, threads, blocks, Parameters) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Parameters p)
+// `cluster` blocks that follow one another run at a time and reach each other's shared memory: sm_90 and newer.
+#define NVFP4_CLUSTER_KERNEL(name, threads, blocks, cluster, Parameters) \
+    extern "C" __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks) \
+        name(const __grid_constant__ Parameters p)
 #endif
 #include "arch/ptx.cuh"
 

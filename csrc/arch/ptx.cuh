@@ -21,6 +21,9 @@ static __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// The compiler may not compute x anew where it is used, nor, in a loop, what follows from x before it.
+static __device__ __forceinline__ void keep_in_register(u32& x) { asm volatile("" : "+r"(x)); }
+
 // 16 bytes from global to shared memory, the first `bytes` of them read, the others zero; past the L1 cache
 // (PTX ISA, cp.async).
 static __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes) {
@@ -42,6 +45,18 @@ static __device__ __forceinline__ void multiply_bf16(float* d, const u32* a, u32
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four matrices of 8 rows of 16 bytes: lane 8 m + i says where row i of matrix m lies; lane 4 g + q gets bytes 4q to 4q + 3 of
+// row g of each (PTX ISA, ldmatrix).
+static __device__ __forceinline__ void load_matrices(u32* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+}
+// The same with each matrix transposed: lane 4 g + q gets element g of rows 2q and 2q + 1 (PTX ISA, ldmatrix, .trans).
+static __device__ __forceinline__ void load_matrices_transposed(u32* r, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
 }
 
 // Both halves a b in bf16, rounded to nearest, subnormals kept: a fused multiply-add of -0, since sm_80 has no product of
@@ -68,6 +83,30 @@ static __device__ __forceinline__ float fp16_to_fp32(u16 x) {
 static __device__ __forceinline__ u16 fp32_to_fp16(float x) {
     u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Both to bf16, to nearest, ties to even; `low` in the lower half (PTX ISA, cvt: the second operand goes there).
+static __device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// 2^x, 1 / x and 1 / sqrt(x) to 2^-22 of the result or so, what is subnormal 0 (PTX ISA, ex2, rcp, rsqrt; approx.ftz).
+static __device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ __forceinline__ float fast_rsqrt(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -102,6 +141,7 @@ static __device__ __forceinline__ u32 e2m1_word(const F32x1* v) {
 
 #else  // the model
 
+static inline void keep_in_register(u32&) {}
 static inline u32 shared_address(const void* p) { return host_model::shared_address(p); }
 static inline void copy_async16(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 16, bytes); }
 static inline void commit_copies() { host_model::commit_copies(); }
@@ -128,6 +168,46 @@ static inline void multiply_bf16(float* d, const u32* a, u32 b0, u32 b1) {
         d[i] = static_cast<float>(sum);
     }
 }
+
+// take(m, i, row): row i of matrix m. Two rows of a matrix in the same banks fail too: no kernel here means to pay for that.
+template <class Take>
+static inline void each_row(const char* operation, const void* row, Take take) {
+    const auto* all = host_model::exchange(operation, &row, sizeof row);
+    for (int m = 0; m < 4; ++m) {
+        size_t places = 0;
+        for (int i = 0; i < 8; ++i) {
+            const unsigned char* from;
+            std::memcpy(&from, all[8 * m + i], sizeof from);
+            if (reinterpret_cast<size_t>(from) % 16) host_model::fail("ldmatrix: an address is no multiple of 16");
+            places |= size_t(1) << reinterpret_cast<size_t>(from) / 16 % 8;
+            take(m, i, from);
+        }
+        if (places != 0xFF) host_model::fail("ldmatrix: a bank conflict");
+    }
+}
+static inline void load_matrices(u32* r, const void* row) {
+    const int g = host_model::lane() / 4, q = host_model::lane() % 4;
+    each_row("ldmatrix", row, [&](int m, int i, const unsigned char* from) {
+        if (i == g) std::memcpy(r + m, from + 4 * q, 4);
+    });
+}
+static inline void load_matrices_transposed(u32* r, const void* row) {
+    const int g = host_model::lane() / 4, q = host_model::lane() % 4;
+    each_row("ldmatrix.trans", row, [&](int m, int i, const unsigned char* from) {
+        if (i / 2 == q) std::memcpy(reinterpret_cast<u16*>(r + m) + i % 2, from + 2 * g, 2);
+    });
+}
+
+static inline u32 narrow_bf16(float x) {
+    const u32 b = bits(F32x1(x)).v;
+    return (b & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : (b + 0x7FFFu + (b >> 16 & 1u)) >> 16;
+}
+static inline u32 pack_bf16(float low, float high) { return narrow_bf16(low) | narrow_bf16(high) << 16; }
+
+static inline float no_subnormal(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f : x; }
+static inline float fast_exp2(float x) { return no_subnormal(std::exp2(x)); }
+static inline float fast_reciprocal(float x) { return no_subnormal(1.0f / x); }
+static inline float fast_rsqrt(float x) { return 1.0f / std::sqrt(x); }
 
 template <bool high>
 static inline u32 scaled_bf16x2(u32 a, u32 b) {

@@ -22,13 +22,6 @@ static __device__ __forceinline__ void copy_async4(void* to, const void* from, i
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes: lane 8 m + i says where row i of matrix m lies; lane 4 g + q gets bytes 4q to 4q + 3 of
-// row g of each (PTX ISA, ldmatrix).
-static __device__ __forceinline__ void load_matrices(u32* r, const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
-}
-
 // d += (a under its scales) (b under its scales), a 16x64 and b 64x8 of E2M1, a scale in ue4m3 for 16 values along k, d fp32
 // (PTX ISA, mma.sync.aligned.m16n8k64, "Matrix Fragments for mma.m16n8k64 with floating point type", and "Block Scaling for
 // mma.sync"). Of lane 4 g + q, lowest nibble first: a[0] row g, k 8q to 8q + 7, a[1] row g + 8, a[2], a[3] the same 32 k on;
@@ -47,22 +40,6 @@ static __device__ __forceinline__ void multiply_e2m1(float* d, const u32* a, u32
 #else  // the model
 
 static inline void copy_async4(void* to, const void* from, int bytes) { host_model::copy_async(to, from, 4, bytes); }
-
-// Two rows of a matrix in the same banks fail too: no kernel here means to pay for that.
-static inline void load_matrices(u32* r, const void* row) {
-    const auto* all = host_model::exchange("ldmatrix", &row, sizeof row);
-    for (int m = 0; m < 4; ++m) {
-        size_t places = 0;
-        for (int i = 0; i < 8; ++i) {
-            const unsigned char* from;
-            std::memcpy(&from, all[8 * m + i], sizeof from);
-            if (reinterpret_cast<size_t>(from) % 16) host_model::fail("ldmatrix: an address is no multiple of 16");
-            places |= size_t(1) << reinterpret_cast<size_t>(from) / 16 % 8;
-            if (i == host_model::lane() / 4) std::memcpy(r + m, from + 4 * (host_model::lane() % 4), 4);
-        }
-        if (places != 0xFF) host_model::fail("ldmatrix: a bank conflict");
-    }
-}
 
 // Four times the product of two codes, the second in the upper half of a byte: an integer.
 struct E2M1Products {

@@ -33,9 +33,6 @@ static __device__ __forceinline__ void copy_async4(u32 to, const void* from, boo
         : "memory");
 }
 
-// The compiler may not compute x anew where it is used.
-static __device__ __forceinline__ void keep_in_register(u32& x) { asm volatile("" : "+r"(x)); }
-
 // Registers written so far may be read by products (PTX ISA, wgmma.fence).
 static __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // The products since the last commit become a group (PTX ISA, wgmma.commit_group).
@@ -79,7 +76,6 @@ static inline void copy_async4(u32 to, const void* from, bool wanted, bool insid
     auto* memory = static_cast<unsigned char*>(host_model::dynamic_shared());
     if (wanted) host_model::copy_async(memory + (to - shared_address(memory)), from, 4, inside ? 4 : 0);
 }
-static inline void keep_in_register(u32&) {}
 
 namespace hopper_model {
 

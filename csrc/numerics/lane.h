@@ -20,6 +20,13 @@
 #define NVFP4_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// Before a loop that must stay one: unrolled, its addresses would all be kept in registers.
+#if defined(__CUDACC__) || defined(__clang__)
+#define NVFP4_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define NVFP4_KEEP_LOOP
+#endif
+
 namespace nvfp4 {
 
 using u8 = unsigned char;

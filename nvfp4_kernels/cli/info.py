@@ -126,6 +126,9 @@ def _call(op: str, refuses, device: str) -> list:
         stack, index = Stack(x[None]), torch.tensor([0, 32], device=device)
         routed = op == "expert_mlp"
         return [x, x, index, index, index, stack, stack] if routed else [Stack(x), stack, index, x.dtype, None]
+    if op == "mixer_scan":
+        options = [None] * 3 + [1, 0.0, math.inf, 1e-5, 16]
+        return [x[None].repeat(1, 1, 3), x[None], heads, x.new_ones(96, 4), None, A, A, A, x.new_ones(32), *options]
     if op == "mixer_step":
         state = x.new_ones(1, 2, 16, 32).float()
         return [x[None, :1], x, state, *[None] * 10]

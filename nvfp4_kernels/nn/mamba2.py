@@ -12,6 +12,7 @@ from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
+from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
 
 
@@ -100,6 +101,9 @@ class Mamba2(nn.Module):
         z, xBC, dt = projected.split(self.split, -1)
         weights = self.conv1d.weight[:, 0], self.conv1d.bias, -torch.exp(self.A_log), self.D, self.dt_bias
         states = conv_state, ssm_state, cu_seqlens
+        if not torch.is_grad_enabled():
+            options = self.norm.weight, self.groups, self.dt_limit, self.norm.eps
+            return mixer_scan(xBC, z, dt, *weights, *options, *states, self.chunk_size)
         y, *after = conv_scan(xBC, dt, *weights, self.groups, self.state, self.dt_limit, *states, self.chunk_size)
         return self.norm(y.flatten(-2), z), *after
 

@@ -43,6 +43,13 @@ def refuses_arch(arch: str, x: Tensor) -> str | None:
     return f"the kernel is written for sm_{arch}, not for {x.device}"
 
 
+def refuses_clusters(x: Tensor) -> str | None:
+    """Why kernels whose blocks form clusters cannot run where x is; None when they can."""
+    if _model is None and _device.cuda_target(x.device) == "80":
+        return "blocks form clusters from sm_90 on"
+    return None
+
+
 @functools.lru_cache
 def _refusal(op: str, device: torch.device) -> str | None:
     arch = _device.cuda_target(device)

@@ -119,6 +119,12 @@ def multiplies_by_mkl() -> bool:
     return torch.backends.mkl.is_available()
 
 
+def most_shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have: of Hopper and Blackwell's data-center chips, or of sm_120 (CUDA C++
+    Programming Guide, table of technical specifications)."""
+    return (99 if (_capability(device) or (0, 0))[0] == 12 else 227) << 10
+
+
 def default_device() -> str:
     """Where a model goes when nobody says: the first CUDA device, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

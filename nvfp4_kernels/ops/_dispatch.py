@@ -32,6 +32,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "state_update": ("native", "triton", "reference"),
     "gated_rms_norm": ("native", "triton", "reference"),
     "mixer_step": ("native", "reference"),
+    "mixer_scan": ("native", "triton", "reference"),
     "relu2": ("native", "triton", "reference"),
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))

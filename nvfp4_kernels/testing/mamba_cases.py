@@ -8,6 +8,7 @@ import torch
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
@@ -124,6 +125,35 @@ def _mixer_step() -> Iterator[Case]:
         yield Case("mixer_step", f"{str(dtype)[6:]}, slots, {tokens} tokens", make, run, tolerance)
 
 
+def _mixer_scan() -> Iterator[Case]:
+    # of 20 sequences and 8 heads a group the clusters of the CUDA kernel fill half of any chip
+    for dtype, batch, length, tolerance in ((FP32, 1, 17, 2e-5), (BF16, 20, 70, 2e-2)):
+
+        def make(dtype=dtype, batch=batch, length=length) -> Inputs:
+            heads, state = 8, 128
+            inner, channels = heads * 64, heads * 64 + 2 * state
+            projected = drawn(batch, length, inner + channels + heads, dtype=dtype)
+            z, xBC, dt = projected.split((inner, channels, heads), -1)
+            per_head = {name: drawn(heads, seed=seed) for seed, name in enumerate(("D", "dt_bias"), 1)}
+            return per_head | {
+                "xBC": xBC,
+                "z": z,
+                "dt": dt,
+                "conv_weight": drawn(channels, 4, scale=0.5, seed=3),
+                "conv_bias": drawn(channels, seed=4),
+                "A": -drawn(heads, seed=5).exp(),
+                "norm_weight": drawn(inner, seed=6),
+                "groups": 1,
+                "conv_state": drawn(batch, channels, 3, dtype=dtype, seed=7),
+                "initial_state": drawn(batch, heads, 64, state, seed=8),
+            }
+
+        def run(**given) -> dict:
+            return dict(zip(("y", "conv_state", "state"), mixer_scan(**given), strict=True))
+
+        yield Case("mixer_scan", f"{str(dtype)[6:]}, {batch} x {length} tokens", make, run, tolerance)
+
+
 MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
@@ -131,4 +161,5 @@ MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "conv_scan": _conv_scan,
     "state_update": _state_update,
     "mixer_step": _mixer_step,
+    "mixer_scan": _mixer_scan,
 }

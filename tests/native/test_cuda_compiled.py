@@ -19,8 +19,9 @@ from nvfp4_kernels.ops.matmul import native as matmul_native
 ARCHS = ("80", "90a", "100a", "103a", "120f")
 # What a change of any kind would show in: an op's compilation takes some 7 seconds an architecture. NVFP4_CUDA=1, as for
 # `make cuda`, asks for all of them; benchmarks/results/resources.json has all.
-CHOSEN = [("quantize", "90a"), ("quantize", "100a"), ("matmul", "80"), ("state_update", "90a")]
+CHOSEN = [("quantize", "90a"), ("quantize", "100a"), ("matmul", "80"), ("state_update", "90a"), ("mixer_scan", "90a")]
 ALL = [(op, arch) for op in ("quantize", "matmul", "state_update") for arch in ARCHS]
+ALL += [("mixer_scan", arch) for arch in ARCHS[1:]]  # clusters
 TASKS = ALL if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else CHOSEN
 
 
@@ -39,11 +40,12 @@ def test_no_spills(compiled, resources, op, arch):
     committed = {row["kernel"]: row["shared"] for row in told if row["arch"] == int(arch.rstrip("af"))}
     assert committed == {row["kernel"]: row["shared"] for row in rows}  # registers are another with each ptxas
     of_matmul = {"80": 5, "90a": 9, "100a": 8, "103a": 8, "120f": 6}[arch]
-    assert len(rows) == {"quantize": 18, "matmul": of_matmul, "state_update": 15}[op]
+    of_scan = 1 if arch == "120f" else 3
+    assert len(rows) == {"quantize": 18, "matmul": of_matmul, "state_update": 15, "mixer_scan": of_scan}[op]
     assert not [row["kernel"] for row in rows if row["spills"]]
     most = {"120f": 99}.get(arch, 163) << 10
-    chips_own = [row for row in rows if row["kernel"].startswith(("weight_only_tiles", "tcgen05"))]
-    assert all(row["shared"] <= 227 << 10 for row in chips_own)
+    chips_own = [row for row in rows if row["kernel"].startswith(("weight_only_tiles", "tcgen05", "mixer_scan"))]
+    assert all(row["shared"] <= (99 if arch == "120f" else 227) << 10 for row in chips_own)
     assert all(row["shared"] <= most for row in rows if row not in chips_own)
 
 
@@ -54,6 +56,8 @@ def test_instructions(compiled, op, arch):
         if re.fullmatch(r"weight_only_\d+", name):
             # a step's eight tiles of 16 rows and 16 k for each warp, times the groups of 8 tokens
             assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
+        elif op == "mixer_scan":  # a square of scores, C S, scores x, 16 tokens' update of the state
+            assert found["HMMA"] == 16 + 64 + 20 + 16, name
         elif (
             name == "quantize_row_bf16"
         ):  # two blocks of 16 codes a thread, two codes an instruction, where there is one

@@ -8,6 +8,7 @@ from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
+from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -32,6 +33,11 @@ CALLS = {
         xBC=ones(2, 3, 96), dt=ones(2, 3, 4), conv_weight=ones(96, 4), conv_bias=ones(96), A=-ones(4), D=ones(4),
         dt_bias=ones(4), conv_state=ones(2, 96, 3), initial_state=ones(2, 4, 8, 16), cu_seqlens=torch.tensor([0, 4, 6]),
     ),
+    mixer_scan: dict(
+        xBC=ones(2, 3, 96), z=ones(2, 3, 32), dt=ones(2, 3, 4), conv_weight=ones(96, 4), conv_bias=ones(96), A=-ones(4),
+        D=ones(4), dt_bias=ones(4), norm_weight=ones(32), conv_state=ones(2, 96, 3), initial_state=ones(2, 4, 8, 16),
+        cu_seqlens=torch.tensor([0, 4, 6]),
+    ),
     state_update: dict(state=torch.zeros(5, 4, 8, 16, dtype=torch.bfloat16))
     | scanned
     | dict(
@@ -54,7 +60,12 @@ CALLS = {
     unpermute: dict(y=ones(8, 8), routing=routing, weights=ones(4, 2)),
     expert_mlp: dict(x=ones(4, 8), routing=routing, up=ones(6, 16, 8), down=ones(6, 8, 16)),
 }  # fmt: skip
-OPTIONS = {mixer_step: dict(groups=2), conv_scan: dict(groups=2, state=16), route: dict(top_k=2)}
+OPTIONS = {
+    mixer_scan: dict(groups=2),
+    mixer_step: dict(groups=2),
+    conv_scan: dict(groups=2, state=16),
+    route: dict(top_k=2),
+}
 
 
 @pytest.mark.parametrize("op", CALLS, ids=lambda op: op.__name__)
@@ -78,6 +89,6 @@ def test_weights_of_unpermute_are_floats():
 
 
 def test_limits_of_steps_are_in_order():
-    for op in (selective_scan, conv_scan, state_update, mixer_step):
+    for op in (selective_scan, conv_scan, state_update, mixer_scan, mixer_step):
         with pytest.raises(ValueError, match="dt_limit: got .*; allowed: .low, high., low <= high"):
             op(**CALLS[op] | OPTIONS.get(op, {}), dt_limit=(2.0, 1.0))

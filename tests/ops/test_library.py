@@ -7,6 +7,7 @@ from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import route
 from nvfp4_kernels.ops.router_logits.op import router_logits
@@ -87,6 +88,14 @@ OPERANDS = {
             xBC=torch.rand(2, n, 44), dt=torch.rand(2, n, 4), conv_weight=torch.rand(44, 4), conv_bias=torch.rand(44),
             A=-torch.rand(4), D=torch.rand(4), dt_bias=torch.rand(4), conv_state=torch.rand(2, 44, 3),
             initial_state=torch.rand(2, 4, 6, 5),
+        ),
+    ),
+    "mixer_scan": (
+        lambda **given: mixer_scan(**given, groups=2),
+        lambda n: dict(
+            xBC=torch.rand(2, n, 44), z=torch.rand(2, n, 24), dt=torch.rand(2, n, 4), conv_weight=torch.rand(44, 4),
+            conv_bias=torch.rand(44), A=-torch.rand(4), D=torch.rand(4), dt_bias=torch.rand(4), norm_weight=torch.rand(24),
+            conv_state=torch.rand(2, 44, 3), initial_state=torch.rand(2, 4, 6, 5),
         ),
     ),
     "gated_rms_norm": (gated_rms_norm, lambda n: dict(x=torch.rand(n, 8), z=torch.rand(n, 8), weight=torch.rand(8))),

@@ -40,6 +40,19 @@ def conv_scan(
     dtype, the scan's is fp32 (fp64 for fp64 xBC). Differentiable in every tensor but cu_seqlens; backward convolves again.
     Raises TypeError or ValueError naming the argument. Source: Mamba-2 (arXiv 2405.21060), section 7.
     """
+    weights = conv_weight, conv_bias, A, D, dt_bias
+    check(xBC, dt, *weights, groups, state, dt_limit, conv_state, initial_state, cu_seqlens, chunk_size)
+    low, high = limits(dt_limit)
+    return torch.ops.nvfp4.conv_scan(
+        xBC, dt, *weights, conv_state, initial_state, cu_seqlens, groups, state, low, high, chunk_size
+    )
+
+
+def check(
+    xBC, dt, conv_weight, conv_bias, A, D, dt_bias, groups, state, dt_limit, conv_state, initial_state, cu_seqlens,
+    chunk_size,
+) -> None:  # fmt: skip
+    """Raise for what conv_scan, whose arguments these are, cannot mean."""
     floating_point("xBC", xBC)
     require(xBC.dim() == 3, "xBC", f"shape {list(xBC.shape)}", "[batch, length, channels]")
     batch, length, channels = xBC.shape
@@ -66,11 +79,6 @@ def conv_scan(
     float_operand("dt_bias", dt_bias, (heads,), device, optional=True)
     float_operand("conv_state", conv_state, (sequences, channels, width - 1), device, optional=True)
     float_operand("initial_state", initial_state, (sequences, heads, inner // heads, state), device, optional=True)
-    weights = conv_weight, conv_bias, A, D, dt_bias
-    low, high = limits(dt_limit)
-    return torch.ops.nvfp4.conv_scan(
-        xBC, dt, *weights, conv_state, initial_state, cu_seqlens, groups, state, low, high, chunk_size
-    )
 
 
 def _run(*arguments) -> tuple[Tensor, Tensor, Tensor]:

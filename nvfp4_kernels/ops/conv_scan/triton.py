@@ -12,8 +12,8 @@ for 64 tokens of one head, takes 1,024 clocks to issue its instructions on sm_90
 - B and C, convolved so, would be so by each of the 8 heads of a group: four times as many values, 2,500 clocks for 440.
 - The norm. Its group is that of B and C, 8 heads, and the state of one fills the registers of a program. Between the programs
   of a group and a norm over them y goes to memory and back: with gate and sums of squares in the main pass that is y out, z in,
-  y in and the result out, 32,800 bytes, as with the norm by itself. It would take a cluster of programs, a head each, that add
-  their sums through each other's shared memory.
+  y in and the result out, 32,800 bytes, as with the norm by itself. Blocks of a cluster add their sums, and share the convolved
+  B and C, through each other's shared memory: csrc/mixer_scan, in CUDA.
 """
 
 from dataclasses import replace
@@ -52,7 +52,7 @@ def run(
         mixed, conv_last = conv.run(xBC, weight, bias, conv_state, cu_seqlens, True)
         x, B, C = (lines(t, packed) for t in _in_turn.split(mixed, A.shape[0], groups, state))
         call = replace(call, x=x, B=B, C=C)
-    return forward(call, a, found, last).view(x.shape), conv_last, last
+    return forward(call, a, found, last).view(*xBC.shape[:2], *x.shape[2:]), conv_last, last
 
 
 def backward(*arguments) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -52,6 +53,11 @@ struct Copy {
     int bytes, bytes_from;
 };
 
+struct Sent {  // to another block's shared memory
+    unsigned char* to;
+    std::string bytes;
+};
+
 struct Thread {
     Dim3 index;
     std::unique_ptr<char[]> stack;
@@ -61,6 +67,10 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     bool unshown = false;  // copies have arrived that only this thread and, after a barrier, plain reads of others see
     std::unique_ptr<Pending> pending;
+    std::vector<Sent> sent;    // since it last came to the cluster's barrier
+    bool at_cluster = false;   // it has arrived there and not waited
+    bool met_cluster = false;  // it has waited once: all blocks have begun
+    std::uint64_t phase = 0;   // of the barrier at which it has arrived
 };
 
 struct Warp {
@@ -75,16 +85,19 @@ struct Failed {};  // thrown by a unit's work
 struct Entry {
     Kernel::Entry run;
     size_t parameters;
-    unsigned threads;
+    unsigned threads, cluster;
 };
 std::map<std::string, Entry>& kernels() {
     static std::map<std::string, Entry> all;
     return all;
 }
 
+struct Cluster;
 struct Block {
     Dim3 at;
-    int slot;  // which threads are its own
+    Cluster* cluster;
+    int slot;        // which threads are its cluster's
+    unsigned first;  // and of these its own
     std::vector<Warp> warps;
     std::vector<unsigned> ready, at_barrier;
     std::unique_ptr<unsigned char[]> dynamic;
@@ -93,6 +106,15 @@ struct Block {
     std::vector<std::pair<unsigned, std::function<bool()>>> sleepers;  // a thread, and what it waits for
     std::map<int, std::deque<std::function<void()>>> units;
     std::unique_ptr<BlockState> state;
+};
+
+// Blocks that live together, mostly one.
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::pair<Block*, unsigned>> waiting;  // threads at the barrier
+    std::vector<Sent> sent;                            // by those who have arrived there
+    unsigned arrived = 0;
+    std::uint64_t phase = 0;
 };
 
 struct Launch {
@@ -111,9 +133,9 @@ struct Launch {
 };
 Launch* now = nullptr;
 Block* here = nullptr;
-std::vector<Thread> threads[2];  // of two blocks; stacks live from launch to launch
+std::vector<Thread> threads[2];  // of two clusters; stacks live from launch to launch
 
-Thread& me() { return threads[here->slot][here->running]; }
+Thread& me() { return threads[here->slot][here->first + here->running]; }
 
 void leave([[maybe_unused]] bool for_good) {
     Thread& mine = me();
@@ -144,6 +166,8 @@ void life() {
     now->entry->run(now->parameters);
     if (!me().open.empty() || !me().groups.empty()) fail("a thread ended with copies that it never waited for");
     if (me().pending && !me().pending->done()) fail("a thread ended with products that it never waited for");
+    if (me().at_cluster) fail("a thread ended at a barrier of the cluster that it never waited for");
+    if (!me().sent.empty()) fail("a thread ended with stores to another block that no barrier of the cluster follows");
     ++here->finished;
     leave(true);
     std::abort();
@@ -164,6 +188,8 @@ void make_fiber(Thread& thread) {
     thread.groups.clear();
     thread.unshown = false;
     thread.pending.reset();
+    thread.sent.clear();
+    thread.at_cluster = thread.met_cluster = false;
 }
 
 size_t draw(size_t count) {  // the last, or any
@@ -215,46 +241,67 @@ std::unique_ptr<unsigned char[]> spoilt(size_t bytes) {
     return memory;
 }
 
-std::unique_ptr<Block> begin_block(unsigned i, int slot) {
+std::unique_ptr<Block> begin_block(unsigned i, Cluster* cluster, int slot, unsigned first) {
     std::unique_ptr<Block> block(new Block);
     block->at = {i % now->grid.x, i / now->grid.x % now->grid.y, i / now->grid.x / now->grid.y};
-    block->slot = slot;
+    block->cluster = cluster, block->slot = slot, block->first = first;
     block->warps.resize(now->block.x / 32);
     block->dynamic = spoilt(now->dynamic_bytes);
-    threads[slot].resize(std::max<size_t>(threads[slot].size(), now->block.x));
     for (unsigned t = now->block.x; t-- > 0;) {
-        threads[slot][t].index = {t, 0, 0};
-        make_fiber(threads[slot][t]);
+        threads[slot][first + t].index = {t, 0, 0};
+        make_fiber(threads[slot][first + t]);
         block->ready.push_back(t);
     }
     return block;
 }
 
-void end_block() {
-    const Block& b = *here;
-    if (!now->error.empty()) return;
-    if (b.state && b.state->complaint()) now->error = b.state->complaint();
-    if (b.finished == now->block.x) return;
-    now->error = "deadlock: " + std::to_string(b.finished) + " of " + std::to_string(now->block.x) + " threads ended, " +
-                 std::to_string(b.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(b.sleepers.size()) +
-                 " at barriers in shared memory, the others in their warps";
+std::unique_ptr<Cluster> begin_cluster(unsigned i, int slot) {
+    const unsigned size = now->entry->cluster, of_block = now->block.x;
+    std::unique_ptr<Cluster> cluster(new Cluster);
+    threads[slot].resize(std::max<size_t>(threads[slot].size(), size * of_block));
+    for (unsigned rank = 0; rank < size; ++rank) {
+        cluster->blocks.push_back(begin_block(i * size + rank, cluster.get(), slot, rank * of_block));
+    }
+    return cluster;
 }
 
-// With threads in order one after the other, else two at a time, a step of either by lot.
-void run_blocks(unsigned count, bool backwards) {
-    std::unique_ptr<Block> alive[2];
+// A step of one of its blocks; false when none can go on.
+bool step_in(const Cluster& cluster) {
+    const size_t size = cluster.blocks.size(), first = draw(size);
+    for (size_t i = 0; i < size; ++i) {
+        here = cluster.blocks[(first + i) % size].get();
+        if (step()) return true;
+    }
+    return false;
+}
+
+void end_cluster(const Cluster& cluster) {
+    for (const auto& block : cluster.blocks) {
+        const Block& b = *block;
+        if (!now->error.empty()) return;
+        if (b.state && b.state->complaint()) now->error = b.state->complaint();
+        if (b.finished == now->block.x) continue;
+        now->error = "deadlock: " + std::to_string(b.finished) + " of " + std::to_string(now->block.x) + " threads ended, " +
+                     std::to_string(b.at_barrier.size()) + " wait at __syncthreads, " + std::to_string(b.sleepers.size()) +
+                     " at barriers in shared memory, " + std::to_string(cluster.waiting.size()) +
+                     " of all blocks at the cluster's, the others in their warps";
+    }
+}
+
+// With threads in order one cluster after the other, else two at a time, a step of either by lot.
+void run_clusters(unsigned count, bool backwards) {
+    std::unique_ptr<Cluster> alive[2];
     unsigned begun = 0;
     while (now->error.empty()) {
         for (int slot = 0; slot < (now->random ? 2 : 1); ++slot) {
-            if (!alive[slot] && begun < count) alive[slot] = begin_block(backwards ? count - ++begun : begun++, slot);
+            if (!alive[slot] && begun < count) alive[slot] = begin_cluster(backwards ? count - ++begun : begun++, slot);
         }
         const size_t turn = now->resting ? 1 - now->resting->slot : draw(2);
-        auto& block = alive[alive[turn] ? turn : 1 - turn];
-        if (!block) return;
-        here = block.get();
-        if (step()) continue;
-        end_block();
-        block.reset();
+        auto& cluster = alive[alive[turn] ? turn : 1 - turn];
+        if (!cluster) return;
+        if (step_in(*cluster)) continue;
+        end_cluster(*cluster);
+        cluster.reset();
         now->resting = nullptr;
     }
 }
@@ -364,14 +411,59 @@ void show_copies() {
 bool copies_shown() { return here->unshown == 0; }
 
 // The first address is a multiple of 16, as the hardware promises, and of no more.
+constexpr unsigned first_address = 0x410;
 unsigned shared_address(const void* p) {
-    return 0x410u + static_cast<unsigned>(static_cast<const unsigned char*>(p) - here->dynamic.get());
+    return first_address + static_cast<unsigned>(static_cast<const unsigned char*>(p) - here->dynamic.get());
+}
+
+unsigned remote_address(unsigned address, unsigned rank) {
+    if (rank >= here->cluster->blocks.size()) fail("mapa: a block that the cluster has not");
+    return (rank + 1) << 24 | address;
+}
+
+void store_remote(unsigned to, const void* value, size_t bytes) {
+    if (to >> 24 == 0) fail("st.shared::cluster: an address of the block's own shared memory");
+    const Block& block = *here->cluster->blocks[(to >> 24) - 1];
+    if (!me().met_cluster) fail("st.shared::cluster: no barrier of the cluster yet, the block may not have begun");
+    if (block.finished == now->block.x) fail("st.shared::cluster: the block has ended");
+    if (to % bytes) fail("st.shared::cluster: an address is no multiple of the store's size");
+    unsigned char* const at = block.dynamic.get() + ((to & 0xFFFFFFu) - first_address);
+    std::memset(at, 0xA5, bytes);
+    me().sent.push_back({at, std::string(static_cast<const char*>(value), bytes)});
+}
+
+void cluster_arrive() {
+    exchange("barrier.cluster.arrive", "", 1);
+    Thread& self = me();
+    Cluster& all = *here->cluster;
+    if (self.at_cluster) fail("barrier.cluster: arrived twice without a wait");
+    self.at_cluster = true;
+    self.phase = all.phase;
+    std::move(self.sent.begin(), self.sent.end(), std::back_inserter(all.sent));
+    self.sent.clear();
+    if (++all.arrived < now->block.x * all.blocks.size()) return;
+    for (const Sent& s : all.sent) std::memcpy(s.to, s.bytes.data(), s.bytes.size());
+    for (const auto& [block, thread] : all.waiting) block->ready.push_back(thread);
+    all.sent.clear();
+    all.waiting.clear();
+    all.arrived = 0;
+    ++all.phase;
+}
+
+void cluster_wait() {
+    exchange("barrier.cluster.wait", "", 1);
+    if (!me().at_cluster) fail("barrier.cluster: a wait without an arrival");
+    me().at_cluster = false;
+    me().met_cluster = true;
+    if (me().phase != here->cluster->phase) return;
+    here->cluster->waiting.push_back({here, here->running});
+    leave(false);
 }
 
 std::unique_ptr<Pending>& pending() { return me().pending; }
 
-Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads) {
-    kernels()[name] = {entry, parameters, most_threads};
+Kernel::Kernel(const char* name, Entry entry, size_t parameters, unsigned most_threads, unsigned cluster) {
+    kernels()[name] = {entry, parameters, most_threads, cluster};
 }
 
 }  // namespace host_model
@@ -390,9 +482,10 @@ extern "C" int nvfp4_model_launch(const char* name, const unsigned* grid, unsign
     if (entry.parameters != parameter_bytes) return say("parameters of another size than the kernel's");
     if (block == 0 || block % 32 || block > entry.threads) return say("a block of so many threads cannot be launched");
     if (dynamic_bytes > (227u << 10)) return say("more shared memory than a processor has");
+    if (grid[0] % entry.cluster) return say("a grid that is no multiple of the cluster");
     Launch launch = {{grid[0], grid[1], grid[2]}, {block, 1, 1}, &entry, parameters, dynamic_bytes, seed};
     now = &launch;
-    run_blocks(grid[0] * grid[1] * grid[2], seed % 2);  // odd seeds from the last block to the first
+    run_clusters(grid[0] * grid[1] * grid[2] / entry.cluster, seed % 2);  // odd seeds from the last block to the first
     now = nullptr;
     return launch.error.empty() ? 0 : say(launch.error);
 }
