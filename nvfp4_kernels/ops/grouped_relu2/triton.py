@@ -27,14 +27,15 @@ def backward(
     a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
-    form, h = rows_form(a, b, len(h)), h.contiguous()
+    form, h, N = rows_form(a, b, len(h)), h.contiguous(), b.rows
     dh, squares, most = torch.empty_like(h), torch.empty_like(h) if again else None, _most(offsets, amax)
-    across, weighted = form[0].n, weights is not None
-    tiles = -(-b.rows // across) * -(-across // COLS.value)
+    across, weighted = min(form[0].n, COLS.value), weights is not None
+    tiles = -(-N // form[0].n) * form[0].n // across  # the last of them may lie beyond N
     parts = torch.empty(tiles, len(h), dtype=torch.float32, device=h.device) if weighted else None
     places = h, _wide(weights), squares, parts, most
     launch_rows(form, a, b, offsets, None, dh, places, (True, weighted, again, amax))
-    return dh, parts.sum(0) if weighted else None, squares, most.view(torch.float32) if amax else None
+    dweights = parts[: -(-N // across)].sum(0) if weighted else None
+    return dh, dweights, squares, most.view(torch.float32) if amax else None
 
 
 def _wide(weights: Tensor | None) -> Tensor | None:
