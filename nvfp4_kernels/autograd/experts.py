@@ -22,9 +22,10 @@ from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_back
 from nvfp4_kernels.ops.permute.op import permute, sum_slots
 from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.route.op import Routing
-from nvfp4_kernels.recipe import HIGH, LinearRecipe
+from nvfp4_kernels.recipe import HIGH, LinearRecipe, Recipe, get_recipe
 
 Forms = tuple[Stack, Stack]
+AnyRecipe = Recipe | LinearRecipe | str
 
 
 def experts(
@@ -33,7 +34,7 @@ def experts(
     down: Tensor,
     groups: Routing | Tensor,
     weights: Tensor | None = None,
-    recipes: tuple[LinearRecipe, LinearRecipe] = (HIGH, HIGH),
+    recipes: AnyRecipe | tuple[AnyRecipe, AnyRecipe] = HIGH,
     noises: tuple[Tensor | None, Tensor | None] = (None, None),
     forms: tuple[Forms | None, Forms | None] = (None, None),
 ) -> Tensor:
@@ -42,7 +43,8 @@ def experts(
     up: [experts, width, in]. down: [experts, in, width].
     groups: int64 [experts + 1] on x's device, expert e having the rows groups[e] to groups[e + 1] of x [rows, in]; or a
         Routing, x then being the tokens [tokens, in], which are read as nk.permute gathers them, but not copied.
-    weights: float [rows], put before the second matrix as training does, or None. recipes, noises, forms: of up and down.
+    weights: float [rows], put before the second matrix as training does, or None.
+    recipes: as nk.linear's recipe, for both matrices or a pair for up and down. noises, forms: pairs of them, as there.
     Returns [rows, in] of x's dtype, sorted by expert; differentiable in x, up, down and weights. Nothing is read back to
     the host. Raises TypeError or ValueError naming the argument.
     """
@@ -54,7 +56,9 @@ def experts(
     for weight in (up, down):
         require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
     require(len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
-    noises = [_noise(*pair, x.device) for pair in zip(noises, recipes, strict=True)]
+    pair = recipes if isinstance(recipes, tuple) else (recipes, recipes)
+    recipes = [get_recipe(recipe).default for recipe in pair]
+    noises = [_noise(*both, x.device) for both in zip(noises, recipes, strict=True)]
     trained = [torch.is_grad_enabled() and weight.requires_grad for weight in (up, down)]
     (first, second), (up_form, down_form) = recipes, forms
     # of the hidden values and of their gradient, where it spares quantization a read

@@ -124,6 +124,20 @@ def test_no_rows_at_all():
         assert y.shape == (0, 16) and not up.grad.any() and not down.grad.any()
 
 
+def test_recipes_by_name_and_one_for_both():
+    x, up, down, _ = (t.detach() for t in inputs(torch.bfloat16))
+    noise = torch.tensor([1, 2])
+
+    def run(recipes):
+        return experts(x, up, down, OFFSETS, recipes=recipes, noises=(noise, noise))
+
+    both, first = run((NVFP4, NVFP4)), run((NVFP4, HIGH))
+    assert torch.equal(run("nvfp4"), both) and torch.equal(run(NVFP4), both) and not torch.equal(first, both)
+    assert torch.equal(run(("nvfp4", "bf16")), first)
+    with pytest.raises(ValueError, match="recipe: got 'fp3'"):
+        run("fp3")
+
+
 def test_errors_name_the_argument():
     x, up, down, _ = inputs()
     with pytest.raises(ValueError, match="groups: got 1 experts; allowed: 6, as many as the weight has"):
