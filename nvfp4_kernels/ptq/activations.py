@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from nvfp4_kernels.autograd.experts import sorted_rows
 from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.nn.quantized import NVFP4Weight, QuantizedWeight
 from nvfp4_kernels.ops.quantize.op import quantize
@@ -22,12 +23,12 @@ def quantized_activations(model: nn.Module) -> Iterator[int]:
     """Rounds the inputs of every quantized layer with an input scale; gives how many there are."""
 
     def before(layer: QuantizedWeight, args: tuple) -> tuple:
-        x, *offsets = args
         round_trip = nvfp4 if isinstance(layer, NVFP4Weight) else fp8
         if layer.experts is None:
-            return (round_trip(x, layer.input_scale),)
-        parts = zip(x.split(offsets[0].diff().tolist()), layer.input_scale, strict=True)
-        return torch.cat([round_trip(rows, scale) for rows, scale in parts]), *offsets
+            return (round_trip(args[0], layer.input_scale),)
+        x, offsets = sorted_rows(*args)
+        parts = zip(x.split(offsets.diff().tolist()), layer.input_scale, strict=True)
+        return torch.cat([round_trip(rows, scale) for rows, scale in parts]), offsets
 
     layers = [m for m in model.modules() if isinstance(m, QuantizedWeight) and m.input_scale is not None]
     handles = [layer.register_forward_pre_hook(before) for layer in layers]

@@ -64,14 +64,14 @@ def test_every_layer_with_a_scale_and_only_inside(make_model, ids):
     mamba, up = "backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.experts.up_proj"
     (x,), (rounded,), (again,) = seen[mamba]
     assert torch.equal(rounded, fp8(x, layers[mamba].input_scale)) and torch.equal(again, x)
-    (_, offsets), (rounded, same), _ = seen[up]
-    (plain_up, _), scales = seen[up][0], layers[up].input_scale
-    sizes = offsets.diff().tolist()
-    assert torch.equal(offsets, same) and scales.shape == (4,) and sum(size > 0 for size in sizes) > 1
+    (tokens, routing), (rounded, offsets), _ = seen[up]
+    scales, sizes = layers[up].input_scale, offsets.diff().tolist()
+    assert torch.equal(offsets, routing.offsets) and scales.shape == (4,) and sum(size > 0 for size in sizes) > 1
     # The layer before is rounded as well, so that this one's own rounding shows in its rows being what they are rounded to.
     for part, scale in zip(rounded.split(sizes), scales, strict=True):
         assert torch.allclose(part, nvfp4(part, scale), rtol=1e-6)
-    assert not torch.equal(plain_up, rounded)
+    plain_up = tokens[routing.order // routing.indices.shape[1]]
+    assert plain_up.shape == rounded.shape and not torch.equal(plain_up, rounded)
 
 
 def test_a_report_tells_of_inputs_only_where_they_have_scales(make_model, ids):
