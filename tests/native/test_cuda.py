@@ -3,6 +3,7 @@
 The cases of tests/native/cuda run in a process of their own, which must have the sanitizer loaded before Python starts.
 """
 
+import ctypes
 import os
 import platform
 import shutil
@@ -31,6 +32,18 @@ def build(library: Path, *sources: str, flags=()) -> None:
     command = [CXX, *FLAGS, *flags, "-x", "c++", *sources, "tests/native/cuda/host_model.cpp", "-o", str(library)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[:3000]
+
+
+def complaint(
+    library, kernel: str, blocks: int, threads: int, shared: int, parameters: bytes, seed: int = 1
+) -> str | None:
+    """What the model says to a launch; None when nothing is wrong."""
+    message, size = ctypes.create_string_buffer(256), ctypes.c_size_t
+    grid, threads = (ctypes.c_uint * 3)(blocks, 1, 1), ctypes.c_uint(threads)
+    status = library.nvfp4_model_launch(
+        kernel.encode(), grid, threads, size(shared), parameters, size(len(parameters)), ctypes.c_uint64(seed), message
+    )
+    return message.value.decode() if status else None
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -17,7 +17,7 @@ from nvfp4_kernels.formats.layout import swizzle_128x4
 from nvfp4_kernels.formats.tensor import NVFP4Tensor
 from nvfp4_kernels.ops import _tensor_map, _triton
 from nvfp4_kernels.ops.matmul import _cuda_sm100
-from tests.native.test_cuda import build
+from tests.native.test_cuda import build, complaint
 
 ROOT = Path(__file__).parent.parent.parent
 FAULTS_SOURCE = Path(__file__).parent / "tcgen05_faults.cu"
@@ -145,7 +145,7 @@ def faulty(tmp_path_factory):
         pytest.skip("no g++, or fibers for another machine")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     build(library, str(FAULTS_SOURCE.relative_to(ROOT)))
-    launch = ctypes.CDLL(str(library)).nvfp4_model_launch
+    model = ctypes.CDLL(str(library))
     generator = torch.Generator().manual_seed(1)
     sides = [torch.randint(0, 256, (128, 64), dtype=torch.uint8, generator=generator) for _ in range(2)]
     scales = [torch.randint(40, 80, (128, 8), dtype=torch.uint8, generator=generator) for _ in range(2)]
@@ -161,20 +161,10 @@ def faulty(tmp_path_factory):
         out = torch.full((128, 128), float("nan"))
         maps = [_tensor_map.MODEL.pack(x.data_ptr(), 64, 128, 64, 128, 128).ljust(128, b"\0") for x in sides]
         pointers = struct.pack("QQQq", *(s.data_ptr() for s in swizzled), out.data_ptr(), FAULTS.index(fault))
-        block, message = b"".join(maps) + pointers.ljust(64, b"\0"), ctypes.create_string_buffer(256)
-        one = (ctypes.c_uint * 3)(1, 1, 1)
-        shared = ctypes.c_size_t(1024 + 2 * 128 * 128 + 2048 + 32)
-        arguments = (
-            one,
-            ctypes.c_uint(128),
-            shared,
-            block,
-            ctypes.c_size_t(len(block)),
-            ctypes.c_uint64(seed),
-            message,
-        )
-        if launch(b"faulty_products", *arguments):
-            raise RuntimeError(message.value.decode())
+        parameters = b"".join(maps) + pointers.ljust(64, b"\0")
+        told = complaint(model, "faulty_products", 1, 128, 1024 + 2 * 128 * 128 + 2048 + 32, parameters, seed)
+        if told:
+            raise RuntimeError(told)
         return out, expected
 
     return run

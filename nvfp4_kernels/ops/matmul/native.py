@@ -37,10 +37,14 @@ def refuses(
     if _on_gpu(a, b):
         kernels = _cuda_kernels(a, b)
         unproven = kernels is not packed and _cuda.on_a_chip() and not _dispatch.forced("native")
-        if unproven and _dispatch.measured("matmul", (a, b)) != "native":
-            return kernels.refuses(a, b, bias, out_dtype, out, accumulate) or UNPROVEN
-        return kernels.refuses(a, b, bias, out_dtype, out, accumulate)
+        unproven = unproven and _dispatch.measured("matmul", (a, b)) != "native"
+        return kernels.refuses(a, b, bias, out_dtype, out, accumulate) or (UNPROVEN if unproven else None)
     return refuses_device(a if isinstance(a, Tensor) else a.codes)
+
+
+def outruns_torch() -> bool:
+    """Whether large products in fp32 on the CPU are faster here: torch's are MKL's, and the processor an AMD with AVX-512."""
+    return native is not None and native.outruns_mkl() and _device.multiplies_by_mkl()
 
 
 def run(
