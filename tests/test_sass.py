@@ -34,7 +34,7 @@ def test_hot_path_by_hand():
 def test_marks_choose_the_path():
     rare = issued(SASS, 10, wanted=r"LDG|MUFU")
     assert rare["slow"] == 10 and rare["issue"] == 75
-    assert issued(SASS, 10, wanted=r"STG", shunned=r"LDG") == {"issue": 4, "memory": 1}
+    assert issued(SASS, 10, wanted=r"STG|LDG|FFMA", shunned=r"LDG") == {"issue": 4, "memory": 1}
 
 
 def test_loops_that_always_go_back_are_left_where_they_can_be():
@@ -42,3 +42,17 @@ def test_loops_that_always_go_back_are_left_where_they_can_be():
     call = always.replace("FFMA R8, R4, R5, R8", "@P3 CALL.REL.NOINC `(.L_x_3)")
     call = call.replace("        /*00a0*/", ".L_x_3:\n        /*00a0*/")
     assert issued(call, 10) == {"issue": 45, "mad": 1, "memory": 42, "integer": 10}  # less the jump back
+
+
+def test_loops_that_are_left_at_their_head():
+    sass = """
+.L_x_1:
+        /*0000*/                   ISETP.GE.AND P0, PT, R0, R9, PT ;
+        /*0010*/              @P0  BRA `(.L_x_2) ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0050*/                   EXIT ;
+"""
+    assert issued(sass, 10) == {"issue": 42, "integer": 10, "memory": 41}

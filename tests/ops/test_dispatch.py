@@ -11,6 +11,8 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _device, _dispatch, _tuned
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
 
 def test_the_first_that_does_not_refuse_serves(monkeypatch):
     x = torch.randn(4, 32)
@@ -58,17 +60,22 @@ def test_environment_variable():
 
 
 def test_what_comes_first_on_a_gpu_is_what_the_bounds_say():
-    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "bounds.json").read_text())
-    assert {row["target"] for row in rows} == {"80", "90a", "100a", "103a", "120f"}
-    expected: dict[str, dict[str, tuple]] = {}
+    rows, resources = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("bounds", "resources"))
+    registers = {(row["kernel"], row["arch"]): row["registers"] for row in resources if row["case"] == "CUDA"}
+    answers: dict[tuple, set] = {}
     for row in rows:
         native, triton = row["native"]["us"], row["triton"]["us"]
         assert row["close"] == (max(native, triton) <= 1.15 * min(native, triton)), row["kind"]
         assert row["first"] == ("triton" if triton < native and not row["close"] else "native"), row["kind"]
-        if row["first"] == "triton":
-            op, kind = row["kind"].split(": ")
+        answers.setdefault((*row["kind"].split(": "), row["target"]), set()).add(row["first"])
+        for launch in row["native"]["launches"]:  # of the kernels that there are now
+            assert launch["registers"] == registers[launch["kernel"], int(row["target"].rstrip("af"))], launch["kernel"]
+    assert {target for *_, target in answers} == {"80", "90a", "100a", "103a", "120f"}
+    expected: dict[str, dict[str, tuple]] = {}
+    for (op, kind, target), first in answers.items():
+        if first == {"triton"}:
             kinds = expected.setdefault(op, {})
-            kinds[kind] = (*kinds.get(kind, ()), row["target"])
+            kinds[kind] = (*kinds.get(kind, ()), target)
     assert expected == _dispatch.TRITON_FIRST
 
 
