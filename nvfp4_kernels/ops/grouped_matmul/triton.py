@@ -69,10 +69,12 @@ def rows_kernel(
     PRECISION: tl.constexpr, FINISH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr, RELU2: tl.constexpr,
 ):  # fmt: skip
-    """RELU2: None, or what write_relu2 is to do."""
-    group, _, end, first = find(offsets_ptr, groups, rows, tl.program_id(0), BLOCK_M, BLOCK_G)
+    """RELU2: None, or what write_relu2 is to do. A tile of rows meets all columns before the next one: a matrix stays in cache
+    while its group's rows pass, and these are read from memory once."""
+    across = tl.cdiv(N, BLOCK_N)
+    place, n = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_N
+    group, _, end, first = find(offsets_ptr, groups, rows, place, BLOCK_M, BLOCK_G)
     if group < groups:
-        n = tl.program_id(1) * BLOCK_N
         row, a_rows = first + tl.arange(0, BLOCK_M), end
         col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
         if GATHERED:
@@ -193,7 +195,7 @@ def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None,
     y = portable(y)
     launch(
         rows_kernel,
-        (-(-rows // t.m) + groups, -(-N // t.n)),
+        ((-(-rows // t.m) + groups) * -(-N // t.n),),
         *(*left.places, left.width // left.unit, *left.strides(a.values)),
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
