@@ -134,6 +134,19 @@ def test_balance_is_for_training():
     torch.testing.assert_close(balance.loss, sequence_balance_loss(torch.sigmoid(logits), routing.indices, 2))
 
 
+def test_the_balance_loss_against_its_definition():
+    """DeepSeek-V3, equations 17 to 20, sequence by sequence and expert by expert."""
+    scores, top_k = torch.rand(12, 5, dtype=torch.float64), 2
+    indices = scores.argsort(dim=1)[:, :top_k].contiguous()
+    total = 0.0
+    for tokens in (range(0, 4), range(4, 8), range(8, 12)):
+        for e in range(5):
+            f = 5 / (top_k * 4) * sum(e in indices[t].tolist() for t in tokens)
+            p = sum(float(scores[t, e] / scores[t].sum()) for t in tokens) / 4
+            total += f * p / 3
+    assert float(sequence_balance_loss(scores, indices, 3)) == pytest.approx(total, rel=1e-14)
+
+
 def test_a_model_in_bf16_still_moves_its_bias():
     """By steps that bf16 would round away, against loads that it could not count."""
     gate = Router(64, 4, 2, 1.0, 1, 1, True)
