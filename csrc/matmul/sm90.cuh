@@ -236,7 +236,7 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
             rows.of[threadIdx.x % warps][threadIdx.x / warps] =
                 token < part.count ? static_cast<u32>(row_of_x(p, part.first + token)) : 0;
         }
-        __syncthreads();
+        __syncthreads();  // the rows are known, and the ring is free
         multiply_run<slabs>(Source<slabs>(p, part, rows, first_row / 16, first_token, from), to - from, ring);
         const bool whole = to - from == work.steps;
         float* const partial = p.partial + work.place(block, tile) * T::values;
@@ -250,7 +250,6 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
                 reinterpret_cast<float4*>(partial)[i] = v;
             }
         });
-        __syncthreads();  // the ring is free again
         unit += to - from;
     }
 }
