@@ -48,8 +48,7 @@ int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     p.matrices = stack[0].cast<i64>(), p.matrix_stride = stack[1].cast<i64>();
     p.offsets = pointer<const i64>(groups[0].cast<u64>()), p.starts = pointer<const i64>(groups[1].cast<u64>());
     p.groups = groups[2].cast<i64>(), p.col.line = groups[3].cast<i64>();
-    p.amax = pointer<const u32>(amax), p.turned = turned;
-    p.row_index = pointer<const i64>(groups[4].cast<u64>());
+    p.row_index = pointer<const i64>(groups[4].cast<u64>()), p.amax = pointer<const u32>(amax), p.turned = turned;
     const py::gil_scoped_release release;
     return NVFP4_CALL(quantize, p);
 }
@@ -100,10 +99,10 @@ int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, co
         (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
     }
     const auto at = [&](int i) { return squares[i].cast<u64>(); };
-    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr, nullptr,
-                       static_cast<u32>(at(6))};
-    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
-    p.turned = pointer<float>(at(5));
+    const u32 signs = static_cast<u32>(at(6));
+    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr, nullptr, signs};
+    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3));
+    p.amax = pointer<u32>(at(4)), p.turned = pointer<float>(at(5));
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }

@@ -82,8 +82,8 @@ def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Up(torch.autograd.Function):
-    """The hidden values; their squares, which _Down reads and has no gradient for; and, if asked for, the amaxes of these, in the
-    place of whose gradient _Down gives those of the hidden values' gradient."""
+    """The hidden values; their squares, which _Down reads and has no gradient for; and room for the amaxes of these, if asked
+    for, in the place of whose gradient _Down gives those of the hidden values' gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, spared):

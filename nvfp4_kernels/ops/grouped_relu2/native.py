@@ -12,7 +12,13 @@ def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: T
 
 
 def run(
-    a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool,
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     squared = torch.empty(len(a.values) if rows is None else len(rows), b.rows, dtype=out_dtype)
@@ -22,7 +28,13 @@ def run(
 
 
 def backward(
-    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool,
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    h: Tensor,
+    weights: Tensor | None,
+    again: bool,
+    amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""

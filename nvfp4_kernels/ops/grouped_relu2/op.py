@@ -55,8 +55,8 @@ def grouped_relu2_backward(
     weights: float [rows], or None.
     again: also relu2(h, weights), the bits of forward's: what the second matrix's gradient reads in high precision.
     amax, signs: as in grouped_relu2, of dh.
-    Returns (dh [rows, N] of h's type, dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [3, groups]), None for
-    what is not asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
+    Returns (dh [rows, N] of h's type, dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [3, groups]), None
+    for what is not asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     floating_point("h", h)
     no_grad("h", h, "nk.experts differentiates")

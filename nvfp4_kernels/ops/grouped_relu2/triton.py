@@ -14,18 +14,32 @@ def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: T
 
 
 def run(
-    a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool,
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     h = torch.empty(len(a.values if rows is None else rows), b.rows, dtype=out_dtype, device=a.values.device)
     squares, most = torch.empty_like(h), _most(offsets, amax)
     places = None, _wide(weights), squares, None, most
-    launch_rows(rows_form(a, b, len(h)), a, b, offsets, rows, h, places, (False, weights is not None, True, amax, signs))
+    launch_rows(
+        rows_form(a, b, len(h)), a, b, offsets, rows, h, places, (False, weights is not None, True, amax, signs)
+    )
     return h, squares, most.view(torch.float32) if amax else None
 
 
 def backward(
-    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool,
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    h: Tensor,
+    weights: Tensor | None,
+    again: bool,
+    amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""

@@ -72,7 +72,8 @@ def run(
     x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows. amax: as quantize's run takes it.
     """
     if x.stride(-1) != 1 and x.stride(-2) == 1 and groups is None:
-        x, row, col, amax = x.mT, col, row, exchanged(amax)  # column-major: the transpose is row-major, and its forms change places
+        # column-major: the transpose is row-major, and its forms change places
+        x, row, col, amax = x.mT, col, row, exchanged(amax)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     (tokens, cols), index = x.shape[-2:], None if groups is None else groups.rows
