@@ -70,13 +70,12 @@ def experts(
     noises = [_noise(*both, x.device) for both in zip(noises, recipes, strict=True)]
     trained = [torch.is_grad_enabled() and weight.requires_grad for weight in (up, down)]
     (first, second), (up_form, down_form) = recipes, forms
-    # of the hidden values and of their gradient, where it spares quantization a read
-    amax = _spared(second.fprop_x, second.wgrad_x if trained[1] else None)
-    amax |= _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
+    squared = _spared(second.fprop_x, second.wgrad_x if trained[1] else None)
+    gradient = _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
     routing = offsets, order, inverse
-    h, squares, *most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], amax)
+    h, squares, most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], squared)
     return _Down.apply(
-        h, squares, most[0] if amax else None, down, weights, offsets, second, noises[1], down_form, trained[1]
+        h, squares, most, down, weights, offsets, second, noises[1], down_form, trained[1], squared[0], gradient
     )
 
 
@@ -92,11 +91,11 @@ def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Up(torch.autograd.Function):
-    """The hidden values; their squares, which _Down reads and has no gradient for; and, if asked for, the largest of these, in
-    the place of whose gradient _Down gives the largest of the hidden values' gradient."""
+    """The hidden values; their squares, which _Down reads and has no gradient for; and room for the amaxes of these, if asked
+    for, in the place of whose gradient _Down gives those of the hidden values' gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, amax):
+    def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, spared):
         # x [tokens or rows, in], weight [experts, width, in], weights [rows] or None
         ctx.set_materialize_grads(False)
         x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, noise, trained)
@@ -104,13 +103,14 @@ class _Up(torch.autograd.Function):
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, x_col)
         ctx.recipe, ctx.noise, ctx.dtype = recipe, noise, weight.dtype
-        h, squares, most = grouped_relu2(x_row, w_row, offsets, weights, x.dtype, tokens_of(order, inverse), amax)
+        h, squares, most = grouped_relu2(x_row, w_row, offsets, weights, x.dtype, tokens_of(order, inverse), *spared)
         ctx.mark_non_differentiable(squares)
-        return (h, squares, most) if amax else (h, squares)  # [rows, width] twice, [experts]
+        most = offsets.new_empty(3, len(offsets) - 1, dtype=torch.float32) if most is None else most
+        return h, squares, most  # [rows, width] twice, [3, experts]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dh, _, most=None):
+    def backward(ctx, dh, _, most):
         offsets, order, inverse, w_col, x_col = saved(ctx)
         recipe, dx, dw = ctx.recipe, None, None
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
@@ -130,13 +130,13 @@ class _Up(torch.autograd.Function):
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained):
+    def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained, spared, gradient):
         # h, squares [rows, width], weight [experts, in, width], weights [rows] or None
         col = recipe.wgrad_x if trained else None
-        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most)
+        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most if spared else None)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, h.dtype)
         save(ctx, offsets, w_col if recipe.dgrad_w else weight, a_col if col else None, h, weights)
-        ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.amax = recipe, noise, weight.dtype, trained, most is not None
+        ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.gradient = recipe, noise, weight.dtype, trained, gradient
         return grouped_matmul(a_row, w_row, offsets, h.dtype)  # [rows, in]
 
     @staticmethod
@@ -150,13 +150,13 @@ class _Down(torch.autograd.Function):
         again = ctx.trained and a_col is None  # in high precision the squares are taken again
         # dy [rows, in] @ w_col [width, in].T
         dh, dweights, a, most = grouped_relu2_backward(
-            dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, h, weights, again, ctx.amax
+            dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, h, weights, again, *ctx.gradient
         )
         if ctx.trained:
             # dy_col [in, rows] @ a_col [width, rows].T
             dw = grouped_matmul(dy_col, a.t() if again else a_col, offsets, ctx.dtype)
         advance(ctx.noise, recipe)
-        return dh, None, most, dw, dweights, *[None] * 5
+        return dh, None, most, dw, dweights, *[None] * 7
 
 
 def _noise(noise: Tensor | None, recipe: LinearRecipe, device: torch.device) -> Tensor | None:
@@ -165,10 +165,11 @@ def _noise(noise: Tensor | None, recipe: LinearRecipe, device: torch.device) -> 
     return noise
 
 
-def _spared(*specs: QuantSpec | None) -> bool:
-    """Whether the amax of the values, known, spares the read that finds it: that of rotated values is still to be found."""
-    forms = [spec for spec in specs if spec and spec.format == "nvfp4"]
-    return bool(forms) and all(spec.hadamard is None for spec in forms)
+def _spared(row: QuantSpec | None, col: QuantSpec | None) -> tuple[bool, int | None]:
+    """grouped_relu2's amax and signs: what, known, spares these forms the read that finds it. That of rotated rows is found by
+    nobody else."""
+    forms = [spec for spec in (row, col) if spec and spec.format == "nvfp4"]
+    return bool(forms) and (row is None or row.hadamard is None), None if col is None else col.hadamard
 
 
 def _forms_of_x(

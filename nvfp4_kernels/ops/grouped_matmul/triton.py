@@ -98,7 +98,7 @@ def rows_kernel(
         else:
             write_relu2(
                 sums, first, n, end, N, a_global_ptr, b_global_ptr,
-                out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr + group, rows, FINISH, RELU2,
+                out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr + group, groups, rows, FINISH, RELU2,
             )  # fmt: skip
 
 
