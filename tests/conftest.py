@@ -1,8 +1,6 @@
 """Fixtures for all tests: few threads, fixed seeds, and poisoned memory, so that an unwritten output cannot pass."""
 
 import os
-import sys
-from unittest import mock
 
 # Tests share few cores with each other: threads that spin while they wait would hold the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,15 +11,6 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before any kernel is defined: the Triton kernels then run on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch.utils._device import _device_constructors  # noqa: E402
-
-try:
-    import hypothesis  # noqa: F401
-except ImportError:  # on a machine that has only what the kernels need: the tests that draw their cases are skipped
-    drawn = mock.MagicMock()
-    drawn.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
-    drawn.settings = lambda **_: lambda test: test
-    names = ("hypothesis", "hypothesis.strategies", "hypothesis.extra", "hypothesis.extra.numpy")
-    sys.modules.update(dict.fromkeys(names, drawn))
 
 POISON_BYTE = 0xA5  # for integer outputs: codes are uint8, where NaN has no meaning
 

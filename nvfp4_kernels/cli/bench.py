@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 HELP = "Run the benchmarks, print one table, write benchmarks/results/<device>.json and a plot."
@@ -72,8 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("bench: no case ran; do: another --op or --filter")
     target = store(folder, rows, parts=arguments.filter is not None)
     print(json.dumps(rows, indent=2) if arguments.json else render(rows))
-    plot(folder, target)
-    print(f"in {target} and its .png", file=sys.stderr)
+    print(plot(folder, target), file=sys.stderr)
     return 0
 
 
@@ -179,7 +179,12 @@ def _time(seconds: float) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def plot(folder: Path, target: Path) -> None:
+def plot(folder: Path, target: Path) -> str:
+    """Draws what is stored; where all of it lies, and why there is no plot if there is none."""
     script = folder / "plot.py"
-    if script.exists():
-        subprocess.run([sys.executable, str(script), str(target)], stdout=subprocess.DEVNULL, check=False)
+    if not script.exists():
+        return f"in {target}"
+    if find_spec("matplotlib") is None:
+        return f"in {target}; no plot: matplotlib is not installed"
+    done = subprocess.run([sys.executable, str(script), str(target)], stdout=subprocess.DEVNULL, check=False)
+    return f"in {target}{' and its .png' if done.returncode == 0 else '; no plot: see above'}"
