@@ -12,16 +12,16 @@ back.
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.autograd.linear import FORWARD, advance, draws, later, operands
+from nvfp4_kernels.autograd.linear import FORWARD, advance, autocast, draws, later, operands
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.spec import QuantSpec
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import float_operand, floating_point, index_tensor, require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.permute.op import permute, sum_slots
 from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
-from nvfp4_kernels.ops.route.op import Routing
+from nvfp4_kernels.ops.route.op import Routing, check_routing
 from nvfp4_kernels.recipe import HIGH, LinearRecipe, Recipe, get_recipe
 
 Forms = tuple[Stack, Stack]
@@ -40,7 +40,7 @@ def experts(
 ) -> Tensor:
     """y[row] = down[e] @ (relu(up[e] @ x[row])^2 * weights[row]) for the expert e of each row.
 
-    up: [experts, width, in]. down: [experts, in, width].
+    x: floating point; under torch.autocast cast to its dtype first. up: [experts, width, in]. down: [experts, in, width].
     groups: int64 [experts + 1] on x's device, expert e having the rows groups[e] to groups[e + 1] of x [rows, in]; or a
         Routing, x then being the tokens [tokens, in], which are read as nk.permute gathers them, but not copied.
     weights: float [rows], put before the second matrix as training does, or None.
@@ -49,13 +49,22 @@ def experts(
     the host. Raises TypeError or ValueError naming the argument.
     """
     require(isinstance(groups, (Routing, Tensor)), "groups", type(groups).__name__, "a Routing or a tensor", TypeError)
+    floating_point("x", x)
     require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, in]")
     routed = isinstance(groups, Routing)
+    if routed:
+        check_routing(groups)
     offsets, order, inverse = (groups.offsets, groups.order, groups.inverse) if routed else (groups, None, None)
-    count, tokens = offsets.shape[0] - 1, len(inverse) if routed else len(x)
-    for weight in (up, down):
-        require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
-    require(len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
+    index_tensor("groups", offsets, x.device)
+    count, tokens, size = offsets.shape[0] - 1, len(inverse) if routed else len(x), x.shape[1]
+    if len(x) != tokens:  # no words are put together for what is right, here and below
+        require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
+    floating_point("up", up)
+    if up.dim() != 3 or up.shape[2] != size:
+        require(False, "up", f"shape {list(up.shape)}", f"[experts, width, {size}]")
+    require(count == len(up), "groups", f"{count} experts", f"{len(up)}, as many as the weight has")
+    float_operand("down", down, (count, size, up.shape[1]), x.device)
+    x = autocast(x)
     pair = recipes if isinstance(recipes, tuple) else (recipes, recipes)
     recipes = [get_recipe(recipe).default for recipe in pair]
     noises = [_noise(*both, x.device) for both in zip(noises, recipes, strict=True)]

@@ -149,6 +149,23 @@ def test_errors_name_the_argument():
         experts(x, up, down, SIZES)
     with pytest.raises(ValueError, match=r"x: got shape \[55, 16\]; allowed: \[7, in\], as routed"):
         experts(x, up, down, nk.route(torch.randn(7, 6), None, 2))
+    for given, message in (
+        ((None, up, down, OFFSETS), "x: got NoneType; allowed: a floating-point tensor"),
+        ((x, up.int(), down, OFFSETS), "up: got torch.int32"),
+        ((x, up, None, OFFSETS), "down: got NoneType"),
+        ((x, up, down, OFFSETS.int()), "groups: got torch.int32; allowed: int64"),
+        ((x, up[0], down, OFFSETS), r"up: got shape .*; allowed: \[experts, width, 16\]"),
+        ((x, up, down[:, :, 1:], OFFSETS), r"down: got shape \[6, 16, 31\]; allowed: \[6, 16, 32\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            experts(*given)
+
+
+def test_autocast():
+    x, up, down, weights = (t.detach() for t in inputs(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, up, down, OFFSETS, weights)
+    assert torch.equal(y, experts(x.bfloat16(), up, down, OFFSETS, weights))
 
 
 @pytest.mark.parametrize("recipe", [HIGH, NVFP4], ids=["high", "nvfp4"])

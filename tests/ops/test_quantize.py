@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats import e2m1, philox
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
+from tests.drawing import given, settings, st
 from tests.oracles import nvfp4_brute as brute
 
 GOLDEN = np.load(Path(__file__).parent.parent / "data" / "nvfp4_golden.npz")

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import group_starts
@@ -11,6 +9,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 from nvfp4_kernels.ops.quantize._forms import Groups
+from tests.drawing import given, settings, st
 
 LOADS = {
     "mixed": [5, 0, 33, 16, 1, 0, 17],
