@@ -222,11 +222,12 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     using T = Tile<slabs>;
     NVFP4_DYNAMIC_SHARED(memory);
     unsigned char* const ring = memory + (-shared_address(memory) & 1023u);
-    const Part part = find_part<tokens, block_threads>(p, blockIdx.x);
+    const u32 blocks = static_cast<u32>(p.splits);  // of a slot, one after the other: its tokens are read from memory once
+    const Part part = find_part<tokens, block_threads>(p, blockIdx.x / blocks);
     if (part.count == 0) return;
     NVFP4_SHARED(Rows, rows);
     const Work work(p, T::rows);
-    const i64 block = blockIdx.y;
+    const i64 block = blockIdx.x % blocks;
     for (i64 unit = work.begin(block), end = work.begin(block + 1); unit < end;) {
         const i64 tile = unit / work.steps, from = unit % work.steps;
         const i64 to = from + end - unit < work.steps ? from + end - unit : work.steps;
