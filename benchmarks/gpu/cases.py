@@ -93,11 +93,11 @@ def decoding(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     for rows, cols in matrices(small, sweep):
         x = draw(rows, cols, device=device)
         q = nk.quantize(x)
-        name, place = f"{rows}x{cols}", at("to and from bf16", x.numel(), "values")
-        about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy") | place
+        name = f"{rows}x{cols}"
+        about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy") | at("to bf16", x.numel(), "values")
         theirs = {"copy of as many bytes": _copy(about, device)}
         yield Case("dequantize", name, lambda q=q: q.dequantize(BF16), theirs, about)
-        about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy") | place
+        about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy") | at("bf16", x.numel(), "values")
         yield Case("hadamard", name, lambda x=x: nk.hadamard(x), {"copy of as many bytes": x.clone}, about)
 
 
