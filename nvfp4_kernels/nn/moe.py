@@ -48,9 +48,8 @@ class Router(nn.Module):
         self.options = (top_k, scale, n_group, topk_group, normalize)
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
-        self.register_buffer(
-            "load", torch.zeros(num_experts, dtype=torch.int64), persistent=False
-        )  # slots since balance()
+        # slots since the last balance()
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
