@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURE = ROOT / "benchmarks" / "gpu" / "measure.py"
 sys.path.insert(0, str(ROOT))
 # Seconds that a step may take, of 540 for all. The tests get what is left but for the benchmarks' share, these all the rest:
-# about 170 runs at the sizes that count, 0.1 s each and what compiling takes; then 350 for the curves, 0.03 s each.
+# about 200 runs at the sizes that count, 0.1 s each and what compiling takes; then 350 for the curves, 0.03 s each.
 BUILD, CHECK, TUNE, BENCHMARKS, WHOLE = 150, 120, 60, 110, 530
 OVER = "no time left"
 HANGS = 60  # seconds in which a single benchmark must come to an end
