@@ -105,7 +105,7 @@ def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _fake(*given) -> tuple[Tensor, Tensor, Tensor]:
-    h, amax = fake(*given[:TAKEN]), given[-2]
+    h, (_, amax, _) = fake(*given[:TAKEN]), given[TAKEN:]
     return h, torch.empty_like(h), _fake_amax(given, amax)
 
 
