@@ -43,12 +43,11 @@ def draw(source: Path) -> Path:
             axis.remove()
     if bars:
         below.suptitle("x: times its yardstick of the same run; |: the limit", fontsize=9)
-    backends = list(dict.fromkeys(row["backend"] for row in report["rows"]))
     for side, column in zip(below.subfigures(1, 2), columns, strict=True):
         ratios = [height({panel: rows}) for panel, rows in column.items()]
         axes = side.subplots(len(column), 1, squeeze=False, height_ratios=ratios)[:, 0] if column else ()
         for axis, (panel, rows) in zip(axes, column.items(), strict=True):
-            draw_bars(axis, panel, rows, backends)
+            draw_bars(axis, panel, rows)
     target = source.with_suffix(".png")
     figure.savefig(target, dpi=100)
     return target
@@ -114,8 +113,9 @@ def draw_curves(axis, panel: tuple, rows: list[dict]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_bars(axis, panel: tuple, rows: list[dict], backends: list[str]) -> None:
+def draw_bars(axis, panel: tuple, rows: list[dict]) -> None:
     op, _, (rate, unit, scale) = panel
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
     labels = [" ".join(str(row[key]) for key in ("case", "backend", "dtype") if row[key]) for row in rows]
     values = [row[rate] / scale for row in rows]
     colours = [COLOURS[backends.index(row["backend"]) % len(COLOURS)] for row in rows]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURE = ROOT / "benchmarks" / "gpu" / "measure.py"
 sys.path.insert(0, str(ROOT))
 # Seconds that a step may take, of 540 for all. The tests get what is left but for the benchmarks' share, these all the rest:
-# about 170 runs at the sizes that count, 0.1 s each and what compiling takes; then 350 for the curves, 0.03 s each.
+# about 200 runs at the sizes that count, 0.1 s each and what compiling takes; then 350 for the curves, 0.03 s each.
 BUILD, CHECK, TUNE, BENCHMARKS, WHOLE = 150, 120, 60, 110, 530
 OVER = "no time left"
 HANGS = 60  # seconds in which a single benchmark must come to an end
@@ -133,18 +133,19 @@ def suite(files: list[Path], seconds: float) -> str:
     totals = {}
     for text, status in zip(texts, statuses, strict=True):
         lines = text.rstrip().splitlines() or [""]
-        for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]):
+        if status is None:  # before its summary: by the lines of each test
+            counts = [(1, kind.lower()) for kind in re.findall(r" (PASSED|FAILED|SKIPPED|ERROR)\b.*%\]", text)]
+            failures = [line for line in lines if re.search(r" (FAILED|ERROR) +\[", line)] + [f"stopped at {lines[-1]}"]
+        else:
+            counts = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+            failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+            failures = failures or (lines[-20:] if status not in (0, 5) else [])
+        for number, kind in counts:
             totals[kind] = totals.get(kind, 0) + int(number)
-        failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-        if status is None:
-            failures += [f"stopped at {lines[-1]}"]
-        elif status not in (0, 5):
-            failures = failures or lines[-20:]
         print(*failures, sep="\n", end="\n" if failures else "")
-    stopped = statuses.count(None)
-    told = [f"{number} {kind}" for kind, number in totals.items()] + [f"{stopped} of {count} processes stopped"] * bool(
-        stopped
-    )
+    told = [f"{number} {kind}" for kind, number in totals.items()]
+    if None in statuses:
+        told.append(f"{statuses.count(None)} of {count} processes stopped")
     good = all(status in (0, 5) for status in statuses)  # 5: every file of a process was skipped
     return f"{'ok' if good else 'not ok'}, {', '.join([*told, f'{time.monotonic() - began:.0f} s'])}"
 
