@@ -18,12 +18,13 @@ def run(x: Tensor, router: Tensor, bias: Tensor | None, matrices: tuple, choice:
 
 
 def operands(router: Tensor, bias: Tensor | None, matrices: tuple) -> tuple:
-    """The block as csrc/bindings_steps.cpp takes it, and what was copied for that, to be kept alive: all else is the caller's."""
+    """The block as csrc/bindings_steps.cpp takes it, and what must live as long: copies made for that."""
     router, bias = router.float().contiguous(), None if bias is None else bias.float().contiguous()
     stacks = [None if m is None else readable(m) for m in matrices]
+    copies = router, bias, [s for s, given in zip(stacks, matrices, strict=True) if s is not given]
     (up, up_stride), (down, down_stride), *others = [((), 0) if m is None else operand(m) for m in stacks]
     places = router.data_ptr(), 0 if bias is None else bias.data_ptr(), len(router)
-    return (places, (up, up_stride, down, down_stride), tuple(other[0] for other in others)), (router, bias, stacks)
+    return (places, (up, up_stride, down, down_stride), tuple(other[0] for other in others)), copies
 
 
 def call(x: Tensor, block: tuple, choice: tuple) -> Tensor:

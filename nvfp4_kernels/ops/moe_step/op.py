@@ -62,7 +62,9 @@ def check(hidden: int, device: torch.device, router: Tensor, bias: Tensor | None
     found = tuple(m if m is None or isinstance(m, Stack) else Stack(m) for m in given)
     for first in (2, 4):
         name, other = MATRICES[first : first + 2]
-        require((found[first] is None) == (found[first + 1] is None), other, "one of two", f"{name} and {other}, or neither")
+        require(
+            (found[first] is None) == (found[first + 1] is None), other, "one of two", f"{name} and {other}, or neither"
+        )
     for name, stack in zip(MATRICES, found, strict=True):
         if stack is not None:
             check_matrices(name, stack, device)
