@@ -43,7 +43,7 @@ def parts(block: nn.Module, dtype: torch.dtype) -> list[Tensor | None] | None:
     for layer in (inside.get("fc1_latent_proj"), inside.get("fc2_latent_proj"), *others):
         if layer is None:
             found += None, None, None
-        elif watched(layer) or layer._parameters["bias"] is not None:
+        elif watched(layer) or layer._parameters.get("bias") is not None:
             return None
         elif type(layer) is Linear:
             weight = layer._parameters["weight"]
