@@ -238,20 +238,26 @@ def _expert_mlp() -> Iterator[Case]:
 
 
 def _moe_step() -> Iterator[Case]:
-    def make() -> Inputs:
-        names = "shared_up", "shared_down", "fc1", "fc2", "up"
-        shapes = (1, 96, 64), (1, 64, 96), (1, 32, 64), (1, 64, 32), (8, 80, 32)
-        plain = {
-            n: drawn(*s, dtype=BF16, scale=0.1, seed=i) for i, (n, s) in enumerate(zip(names, shapes, strict=True))
-        }
-        plain |= {"x": drawn(5, 64, dtype=BF16, seed=5), "router": drawn(8, 64, seed=6), "bias": drawn(8, seed=7)}
-        return plain | _stack(8, 32, 80, 8)
+    for tokens, groups in ((1, 1), (33, 4)):
 
-    def run(codes, scales, global_scale, **given) -> dict:
-        down = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
-        return {"y": moe_step(**given, down=down, top_k=3, scale=2.5, n_group=4, topk_group=2)}
+        def make(tokens=tokens) -> Inputs:
+            names = "shared_up", "shared_down", "fc1", "fc2", "up"
+            shapes = (1, 96, 64), (1, 64, 96), (1, 32, 64), (1, 64, 32), (8, 80, 32)
+            plain = {
+                n: drawn(*s, dtype=BF16, scale=0.1, seed=i) for i, (n, s) in enumerate(zip(names, shapes, strict=True))
+            }
+            plain |= {
+                "x": drawn(tokens, 64, dtype=BF16, seed=5),
+                "router": drawn(8, 64, seed=6),
+                "bias": drawn(8, seed=7),
+            }
+            return plain | _stack(8, 32, 80, 8)
 
-    yield Case("moe_step", "5 tokens, 3 of 8, 64x96, 32x80", make, run, 1e-2)
+        def run(codes, scales, global_scale, groups=groups, **given) -> dict:
+            down = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
+            return {"y": moe_step(**given, down=down, top_k=2, scale=2.5, n_group=groups, topk_group=(groups + 1) // 2)}
+
+        yield Case("moe_step", f"{tokens} tokens, 2 of 8 in {groups} groups, 64x96, 32x80", make, run, 1e-2)
 
 
 def _route() -> Iterator[Case]:
