@@ -55,8 +55,8 @@ def launches(run, arch: int) -> list[tuple]:
     return found
 
 
-def compile_for(arch: int, kernel, arguments, constants, options):
-    """The compiled kernel, specialized as a launch with these arguments would be."""
+def compile_for(arch: int, kernel, arguments, constants, options, grid):
+    """The compiled kernel, specialized as a launch with these arguments would be, on whatever grid."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -28,9 +28,10 @@ QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
 
 // stack: (matrices, stride). groups: (offsets, starts, how many, blocks of a line, which row of x each of their rows is or 0),
 // offsets 0: none. noise: pointer to int64 [2], (seed, offset), or 0. The column form's draws come after the row form's.
-// amax: pointer to fp32, or 0.
+// amax: pointer to fp32, or 0; turned: whether it has the transforms' too.
 int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, const py::tuple& stack,
-                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, int threads) {
+                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, bool turned,
+                  int threads) {
     const u64* state = pointer<const u64>(noise);
     const u64 seed = state ? state[0] : 0, offset = state ? state[1] : 0;
     QuantizeParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, form(row, seed, offset),
@@ -39,8 +40,7 @@ int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     p.matrices = stack[0].cast<i64>(), p.matrix_stride = stack[1].cast<i64>();
     p.offsets = pointer<const i64>(groups[0].cast<u64>()), p.starts = pointer<const i64>(groups[1].cast<u64>());
     p.groups = groups[2].cast<i64>(), p.col.line = groups[3].cast<i64>();
-    p.amax = pointer<const u32>(amax);
-    p.row_index = pointer<const i64>(groups[4].cast<u64>());
+    p.row_index = pointer<const i64>(groups[4].cast<u64>()), p.amax = pointer<const u32>(amax), p.turned = turned;
     const py::gil_scoped_release release;
     return NVFP4_CALL(quantize, p);
 }
@@ -74,7 +74,7 @@ GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u
 
 // starts: of a and b, where they are columns of groups; else 0. gathered: how many rows, and which of a (of b's columns, where
 // sums are divided) each of them is; empty where they are not gathered
-// squares: (h, relu2(h), weights, dweights, amax), 0 for those that are not there
+// squares: (h, relu2(h), weights, dweights, amax, turned, signs), 0 for those that are not there
 int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, const py::tuple& gathered,
                         u64 offsets, i64 count, bool sums, u64 out, int out_dtype, const py::tuple& squares, int threads) {
     GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
@@ -84,8 +84,10 @@ int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, co
         (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
     }
     const auto at = [&](int i) { return squares[i].cast<u64>(); };
-    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr};
-    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
+    const u32 signs = static_cast<u32>(at(6));
+    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr, nullptr, signs};
+    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3));
+    p.amax = pointer<u32>(at(4)), p.turned = pointer<float>(at(5));
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }

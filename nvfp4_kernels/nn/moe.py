@@ -49,7 +49,9 @@ class Router(nn.Module):
         self.options = (top_k, scale, n_group, topk_group, normalize)
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
-        self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
+        self.register_buffer(
+            "load", torch.zeros(num_experts, dtype=torch.int64), persistent=False
+        )  # slots since balance()
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
@@ -59,8 +61,17 @@ class Router(nn.Module):
     @torch.no_grad()
     def balance(self, rate: float) -> None:
         """bias += rate * sign(mean load - load), and forget the load. Source: arXiv 2408.15664."""
-        self.e_score_correction_bias += rate * torch.sign(self.load.mean() - self.load)
+        load = self.load.double()
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
         self.load.zero_()
+
+    def _apply(self, fn, recurse=True):
+        # no cast reaches integers: in bf16 most steps of the bias would round to none
+        self.e_score_correction_bias = self.e_score_correction_bias.view(torch.int32)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.e_score_correction_bias = self.e_score_correction_bias.view(torch.float32)
 
 
 class Experts(nn.Module):

@@ -4,7 +4,12 @@ TABLE names the implementations of each op, in the order in which they are asked
 in the op's folder; its `refuses(...)` gives None or the reason it cannot serve the call, its `run(...)` serves it.
 
 On CPUs the order is measured (benchmarks/results/amd-epyc.json). On GPUs, where "native" is CUDA, it is not: there are no
-figures of a GPU yet. `nvfp4 tune` measures what matters there, and what it found comes before the table's order (_tuned.py).
+figures of a GPU yet. It is predicted there, from the bytes that the kernels move and the instructions that they are compiled
+to (benchmarks/bounds.py, which writes benchmarks/results/bounds.json): TRITON_FIRST has the calls in which Triton's bound is
+clearly the shorter; CUDA keeps its place where the bounds are close, or nobody has worked them out.
+
+First comes what the user names (NVFP4_BACKEND, `backend`), then what `nvfp4 tune` measured on this machine, then what came
+measured with the package (_tuned.py), then TRITON_FIRST, then TABLE.
 """
 
 import contextlib
@@ -13,7 +18,7 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
-from nvfp4_kernels.ops import _tuned
+from nvfp4_kernels.ops import _device, _tuned
 
 TABLE: dict[str, tuple[str, ...]] = {
     "quantize": ("native", "triton", "reference"),
@@ -35,6 +40,15 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mixer_step": ("native", "reference"),
     "mixer_scan": ("native", "triton", "reference"),
     "relu2": ("native", "triton", "reference"),
+}
+# By op and kind of calls (_tuned.KINDS), the targets of csrc on which Triton is asked before CUDA. Predicted, not measured:
+# benchmarks/results/bounds.json, to which a test holds it. Target 80, which serves all of its generation, is judged by A100.
+FAST_MEMORY = ("80", "90a", "100a", "103a")
+TRITON_FIRST: dict[str, dict[str, tuple[str, ...]]] = {
+    "quantize": dict.fromkeys(("1 forms", "2 forms", "2 forms, rotated", "2 forms, stochastic, rotated"), FAST_MEMORY),
+    "state_update": {
+        f"{dtype}, {few} sequences, noise": FAST_MEMORY for dtype in ("float16", "bfloat16") for few in ("few", "many")
+    },
 }
 BACKENDS = tuple(dict.fromkeys(name for names in TABLE.values() for name in names))
 
@@ -86,7 +100,7 @@ def implementation(op: str, name: str) -> ModuleType:
 
 def candidates(op: str, args: tuple = ()) -> tuple[str, ...]:
     """The backends that may serve `op` now, in order of preference; args: those of the call, where there is one."""
-    first = None if _forced or not args else measured(op, args)
+    first = None if _forced or not args else measured(op, args) or predicted(op, args)
     return (_forced or TABLE[op]) if first is None else (first, *(name for name in TABLE[op] if name != first))
 
 
@@ -95,6 +109,12 @@ def measured(op: str, args: tuple) -> str | None:
     if op not in _tuned.KINDS:
         return None
     return _tuned.answer(args[0].device, (None, *TABLE[op]), lambda: f"{op}: {_tuned.KINDS[op](*args)}")
+
+
+def predicted(op: str, args: tuple) -> str | None:
+    """The backend whose bound is the shorter in such a call on its device; None where that is the table's, or not known."""
+    target = _device.cuda_target(args[0].device) if op in TRITON_FIRST else None
+    return "triton" if target and target in TRITON_FIRST[op].get(_tuned.KINDS[op](*args), ()) else None
 
 
 def forced(name: str) -> bool:

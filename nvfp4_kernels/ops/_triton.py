@@ -32,7 +32,7 @@ except ImportError:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Called with (kernel, positional arguments, constants, options) in place of each launch, when set.
+# Called with (kernel, positional arguments, constants, options, grid) in place of each launch, when set.
 _recorder: Callable | None = None
 
 
@@ -56,7 +56,7 @@ def launch(
     """
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fusion)
     if _recorder is not None:
-        _recorder(kernel, arguments, constants, options)
+        _recorder(kernel, arguments, constants, options, grid)
         return
     if 0 in grid:
         return
@@ -68,7 +68,8 @@ def launch(
 
 @contextlib.contextmanager
 def recorded(capability: tuple[int, int] | None = None) -> Iterator[list[tuple]]:
-    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options), and not run.
+    """Within it, launches are put on the list that it gives, as (kernel, arguments, constants, options, grid), and not
+    run.
 
     capability: that of the device which the meta tensors stand for.
     """

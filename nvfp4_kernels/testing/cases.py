@@ -200,15 +200,37 @@ def _grouped_relu2() -> Iterator[Case]:
             return given | {"w": drawn(len(sizes), n, k, seed=2)} | _stack(len(sizes), n, k, 3)
 
         def run(x, h, weights, offsets, w, codes, scales, global_scale) -> dict:
-            names, made = ("h", "a", "amax of a", "dh", "dweights", "a again", "amax of dh"), {}
+            names = (
+                "h",
+                "a",
+                "dh",
+                "dweights",
+                "a again",
+                "amax of a",
+                "turned / found",
+                "amax of dh",
+                "turned / found, dh",
+            )
+            made = {}
             nvfp4 = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
             for title, stack in (("plain", w), ("NVFP4", nvfp4)):
-                results = grouped_relu2(x, stack, offsets, weights, amax=True)
-                results += grouped_relu2_backward(x, stack, offsets, h, weights, again=True, amax=True)
+                *results, most = grouped_relu2(x, stack, offsets, weights, amax=True, signs=DEFAULT_SIGNS)
+                *more, dh_most = grouped_relu2_backward(x, stack, offsets, h, weights, True, True, DEFAULT_SIGNS)
+                results += more
+                for values, amax in ((results[1], most), (results[2], dh_most)):
+                    results += amax[0], _handed_in_to_found(values, offsets, amax)
                 made |= {f"{name}, {title}": result for name, result in zip(names, results, strict=True)}
             return made
 
         yield Case("grouped_relu2", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+
+
+def _handed_in_to_found(x: Tensor, offsets: Tensor, amax: Tensor) -> Tensor:
+    """One for each group whose rotated columns have the global scale that quantization finds by itself."""
+    forms = (
+        quantize_groups(x, offsets, None, QuantSpec(hadamard=DEFAULT_SIGNS), amax=most)[1] for most in (amax, None)
+    )
+    return torch.div(*(form.global_scales for form in forms))
 
 
 def _expert_mlp() -> Iterator[Case]:

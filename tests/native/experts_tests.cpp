@@ -1,5 +1,5 @@
-// The experts' kernels without Python: route, router_logits, permute, relu2, grouped_matmul, expert_mlp and moe_step on each instruction
-// set against double, in buffers of exactly the promised size; three threads give the bytes that one gives.
+// The experts' kernels without Python: route, router_logits, permute, relu2, grouped_matmul, expert_mlp and moe_step on each
+// instruction set against double, in buffers of exactly the promised size; three threads give the bytes that one gives.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,8 +10,8 @@
 #include "checks.h"
 #include "expert_mlp/params.h"
 #include "grouped_matmul/params.h"
-#include "numerics/e4m3.h"
 #include "moe_step/params.h"
+#include "numerics/e4m3.h"
 #include "permute/params.h"
 #include "relu2/params.h"
 #include "route/params.h"
@@ -180,7 +180,23 @@ void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized, bool t
     }
 }
 
-// Forward the squares beside the product, backward relu2's derivative in its place, in fp32, with each group's largest magnitude.
+// The largest magnitude of the transform along each sixteen of `rows` rows of n values, zeros below the last, in fp64.
+double largest_turned(const float* x, i64 rows, i64 n, u32 signs) {
+    double most = 0;
+    for (i64 run = 0; run < rows; run += 16) {
+        for (i64 at = 0; at < 16 * n; ++at) {
+            double sum = 0;
+            for (i64 r = 0; r < std::min<i64>(16, rows - run); ++r) {
+                const bool minus = (__builtin_popcountll(static_cast<u64>(at / n & r)) + (signs >> r)) & 1;
+                sum += (minus ? -0.25 : 0.25) * x[(run + r) * n + at % n];
+            }
+            most = std::max(most, std::fabs(sum));
+        }
+    }
+    return most;
+}
+
+// Forward the squares beside the product, backward relu2's derivative in its place, in fp32, with each group's largest magnitudes.
 void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
     const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
     const Matrices b(groups, n, k, quantized);
@@ -191,9 +207,12 @@ void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
         std::vector<double> squares(count(rows * n)), dh(squares.size()), dweights(count(rows));
         Floats y(squares.size()), made(y.size()), sums(dweights.size());
         std::vector<u32> amax(count(groups)), wanted(amax.size());
-        Squares all{backward ? h.data() : nullptr, made.data(), weights.data(), nullptr, nullptr};
+        Floats turned(amax.size());
+        const u32 signs = 0xD7E8;
+        Squares all{backward ? h.data() : nullptr, made.data(), weights.data(), nullptr, nullptr, nullptr, signs};
         GroupedMatmulParams p{left, b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 3};
         p.squares = &all, p.dweights = backward ? sums.data() : nullptr, p.amax = amax.data();
+        p.turned = turned.data();
         expect(grouped(p) == 0, "grouped squares status");
         for (size_t i = 0; i < squares.size(); ++i) {
             const size_t row = i / count(n);
@@ -207,6 +226,9 @@ void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
                 std::memcpy(&bits, &magnitude, 4);
                 wanted[count(e)] = std::max(wanted[count(e)], bits);
             }
+            const float* first = (backward ? y : made).data() + offsets[count(e)] * n;
+            const double most = largest_turned(first, offsets[count(e + 1)] - offsets[count(e)], n, signs);
+            expect(std::fabs(turned[count(e)] - most) <= most / 256, "grouped squares' turned amax", n, k);
         }
         expect(near(made, squares, 2e-6) && near(y, backward ? dh : d, 2e-6), "grouped squares", n, k);
         expect(amax == wanted && (!backward || near(sums, dweights, 2e-6)), "grouped squares' amax and sums", n, k);

@@ -10,7 +10,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn import served
 from nvfp4_kernels.nn.linear import Linear
-from nvfp4_kernels.nn.moe import MoE, sequence_balance_loss
+from nvfp4_kernels.nn.moe import MoE, Router, sequence_balance_loss
 from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
 from nvfp4_kernels.ptq.calibrate import experts_as_modules
 from nvfp4_kernels.recipe import HIGH, NVFP4
@@ -264,6 +264,35 @@ def test_balance_is_for_training():
     routing, logits = moe.gate(x.flatten(0, 1))
     assert torch.equal(balance.load, routing.offsets.diff()) and int(balance.load.sum()) == 2 * 9 * 3
     torch.testing.assert_close(balance.loss, sequence_balance_loss(torch.sigmoid(logits), routing.indices, 2))
+
+
+def test_the_balance_loss_against_its_definition():
+    """DeepSeek-V3, equations 17 to 20, sequence by sequence and expert by expert."""
+    scores, top_k = torch.rand(12, 5, dtype=torch.float64), 2
+    indices = scores.argsort(dim=1)[:, :top_k].contiguous()
+    total = 0.0
+    for tokens in (range(0, 4), range(4, 8), range(8, 12)):
+        for e in range(5):
+            f = 5 / (top_k * 4) * sum(e in indices[t].tolist() for t in tokens)
+            p = sum(float(scores[t, e] / scores[t].sum()) for t in tokens) / 4
+            total += f * p / 3
+    assert float(sequence_balance_loss(scores, indices, 3)) == pytest.approx(total, rel=1e-14)
+
+
+def test_a_model_in_bf16_still_moves_its_bias():
+    """By steps that bf16 would round away, against loads that it could not count."""
+    gate = Router(64, 4, 2, 1.0, 1, 1, True)
+    gate.e_score_correction_bias.fill_(1.0)
+    gate = gate.bfloat16().to("cpu")
+    for _ in range(3):
+        gate.load += torch.tensor([100, 1, 1, 1])
+    gate.load[3] += 300
+    gate.balance(1e-3)
+    assert gate.weight.dtype == torch.bfloat16 and not gate.load.any()
+    torch.testing.assert_close(
+        gate.e_score_correction_bias, torch.tensor([0.999, 1.001, 1.001, 0.999]), atol=1e-7, rtol=0
+    )
+    assert gate.to_empty(device="meta").e_score_correction_bias.dtype == torch.float32
 
 
 def test_run_to_run(backend):

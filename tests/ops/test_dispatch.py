@@ -1,13 +1,15 @@
 """Who runs what: forcing, refusing, the environment variable."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.ops import _dispatch
+from nvfp4_kernels.ops import _device, _dispatch, _tuned
 
 
 def test_the_first_that_does_not_refuse_serves(monkeypatch):
@@ -53,3 +55,31 @@ def test_environment_variable():
             capture_output=True,
         )
         assert done.stdout.decode().strip() == expected, done.stderr
+
+
+def test_what_comes_first_on_a_gpu_is_what_the_bounds_say():
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "bounds.json").read_text())
+    assert {row["target"] for row in rows} == {"80", "90a", "100a", "103a", "120f"}
+    expected: dict[str, dict[str, tuple]] = {}
+    for row in rows:
+        native, triton = row["native"]["us"], row["triton"]["us"]
+        assert row["close"] == (max(native, triton) <= 1.15 * min(native, triton)), row["kind"]
+        assert row["first"] == ("triton" if triton < native and not row["close"] else "native"), row["kind"]
+        if row["first"] == "triton":
+            op, kind = row["kind"].split(": ")
+            kinds = expected.setdefault(op, {})
+            kinds[kind] = (*kinds.get(kind, ()), row["target"])
+    assert expected == _dispatch.TRITON_FIRST
+
+
+@pytest.mark.parametrize("capability, first", [((9, 0), "triton"), ((12, 1), "native"), (None, "native")])
+def test_bounds_come_after_measurements_and_names(capability, first, monkeypatch):
+    call = torch.empty(4, 32, device="meta"), nk.QuantSpec(), None, None
+    with _device.assumed(capability):
+        assert _dispatch.candidates("quantize", call)[0] == first
+        assert _dispatch.candidates("quantize") == _dispatch.TABLE["quantize"]
+        for answer in ("native", "triton"):
+            with _tuned.trying({"quantize: 1 forms": answer}):
+                assert _dispatch.candidates("quantize", call)[0] == answer
+        with nk.backend("native", "reference"):
+            assert _dispatch.candidates("quantize", call) == ("native", "reference")

@@ -17,7 +17,7 @@ from nvfp4_kernels.ops.grouped_matmul.op import (
     run_of,
     unpacked,
 )
-from nvfp4_kernels.ops.route.op import Routing
+from nvfp4_kernels.ops.route.op import Routing, check_routing
 
 
 def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
@@ -30,6 +30,8 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     """
     float_tensor("x", x)
     no_grad("x", x, "nk.experts differentiates")
+    check_routing(routing)
+    no_grad("routing", routing.weights, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
     if x.dim() != 2 or x.shape[0] != tokens:  # no words are put together for what is right, here and below
         require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")

@@ -69,7 +69,13 @@ def check_choice(experts: int, top_k: int, n_group: int, topk_group: int) -> Non
 
 
 def check_routing(routing: object) -> None:
+    """`routing` must be a Routing whose parts fit one another in memory; what is in them the CPU's kernels check."""
     require(isinstance(routing, Routing), "routing", type(routing).__name__, "a Routing, as nk.route gives", TypeError)
+    (tokens, top_k), inverse, order = routing.indices.shape, routing.inverse, routing.order
+    fits = inverse.shape == routing.weights.shape == (tokens, top_k) and order.shape == (tokens * top_k,)
+    for part in (routing.offsets, inverse, order):
+        fits = fits and part.dtype == torch.int64 and part.is_contiguous() and part.device == order.device
+    require(fits, "routing", "parts of other shapes, types, strides or devices", "a Routing as nk.route makes it")
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:
