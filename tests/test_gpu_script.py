@@ -148,6 +148,7 @@ def test_rehearsal():
             "permute",
             "relu2",
             "mixer_step",
+            "moe_step",
         ):  # within others
             assert {name for name in names if name != "reference"} <= {
                 backend for of, backend in measured if of == op
