@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from nvfp4_kernels.ops._dispatch import implementation
 
-# (batch, length, channels), width 4: a layer of the tiny model; Mamba-2 layers 1024 wide with one group and with eight
-SIZES = ((8, 256, 576), (2, 1024, 2304), (2, 1024, 4096))
+# (batch, length, channels), width 4: a layer of the tiny model; Mamba-2 layers 1024 wide with one group and, by length, eight
+SIZES = ((8, 256, 576), (2, 1024, 2304), *((2, length, 4096) for length in (64, 256, 1024, 4096)))
 
 
 def plain(x, weight, bias):
@@ -44,6 +44,9 @@ def test_causal_conv1d(benchmark, copy_bandwidth, size, backward, dtype, name):
     benchmark.extra_info.update(
         op="causal_conv1d",
         case=f"{'forward and backward' if backward else 'forward'} {'x'.join(map(str, size))}",
+        series=f"{'forward and backward' if backward else 'forward'}, {channels} channels",
+        size=batch * length,
+        axis="tokens",
         backend=name,
         dtype="bf16" if dtype == torch.bfloat16 else "fp32",
         bytes=(5 if backward else 2) * dy.nbytes,  # x, y; then x, dy, dx

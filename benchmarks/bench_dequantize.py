@@ -6,22 +6,26 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops._dispatch import implementation
 
-SHAPE = (4096, 4096)
+WIDTHS = (256, 512, 1024, 2048, 4096)  # of square tensors
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("block", ["1x16", "1x32"])
-def test_dequantize(benchmark, copy_bandwidth, block, dtype, backend):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_dequantize(benchmark, copy_bandwidth, width, block, dtype, backend):
     torch.manual_seed(0)
-    q = nk.quantize(torch.randn(SHAPE).bfloat16(), block=block)
-    call = (q.codes, q.scales, getattr(q, "global_scale", None), SHAPE[1], dtype)
+    q = nk.quantize(torch.randn(width, width).bfloat16(), block=block)
+    call = (q.codes, q.scales, getattr(q, "global_scale", None), width, dtype)
     run = implementation("dequantize", backend).run
     y = run(*call)
     assert torch.equal(y, implementation("dequantize", "reference").run(*call))
     benchmark.extra_info.update(
         op="dequantize",
-        case=f"{block} {SHAPE[0]}x{SHAPE[1]} to {str(dtype)[6:]}",
+        case=f"{block} {width}x{width} to {str(dtype)[6:]}",
+        series=f"{block} to {str(dtype)[6:]}",
+        size=width * width,
+        axis="values",
         backend=backend,
         dtype=str(dtype)[6:],
         bytes=q.nbytes + y.nbytes,

@@ -123,4 +123,5 @@ def test_decode(benchmark, size, batch, name):
     block.eval()
     tokens = itertools.cycle(torch.randn(24, batch, 1, SIZES[size][0]).bfloat16())
     describe(benchmark, f"{size} decode, batch {batch}", name, "nvfp4" if "nvfp4" in name else "bf16", batch)
+    benchmark.extra_info.update(series=f"{size} decode", size=batch, axis="sequences")
     benchmark.pedantic(lambda: block(next(tokens)), rounds=20, iterations=6, warmup_rounds=2)

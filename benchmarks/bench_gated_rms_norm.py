@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from nvfp4_kernels.ops._dispatch import implementation
 
-# (batch, length, channels, group): a layer of the tiny model; Mamba-2 layers 1024 wide, one group and eight
-SIZES = ((8, 256, 512, 512), (2, 1024, 2048, 2048), (2, 1024, 2048, 256))
+# (batch, length, channels, group): a layer of the tiny model; Mamba-2 layers 1024 wide, eight groups and, by length, one
+SIZES = ((8, 256, 512, 512), (2, 1024, 2048, 256), *((2, length, 2048, 2048) for length in (64, 256, 1024, 4096)))
 
 
 def plain(x, z, weight, eps, group_size):
@@ -46,6 +46,9 @@ def test_gated_rms_norm(benchmark, copy_bandwidth, size, backward, dtype, name):
     benchmark.extra_info.update(
         op="gated_rms_norm",
         case=f"{'forward and backward' if backward else 'forward'} {'x'.join(map(str, size))}",
+        series=f"{'forward and backward' if backward else 'forward'}, {shape[2]} channels, groups of {group_size}",
+        size=shape[0] * shape[1],
+        axis="tokens",
         backend=name,
         dtype="bf16" if dtype == torch.bfloat16 else "fp32",
         bytes=(8 if backward else 3) * x.nbytes,  # x, z, y; then x, z, dy, dx, dz

@@ -6,19 +6,23 @@ import torch
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
 from nvfp4_kernels.ops._dispatch import implementation
 
-SHAPE = (4096, 4096)
+WIDTHS = (256, 512, 1024, 2048, 4096)  # of square inputs
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_hadamard(benchmark, copy_bandwidth, backend):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_hadamard(benchmark, copy_bandwidth, width, backend):
     torch.manual_seed(0)
-    x = torch.randn(SHAPE).bfloat16()
+    x = torch.randn(width, width).bfloat16()
     run = implementation("hadamard", backend).run
     y = run(x, DEFAULT_SIGNS)
     assert torch.equal(y, implementation("hadamard", "reference").run(x, DEFAULT_SIGNS))
     benchmark.extra_info.update(
         op="hadamard",
-        case=f"{SHAPE[0]}x{SHAPE[1]}",
+        case=f"{width}x{width}",
+        series="16 values at a time",
+        size=width * width,
+        axis="values",
         backend=backend,
         dtype="bf16",
         bytes=x.nbytes + y.nbytes,

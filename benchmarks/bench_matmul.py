@@ -10,8 +10,8 @@ import nvfp4_kernels as nk
 from nvfp4_kernels.ops._dispatch import implementation
 
 # (m, n, k): square; the three products of a small layer's step (forward, input gradient, weight gradient)
-PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 192), (4096, 192, 512), (512, 192, 4096))
-FEW_ROWS = tuple((m, 4096, 4096) for m in (1, 4, 16))
+PRODUCTS = (*((n, n, n) for n in (128, 256, 512, 1024, 2048)), (4096, 512, 192), (4096, 192, 512), (512, 192, 4096))
+FEW_ROWS = tuple((m, 4096, 4096) for m in (1, 2, 4, 8, 16, 32, 64))
 
 
 def measure(benchmark, run, truth, shape, case, backend, dtype, **amounts):
@@ -31,6 +31,8 @@ def test_product(benchmark, matmul_rate, shape, kind):
     m, n, k = shape
     a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
     amounts = {"flops": 2 * m * n * k, "limit_flops": matmul_rate, "yardstick": kind == "torch"}
+    if m == n == k:
+        amounts |= {"series": "square product", "size": m, "axis": "rows, columns and length"}
     if kind == "torch":
         measure(benchmark, lambda: a @ b.t(), a.float() @ b.float().t(), shape, "product", kind, "bf16", **amounts)
         return
@@ -48,10 +50,10 @@ def test_weight_only(benchmark, copy_bandwidth, shape, kind):
     torch.manual_seed(0)
     m, n, k = shape
     a, b = torch.randn(m, k), torch.randn(n, k).bfloat16()
-    yardstick = kind == "torch"
-    if yardstick:
+    place = {"series": f"weight {n}x{k}", "size": m, "axis": "rows"}
+    if kind == "torch":
         a = a.bfloat16()
-        truth, amounts = a.float() @ b.float().t(), {"bytes": b.nbytes, "limit_bytes": copy_bandwidth}
+        truth, amounts = a.float() @ b.float().t(), {"bytes": b.nbytes, "limit_bytes": copy_bandwidth} | place
         measure(
             benchmark,
             lambda: torch.nn.functional.linear(a, b),
@@ -70,5 +72,5 @@ def test_weight_only(benchmark, copy_bandwidth, shape, kind):
     truth = values @ weight.dequantize().t()
     run = implementation("matmul", "native").run
     call = (a, weight, None, torch.bfloat16, None, False)
-    amounts = {"bytes": weight.nbytes, "limit_bytes": copy_bandwidth, "yardstick": False}
+    amounts = {"bytes": weight.nbytes, "limit_bytes": copy_bandwidth, "yardstick": False} | place
     measure(benchmark, lambda: run(*call), truth, shape, "weight", "native", kind, **amounts)

@@ -9,7 +9,7 @@ import torch
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 
-SHAPE = (4096, 4096)
+WIDTHS = (256, 512, 1024, 2048, 4096)  # of square inputs
 ACTIVATION = QuantSpec(), QuantSpec(hadamard=DEFAULT_SIGNS)
 GRADIENT = QuantSpec("1x16", "stochastic"), QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)
 CASES = {
@@ -26,10 +26,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", CASES)
-def test_quantize(benchmark, copy_bandwidth, case, backend):
+def test_quantize(benchmark, copy_bandwidth, case, width, backend):
     torch.manual_seed(0)
-    x = torch.randn(SHAPE).bfloat16()
+    x = torch.randn(width, width).bfloat16()
     row, col = CASES[case]
     noise = torch.tensor([1, 2])
     run = implementation("quantize", backend).run
@@ -42,11 +43,14 @@ def test_quantize(benchmark, copy_bandwidth, case, backend):
     limit = copy_bandwidth * x.nbytes / (2 * x.nbytes + written)
     benchmark.extra_info.update(
         op="quantize",
-        case=f"{case} {SHAPE[0]}x{SHAPE[1]}",
+        case=f"{case} {width}x{width}",
+        series=case,
+        size=width * width,
+        axis="values",
         backend=backend,
         dtype="bf16",
         bytes=x.nbytes,
         limit_bytes=limit,
         yardstick=backend == "reference",
     )
-    benchmark.pedantic(run, (x, row, col, noise), rounds=1 if backend == "reference" else 15)
+    benchmark.pedantic(run, (x, row, col, noise), rounds=1 if backend == "reference" else 15, warmup_rounds=1)

@@ -13,8 +13,14 @@ import torch.nn.functional as F
 
 from nvfp4_kernels.ops._dispatch import implementation
 
-# (batch, length, heads, head_dim, groups, state, chunk_size): a layer of the tiny model; layers 1024 wide
-SIZES = ((8, 256, 8, 64, 1, 32, 64), (2, 1024, 32, 64, 1, 128, 128), (2, 1024, 32, 64, 8, 128, 128))
+# (batch, length, heads, head_dim, groups, state, chunk_size): a layer of the tiny model; layers 1024 wide with one
+# group and, by length, eight
+WIDE = (32, 64, 8, 128, 128)
+SIZES = (
+    (8, 256, 8, 64, 1, 32, 64),
+    (2, 1024, 32, 64, 1, 128, 128),
+    *((2, length, *WIDE) for length in (128, 256, 512, 1024, 2048)),
+)
 BACKENDS = {
     "native": torch.bfloat16,
     "native fp32": torch.float32,
@@ -87,6 +93,9 @@ def test_scan(benchmark, matmul_rate, fp32_matmul_rate, size, backward, name):
     benchmark.extra_info.update(
         op="selective_scan",
         case=f"{'forward and backward' if backward else 'forward'} {'x'.join(map(str, size))}",
+        series=f"{'forward and backward' if backward else 'forward'}, {'x'.join(map(str, size[2:]))}",
+        size=batch * length,
+        axis="tokens",
         backend=name.split(" ")[0],
         dtype="fp32" if dtype == torch.float32 else "bf16 in fp32" if name.endswith("fp32 products") else "bf16",
         flops=(14 if backward else 4) * batch * length * heads * head_dim * state,

@@ -54,6 +54,9 @@ def test_state_update(benchmark, copy_bandwidth, batch, kept, name):
     benchmark.extra_info.update(
         op="state_update",
         case=f"batch {batch}, {HEADS} heads of {HEAD_DIM}, state {STATE}",
+        series=f"{HEADS} heads of {HEAD_DIM}, state {STATE}",
+        size=batch,
+        axis="sequences",
         backend=name,
         dtype=kept,
         bytes=2 * sum(state.nbytes for state in states),

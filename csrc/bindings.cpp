@@ -1,15 +1,12 @@
 // The Python face of csrc: one function an op; pointers as integers, sizes, strides; the status comes back (0, or 1 when
 // memory ran out). nvfp4_kernels/ops/<op>/native.py calls these after op.py has checked everything.
-#include <pybind11/pybind11.h>
-
+#include "bindings.h"
 #include "causal_conv1d/params.h"
 #include "cpu/isa.h"
 #include "dequantize/params.h"
 #include "expert_mlp/params.h"
 #include "gated_rms_norm/params.h"
 #include "hadamard/params.h"
-#include "matmul/params.h"
-#include "mixer_step/params.h"
 #include "permute/params.h"
 #include "quantize/params.h"
 #include "relu2/params.h"
@@ -22,11 +19,6 @@ using namespace nvfp4;
 
 namespace {
 
-template <class T>
-T* pointer(u64 address) {
-    return reinterpret_cast<T*>(address);
-}
-
 // (block, stochastic, four_over_six, hadamard, codes, scales, global_scale)
 QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
     return {static_cast<Block>(t[0].cast<int>()), t[1].cast<bool>(), static_cast<FourOverSix>(t[2].cast<int>()),
@@ -36,9 +28,10 @@ QuantizeForm form(const py::tuple& t, u64 seed, u64 offset) {
 
 // stack: (matrices, stride). groups: (offsets, starts, how many, blocks of a line, which row of x each of their rows is or 0),
 // offsets 0: none. noise: pointer to int64 [2], (seed, offset), or 0. The column form's draws come after the row form's.
-// amax: pointer to fp32, or 0.
+// amax: pointer to fp32, or 0; turned: whether it has the transforms' too.
 int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_stride, const py::tuple& stack,
-                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, int threads) {
+                  const py::tuple& groups, const py::tuple& row, const py::tuple& col, u64 noise, u64 amax, bool turned,
+                  int threads) {
     const u64* state = pointer<const u64>(noise);
     const u64 seed = state ? state[0] : 0, offset = state ? state[1] : 0;
     QuantizeParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, form(row, seed, offset),
@@ -47,8 +40,7 @@ int call_quantize(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     p.matrices = stack[0].cast<i64>(), p.matrix_stride = stack[1].cast<i64>();
     p.offsets = pointer<const i64>(groups[0].cast<u64>()), p.starts = pointer<const i64>(groups[1].cast<u64>());
     p.groups = groups[2].cast<i64>(), p.col.line = groups[3].cast<i64>();
-    p.amax = pointer<const u32>(amax);
-    p.row_index = pointer<const i64>(groups[4].cast<u64>());
+    p.row_index = pointer<const i64>(groups[4].cast<u64>()), p.amax = pointer<const u32>(amax), p.turned = turned;
     const py::gil_scoped_release release;
     return NVFP4_CALL(quantize, p);
 }
@@ -64,13 +56,6 @@ int call_hadamard(u64 x, int dtype, i64 rows, i64 cols, i64 row_stride, i64 col_
     const HadamardParams p{pointer<const void>(x), dtype, rows, cols, row_stride, col_stride, signs, pointer<u16>(out), threads};
     const py::gil_scoped_release release;
     return NVFP4_CALL(hadamard, p);
-}
-
-// (kind, data, scales, global_scale, rows, cols, row_stride, col_stride)
-Operand operand(const py::tuple& t) {
-    const Kind kind = static_cast<Kind>(t[0].cast<int>());
-    return {kind, pointer<const void>(t[1].cast<u64>()), pointer<const u8>(t[2].cast<u64>()),
-            pointer<const float>(t[3].cast<u64>()), t[4].cast<i64>(), t[5].cast<i64>(), t[6].cast<i64>(), t[7].cast<i64>()};
 }
 
 int call_matmul(const py::tuple& a, const py::tuple& b, u64 bias, int bias_dtype, u64 out, int out_dtype, bool accumulate,
@@ -89,7 +74,7 @@ GroupedMatmulParams groups(const Operand& a, const py::tuple& b, i64 b_stride, u
 
 // starts: of a and b, where they are columns of groups; else 0. gathered: how many rows, and which of a (of b's columns, where
 // sums are divided) each of them is; empty where they are not gathered
-// squares: (h, relu2(h), weights, dweights, amax), 0 for those that are not there
+// squares: (h, relu2(h), weights, dweights, amax, turned, signs), 0 for those that are not there
 int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, const py::tuple& starts, const py::tuple& gathered,
                         u64 offsets, i64 count, bool sums, u64 out, int out_dtype, const py::tuple& squares, int threads) {
     GroupedMatmulParams p = groups(operand(a), b, b_stride, offsets, count, sums, out, out_dtype, false, threads);
@@ -99,8 +84,10 @@ int call_grouped_matmul(const py::tuple& a, const py::tuple& b, i64 b_stride, co
         (sums ? p.b.col_index : p.a.row_index) = pointer<const i64>(gathered[1].cast<u64>());
     }
     const auto at = [&](int i) { return squares[i].cast<u64>(); };
-    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr};
-    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3)), p.amax = pointer<u32>(at(4));
+    const u32 signs = static_cast<u32>(at(6));
+    const Squares made{pointer<const void>(at(0)), pointer<void>(at(1)), pointer<const float>(at(2)), nullptr, nullptr, nullptr, signs};
+    p.squares = made.h || made.made ? &made : nullptr, p.dweights = pointer<float>(at(3));
+    p.amax = pointer<u32>(at(4)), p.turned = pointer<float>(at(5));
     const py::gil_scoped_release release;
     return NVFP4_CALL_BF16(grouped_matmul, p);
 }
@@ -350,21 +337,6 @@ int call_causal_conv1d_backward(const py::tuple& sizes, u64 starts, const py::tu
     return NVFP4_CALL(causal_conv1d_backward, p);
 }
 
-// sizes: (dtype, batch, tokens, heads, groups, head_dim, state, slots, width, dtype of the states); kept: (windows, states);
-// weights: (taps, conv_bias, A, D, dt_bias, norm_weight); rules: (low, high, eps)
-int call_mixer_step(const py::tuple& sizes, u64 projected, const py::tuple& kept, const py::tuple& weights, u64 indices,
-                    const py::tuple& rules, u64 y, int threads) {
-    const auto size = [&](int i) { return sizes[i].cast<i64>(); };
-    const auto floats = [&](int i) { return pointer<const float>(weights[i].cast<u64>()); };
-    const MixerStepParams p{sizes[0].cast<int>(), size(1), size(2), size(3), size(4), size(5), size(6), size(7),
-                            sizes[8].cast<int>(), pointer<const void>(projected), pointer<void>(kept[0].cast<u64>()),
-                            pointer<void>(kept[1].cast<u64>()), sizes[9].cast<int>(), floats(0), floats(1), floats(2),
-                            floats(3), floats(4), floats(5), pointer<const i64>(indices), rules[0].cast<float>(),
-                            rules[1].cast<float>(), rules[2].cast<float>(), pointer<void>(y), threads};
-    const py::gil_scoped_release release;
-    return NVFP4_CALL(mixer_step, p);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -391,7 +363,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("gated_rms_norm_backward", &call_gated_rms_norm_backward);
     m.def("causal_conv1d", &call_causal_conv1d);
     m.def("causal_conv1d_backward", &call_causal_conv1d_backward);
-    m.def("mixer_step", &call_mixer_step);
+    bind_steps(m);
     m.def("isa", &isa_name, "The instruction set in use: scalar, avx2, avx512 or avx512bf16.");
     m.def("outruns_mkl", &outruns_mkl);
     m.def("set_isa", &set_isa, "Use another one from now on; False if this CPU has it not.");

@@ -22,7 +22,9 @@ from nvfp4_kernels.nn.replay import ReplayState
 from nvfp4_kernels.ops._dispatch import Refused, backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.dequantize.op import dequantize
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
+from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import permute, unpermute
@@ -49,6 +51,7 @@ __all__ = [
     "dequantize",
     "hadamard",
     "matmul",
+    "grouped_matmul",
     "causal_conv1d",
     "selective_scan",
     "state_update",
@@ -59,6 +62,7 @@ __all__ = [
     "Routing",
     "permute",
     "unpermute",
+    "expert_mlp",
     "backend",
     "Refused",
     "recipes",

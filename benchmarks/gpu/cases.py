@@ -1,7 +1,8 @@
 """What is measured on a GPU, each beside its yardstick in torch: each size is drawn when its turn comes.
 
 A case gives the amounts that must move or be computed; benchmarks/gpu/run.py times it with CUDA events and an L2 cache flushed
-before each round. `small` sizes serve a rehearsal on a CPU: there the kernels run in Triton's interpreter.
+before each round. `small` sizes serve a rehearsal on a CPU: there the kernels run in Triton's interpreter. A group is called
+twice: for the sizes that count, and, once every group has had its turn, for those that make curves of them (`sweep`).
 """
 
 import math
@@ -33,7 +34,7 @@ MULTIPLIED = ((128, 4096, 4096), (4096, 4096, 4096), (8192, 4096, 4096), (8192, 
 class Case:
     """ours: run under each backend of ours that serves it, or (not forced) as the dispatch decides.
 
-    theirs: yardsticks by name. about: dtype; bytes or flops; limit, "copy" or "matmul".
+    theirs: yardsticks by name. about: dtype; bytes or flops; limit, "copy" or "matmul"; series, size and axis of a plot.
     """
 
     op: str
@@ -48,7 +49,12 @@ def draw(*shape: int, dtype=BF16, device="cuda") -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=FP32).to(dtype)
 
 
-def quantize(device: str, small: bool) -> Iterator[Case]:
+def at(series: str, size: int, axis: str) -> dict:
+    """The place of a case on a curve."""
+    return dict(series=series, size=size, axis=axis)
+
+
+def quantize(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Bytes: the input twice (amax, then codes), the codes and scales once. Yardstick: the same rule in eager torch."""
     signs = QuantSpec(hadamard=DEFAULT_SIGNS)
     noisy = QuantSpec("1x16", "stochastic")
@@ -59,14 +65,20 @@ def quantize(device: str, small: bool) -> Iterator[Case]:
         "pair 1x16 + RHT (x)": (QuantSpec(), signs),
         "pair SR + RHT SR (dy)": (noisy, QuantSpec("1x16", "stochastic", DEFAULT_SIGNS)),
     }
-    rows, cols = (32, 64) if small else (8192, 4096)
     noise = torch.tensor([1, 2], device=device)
-    for name, (row, col) in forms.items():
-        x = draw(rows, cols, device=device)
-        run = lambda x=x, row=row, col=col: nk.quantize_pair(x, row, col, noise)  # noqa: E731
-        written = sum(0.5625 * x.numel() for spec in (row, col) if spec)
-        about = dict(dtype="bf16", bytes=2 * x.nbytes + written, limit="copy")
-        yield Case("quantize", f"{name} {rows}x{cols}", run, {"eager torch": _by("reference", run)}, about)
+    for rows, cols in matrices(small, sweep):
+        for name, (row, col) in forms.items():
+            x = draw(rows, cols, device=device)
+            run = lambda x=x, row=row, col=col: nk.quantize_pair(x, row, col, noise)  # noqa: E731
+            written = sum(0.5625 * x.numel() for spec in (row, col) if spec)
+            about = dict(dtype="bf16", bytes=2 * x.nbytes + written, limit="copy") | at(name, x.numel(), "values")
+            yield Case("quantize", f"{name} {rows}x{cols}", run, {"eager torch": _by("reference", run)}, about)
+
+
+def matrices(small: bool, sweep: bool) -> tuple[tuple[int, int], ...]:
+    if small:
+        return ((16, 64),) if sweep else ((32, 64),)
+    return tuple((rows, 4096) for rows in ((64, 256, 1024, 2048, 16384) if sweep else (8192,)))
 
 
 def _by(backend: str, run: Callable) -> Callable:
@@ -77,32 +89,31 @@ def _by(backend: str, run: Callable) -> Callable:
     return forced
 
 
-def decoding(device: str, small: bool) -> Iterator[Case]:
-    rows, cols = (32, 64) if small else (8192, 4096)
-    x = draw(rows, cols, device=device)
-    q = nk.quantize(x)
-    about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy")
-    yield Case(
-        "dequantize",
-        f"{rows}x{cols}",
-        lambda: q.dequantize(BF16),
-        {"copy of as many bytes": _copy(about, device)},
-        about,
-    )
-    about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy")
-    yield Case("hadamard", f"{rows}x{cols}", lambda: nk.hadamard(x), {"copy of as many bytes": x.clone}, about)
+def decoding(device: str, small: bool, sweep: bool) -> Iterator[Case]:
+    for rows, cols in matrices(small, sweep):
+        x = draw(rows, cols, device=device)
+        q = nk.quantize(x)
+        name = f"{rows}x{cols}"
+        about = dict(dtype="bf16", bytes=x.nbytes + q.nbytes, limit="copy") | at("to bf16", x.numel(), "values")
+        theirs = {"copy of as many bytes": _copy(about, device)}
+        yield Case("dequantize", name, lambda q=q: q.dequantize(BF16), theirs, about)
+        about = dict(dtype="bf16", bytes=2 * x.nbytes, limit="copy") | at("bf16", x.numel(), "values")
+        yield Case("hadamard", name, lambda x=x: nk.hadamard(x), {"copy of as many bytes": x.clone}, about)
 
 
 def _copy(about: dict, device: str) -> Callable:
     return torch.empty(int(about["bytes"]) // 2, dtype=torch.uint8, device=device).clone
 
 
-def matmul(device: str, small: bool) -> Iterator[Case]:
+def matmul(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Quantized operands, and weights alone; few rows are bound by the packed weight's bytes, many by arithmetic."""
-    for m, n, k in ((32, 48, 64),) if small else (*MULTIPLIED, (8192, 8192, 8192)):
+    sizes = ((32, 48, 64),) if small else (*MULTIPLIED, (8192, 8192, 8192))
+    squares = ((16, 16, 16),) if small else tuple((n, n, n) for n in (256, 512, 1024, 2048, 16384))
+    for m, n, k in squares if sweep else sizes:
         a, b = draw(m, k, device=device), draw(n, k, device=device)
         qa, qb = nk.quantize(a), nk.quantize(b, block="16x16")
         about = dict(dtype="nvfp4", flops=2 * m * n * k, limit="matmul")
+        about |= at("NVFP4 x NVFP4, square", m, "rows, columns and length") if m == n == k else {}
         run = lambda qa=qa, qb=qb: nk.matmul(qa, qb, BF16)  # noqa: E731
         theirs = {"torch bf16": lambda a=a, b=b: a @ b.t()}
         if _device.fp4_tensor_cores(torch.device(device)):
@@ -112,17 +123,19 @@ def matmul(device: str, small: bool) -> Iterator[Case]:
     b = draw(n, k, device=device)
     qb = nk.quantize(b)
     packed = nk.PackedNVFP4Tensor.pack(qb)
-    for m in (1, 17, 65) if small else (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192):
+    sizes = (1, 17, 65) if small else (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192)
+    for m in ((2,) if small else (2, 8, 32, 4096)) if sweep else sizes:
         a = draw(m, k, device=device)
         amount = dict(bytes=qb.nbytes, limit="copy") if m <= 64 else dict(flops=2 * m * n * k, limit="matmul")
         run = lambda a=a: nk.matmul(a, qb, BF16)  # noqa: E731
-        about = dict(dtype="bf16") | amount
+        about = dict(dtype="bf16") | amount | at(f"bf16 x NVFP4 weight {n}x{k}", m, "rows")
         yield Case("matmul", f"bf16 x NVFP4 weight {m}x{n}x{k}", run, {"torch bf16": lambda a=a: a @ b.t()}, about)
         run = lambda a=a: nk.matmul(a, packed, BF16)  # noqa: E731
         name = f"bf16 x packed NVFP4 weight {m}x{n}x{k}"
         theirs = {"torch bf16": lambda a=a: a @ b.t()}
         if m > 64:  # where Triton decodes as it multiplies, and CUDA in another way, by the number of rows and the chip
             theirs["Triton, unpacked weight"] = _by("triton", lambda a=a: nk.matmul(a, qb, BF16))
+        about |= at(f"bf16 x packed NVFP4 weight {n}x{k}", m, "rows")
         yield Case("matmul", name, run, theirs, about, False)
 
 
@@ -133,10 +146,12 @@ def _cublas_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor) -> Callable:
     return lambda: torch._scaled_mm(codes[0], codes[1].t(), *scales, out_dtype=BF16)
 
 
-def linear(device: str, small: bool) -> Iterator[Case]:
+def linear(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Forward and backward, the weight quantized in each step as in training without gradient accumulation; each backend
     alone, and what the dispatch takes."""
-    for m, n, k in ((32, 48, 64),) if small else ((8192, 4096, 4096), (8192, 10304, 2688)):
+    sizes = ((32, 48, 64),) if small else ((8192, 4096, 4096), (8192, 10304, 2688))
+    other = ((16, 48, 64),) if small else tuple((m, 4096, 4096) for m in (512, 1024, 2048, 4096, 16384))
+    for m, n, k in other if sweep else sizes:
         x, w, dy = draw(m, k, device=device), draw(n, k, dtype=FP32, device=device), draw(m, n, device=device)
         x.requires_grad_()
         w.requires_grad_()
@@ -149,20 +164,29 @@ def linear(device: str, small: bool) -> Iterator[Case]:
             return torch.autograd.grad(F.linear(x, w), (x, w), dy)
 
         about = dict(dtype="nvfp4", flops=6 * m * n * k, limit="matmul")
+        about |= at(f"forward and backward, weight {n}x{k}", m, "tokens")
         for forced in (True, False):
             yield Case("linear", f"forward and backward {m}x{n}x{k}", ours, {"torch bf16": theirs}, about, forced)
 
 
-def selective_scan(device: str, small: bool) -> Iterator[Case]:
-    """Bytes: x, B, C, dt and y once, backward as many again with their gradients. The interpreter has no bf16 products."""
-    dtype = FP16 if small else BF16
-    sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
+def layers(small: bool, sweep: bool) -> dict[str, tuple[int, ...]]:
+    """Mamba-2 layers: batch, length, heads, head_dim, groups, state."""
+    if small:
+        return {"tiny short": (1, 32, 2, 16, 1, 16)} if sweep else {"tiny": (1, 64, 2, 16, 1, 16)}
+    if sweep:
+        return {f"Nano {length >> 10}k": (1, length, 64, 64, 8, 128) for length in (1024, 2048, 4096, 16384, 32768)}
+    return {
         "Nano 8k": (1, 8192, 64, 64, 8, 128),
         "Nano 8 x 8k": (8, 8192, 64, 64, 8, 128),
         "Nano 64k": (1, 65536, 64, 64, 8, 128),
         "Super 8k": (1, 8192, 128, 64, 8, 128),
-    }  # fmt: skip
-    for name, (batch, length, heads, head_dim, groups, state) in sizes.items():
+    }
+
+
+def selective_scan(device: str, small: bool, sweep: bool) -> Iterator[Case]:
+    """Bytes: x, B, C, dt and y once, backward as many again with their gradients. The interpreter has no bf16 products."""
+    dtype = FP16 if small else BF16
+    for name, (batch, length, heads, head_dim, groups, state) in layers(small, sweep).items():
         x, dy = (draw(batch, length, heads, head_dim, dtype=dtype, device=device) for _ in range(2))
         B, C = (draw(batch, length, groups, state, dtype=dtype, device=device) for _ in range(2))
         dt = (draw(batch, length, heads, dtype=FP32, device=device) - 4).to(dtype)
@@ -192,20 +216,20 @@ def selective_scan(device: str, small: bool) -> Iterator[Case]:
         ):
             yield Case(
                 "selective_scan", f"{title}, {name}", run, peer | _mamba_ssm(leaves, dy, title != "forward"),
-                dict(dtype=str(dtype)[6:], bytes=amount, limit="copy"),
+                dict(dtype=str(dtype)[6:], bytes=amount, limit="copy") | along(f"{title}, ", name, batch, length),
             )  # fmt: skip
 
 
-def conv_scan(device: str, small: bool) -> Iterator[Case]:
+def along(title: str, name: str, batch: int, length: int) -> dict:
+    """The place of a layer among others that differ in length alone."""
+    return at(f"{title}{name.split(' ')[0]}, {batch} x length", length, "length")
+
+
+def conv_scan(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Forward, beside its two ops one after the other; and mixer_scan, beside conv_scan and then the norm. Bytes: xBC, dt, y
     and, of mixer_scan, z once."""
     dtype = FP16 if small else BF16
-    sizes = {"tiny": (1, 64, 2, 16, 1, 16)} if small else {
-        "Nano 8k": (1, 8192, 64, 64, 8, 128),
-        "Nano 8 x 8k": (8, 8192, 64, 64, 8, 128),
-        "Super 8k": (1, 8192, 128, 64, 8, 128),
-    }  # fmt: skip
-    for name, (batch, length, heads, head_dim, groups, state) in sizes.items():
+    for name, (batch, length, heads, head_dim, groups, state) in layers(small, sweep).items():
         inner, shared = heads * head_dim, groups * state
         xBC = draw(batch, length, inner + 2 * shared, dtype=dtype, device=device)
         dt = (draw(batch, length, heads, dtype=FP32, device=device) - 4).to(dtype)
@@ -220,6 +244,7 @@ def conv_scan(device: str, small: bool) -> Iterator[Case]:
             return nk.selective_scan(x, dt, A, B, C, D, dt_bias=bias)
 
         about = dict(dtype=str(dtype)[6:], bytes=xBC.nbytes + dt.nbytes + batch * length * inner * 2, limit="copy")
+        about |= along("", name, batch, length)
         yield Case("conv_scan", name, lambda given=given: run_conv_scan(*given), {"the two ops": apart}, about)
         z, norm = draw(batch, length, inner, dtype=dtype, device=device), torch.ones(inner, device=device)
 
@@ -252,10 +277,11 @@ def _mamba_ssm(leaves: list[torch.Tensor], dy: torch.Tensor, backward: bool) -> 
     return {"mamba_ssm": run}
 
 
-def state_update(device: str, small: bool) -> Iterator[Case]:
+def state_update(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """One token of Nano's layer. Bytes: each state read and written."""
     heads, head_dim, groups, state = (2, 16, 1, 16) if small else (64, 64, 8, 128)
-    for batch in (1, 3) if small else (1, 8, 64, 256):
+    sizes = (1, 3) if small else (1, 8, 64, 256)
+    for batch in ((2,) if small else (2, 4, 16, 32, 128)) if sweep else sizes:
         for dtype, stochastic in ((FP32, False), (FP16, True)):
             kept = draw(batch, heads, head_dim, state, dtype=dtype, device=device)
             x, dt = draw(batch, heads, head_dim, device=device), draw(batch, heads, device=device)
@@ -272,20 +298,25 @@ def state_update(device: str, small: bool) -> Iterator[Case]:
                 s.copy_(s * torch.exp(step * A[:, None, None]) + step * x.float()[..., None] * B[:, :, None])
                 return ((s.float() @ C[..., None])[..., 0] + x * D[:, None]).to(x.dtype)
 
-            name = f"batch {batch}, {str(dtype)[6:]}{' stochastic' if stochastic else ''}"
-            about = dict(dtype=str(dtype)[6:], bytes=2 * kept.nbytes, limit="copy")
-            yield Case("state_update", name, run, {"torch": plain}, about)
+            kind = f"{str(dtype)[6:]}{' stochastic' if stochastic else ''}"
+            about = dict(dtype=str(dtype)[6:], bytes=2 * kept.nbytes, limit="copy") | at(kind, batch, "sequences")
+            yield Case("state_update", f"batch {batch}, {kind}", run, {"torch": plain}, about)
 
 
-def neighbours(device: str, small: bool) -> Iterator[Case]:
+def neighbours(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """causal_conv1d and gated_rms_norm at Nano's sizes; bytes: inputs, outputs and, backward, their gradients."""
-    batch, length, channels, inner, group = (1, 32, 48, 32, 16) if small else (1, 8192, 6144, 4096, 512)
-    x, dy = (draw(batch, length, channels, device=device) for _ in range(2))
+    sizes = (32,) if small else (8192,)
+    for length in ((16,) if small else (256, 1024, 2048, 4096, 32768)) if sweep else sizes:
+        yield from _neighbours(device, length, *((48, 32, 16) if small else (6144, 4096, 512)))
+
+
+def _neighbours(device: str, length: int, channels: int, inner: int, group: int) -> Iterator[Case]:
+    x, dy = (draw(1, length, channels, device=device) for _ in range(2))
     leaves = [x.requires_grad_()] + [
         draw(*s, dtype=FP32, device=device).requires_grad_() for s in ((channels, 4), (channels,))
     ]
     narrow = [t.detach().to(BF16).requires_grad_() for t in leaves]
-    y, z, dn = (draw(batch * length, inner, device=device) for _ in range(3))
+    y, z, dn = (draw(length, inner, device=device) for _ in range(3))
     norm_leaves = [y.requires_grad_(), z.requires_grad_(), torch.ones(inner, device=device, requires_grad=True)]
 
     def plain_norm(y, z, weight):
@@ -306,39 +337,42 @@ def neighbours(device: str, small: bool) -> Iterator[Case]:
                 return torch.autograd.grad(out, given, grad) if backward else out
 
             amount = (tensors + 2 * tensors - 1 if backward else tensors) * once
+            title = "forward and backward" if backward else "forward"
             yield Case(
-                op, f"{'forward and backward' if backward else 'forward'} {length} tokens",
+                op, f"{title} {length} tokens",
                 lambda call=call, f=ours, given=mine: call(f, given),
                 {"torch": lambda call=call, f=theirs, given=peers: call(f, given)},
-                dict(dtype="bf16", bytes=amount, limit="copy"),
+                dict(dtype="bf16", bytes=amount, limit="copy") | at(title, length, "tokens"),
             )  # fmt: skip
 
 
-def moe(device: str, small: bool) -> Iterator[Case]:
+def moe(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Routed experts with shared expert and latent projections, forward and backward, in training mode; bf16 weights on both
     sides. Ours computes the balance loss too."""
-    sizes = {"tiny": (17, 32, 4, 2, 48, 32, None)} if small else {
-        "Nano": (8192, 2688, 128, 6, 1856, 3712, None),
-        "Super": (8192, 4096, 512, 22, 2688, 5376, 1024),
+    sizes = {"tiny": (32, 4, 2, 48, 32, None)} if small else {
+        "Nano": (2688, 128, 6, 1856, 3712, None),
+        "Super": (4096, 512, 22, 2688, 5376, 1024),
     }  # fmt: skip
-    for name, (tokens, hidden, experts, top_k, width, shared, latent) in sizes.items():
+    lengths = ((5,) if small else (512, 2048, 4096, 16384)) if sweep else (17 if small else 8192,)
+    for name, (hidden, experts, top_k, width, shared, latent) in tuple(sizes.items())[: 1 if sweep else None]:
         layer = MoE(hidden, experts, top_k, width, shared, latent).to(device)
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         layer.to(BF16)
         layer.gate.float()
-        x, dy = draw(1, tokens, hidden, device=device).requires_grad_(), draw(1, tokens, hidden, device=device)
-        rows, size = tokens * top_k, latent or hidden
-        flops = 3 * 2 * (rows * 2 * size * width + tokens * 2 * hidden * (shared + (latent or 0)))
+        for tokens in lengths:
+            x, dy = draw(1, tokens, hidden, device=device).requires_grad_(), draw(1, tokens, hidden, device=device)
+            rows, size = tokens * top_k, latent or hidden
+            flops = 3 * 2 * (rows * 2 * size * width + tokens * 2 * hidden * (shared + (latent or 0)))
 
-        def ours(layer=layer, x=x, dy=dy):
-            return torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], dy)
+            def ours(layer=layer, x=x, dy=dy):
+                return torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], dy)
 
-        about = dict(dtype="bf16", flops=flops, limit="matmul")
-        theirs = (
-            {"torch._grouped_mm": _grouped(layer, x, dy)} if hasattr(torch, "_grouped_mm") and device != "cpu" else {}
-        )
-        yield Case("moe", f"forward and backward, {name}, {tokens} tokens", ours, theirs, about, False)
+            title = f"forward and backward, {name}"
+            about = dict(dtype="bf16", flops=flops, limit="matmul") | at(title, tokens, "tokens")
+            grouped = hasattr(torch, "_grouped_mm") and device != "cpu"
+            theirs = {"torch._grouped_mm": _grouped(layer, x, dy)} if grouped else {}
+            yield Case("moe", f"{title}, {tokens} tokens", ours, theirs, about, False)
 
 
 def _grouped(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Callable:
@@ -373,20 +407,23 @@ def _grouped(layer: MoE, x: torch.Tensor, dy: torch.Tensor) -> Callable:
     return run
 
 
-def moe_decode(device: str, small: bool) -> Iterator[Case]:
+def moe_decode(device: str, small: bool, sweep: bool) -> Iterator[Case]:
     """Routed experts of a decoded batch, from the routing to the weighted sum, over packed NVFP4 stacks. Bytes: of the experts
     that the batch asks for, each once; stacks larger than the L2 cache together."""
-    sizes = {"tiny": (48, 4, 2, 80, (1, 5))} if small else {
-        "Nano": (2688, 128, 6, 1856, (1, 8, 64)),
-        "Super": (1024, 512, 22, 2688, (1, 8, 64)),
+    sizes = {"tiny": (48, 4, 2, 80)} if small else {
+        "Nano": (2688, 128, 6, 1856),
+        "Super": (1024, 512, 22, 2688),
     }  # fmt: skip
-    for name, (size, experts, top_k, width, batches) in sizes.items():
+    usual = (1, 5) if small else (1, 8, 64)
+    batches = ((3,) if small else (2, 4, 16, 32)) if sweep else usual
+    for name, (size, experts, top_k, width) in sizes.items():
         plain = [_stack(experts, *shape, device) for shape in ((width, size), (size, width))]
         packed = [Stack(*pack(*stack[:2]), stack.global_scales) for stack in plain]
         for tokens in batches:
             routing = nk.route(draw(tokens, experts, dtype=FP32, device=device), None, top_k)
             x, touched = draw(tokens, size, device=device), int((routing.offsets.diff() > 0).sum())
             about = dict(dtype="bf16", bytes=touched * 2 * size * width * 9 // 16, limit="copy")
+            about |= at(name, tokens, "tokens")
             ours = lambda x=x, routing=routing, stacks=packed: expert_mlp(x, routing, *stacks)  # noqa: E731
             theirs = {
                 "Triton, unpacked stacks": _by(
@@ -407,9 +444,9 @@ GROUPS = (quantize, decoding, matmul, linear, selective_scan, conv_scan, state_u
 
 
 def all_cases(device: str, small: bool = False) -> Iterator[Case]:
-    """Every case, one group after the other."""
+    """Every case at the sizes that count."""
     for group in GROUPS:
-        yield from group(device, small)
+        yield from group(device, small, False)
 
 
 def finite(result: object) -> bool:

@@ -10,6 +10,7 @@
 //                     arrives no sooner than at the barrier of the cluster to which the thread comes next
 //   addresses         of shared memory begin where an instruction that wants more than 16 bytes of alignment must notice
 //   thread order      drawn from a seed, and that of two blocks: with a barrier missing, results depend on it
+//   __threadfence     what a thread stores for other blocks they may load after a fence of its own and then one of theirs
 //   atomicAdd         the block may rest then until the other has ended, which sees all that is not written yet as it was
 #pragma once
 #include <cmath>
@@ -46,6 +47,9 @@ constexpr size_t slot = 64;
 const unsigned char (*exchange(const char* operation, const void* mine, size_t bytes))[slot];
 int lane();
 void told_others();  // another block may now run to its end before this one does anything more
+void stored_for_others(const void* at);
+void loads_from_others(const void* at);
+void fence();  // of the running thread's own stores and loads
 
 // For the models of units that work beside the threads, such as arch/host_sm100.h. The running thread rests until something is
 // so, which `wake` looks after; a unit's work is done some time later, that of any_order in any, of another number in its order.
@@ -107,7 +111,7 @@ struct alignas(16) float4 {
 
 static inline void __syncthreads() { host_model::barrier(); }
 static inline void __syncwarp() { host_model::exchange("__syncwarp", "", 1); }
-static inline void __threadfence() {}
+static inline void __threadfence() { host_model::fence(); }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {

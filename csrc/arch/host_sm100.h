@@ -6,7 +6,8 @@
 //                     told before it; but a copy may come before products told earlier
 //   barriers          end a phase by arrivals and bytes; a thread that waits for what never comes is a deadlock
 //   tensor memory     begins as 0xA5, must be allocated, and freed before the block ends
-//   tensor_load       leaves NaN, and the values at tensor_loaded
+//   tensor_load       leaves NaN, and the values at tensor_loaded. All lanes of a warp must come to both, and none is kept
+//                     there: neither orders what the lanes do in memory, as __syncwarp does
 //
 //   fences            a thread needs one between a barrier and its next tensor operation, one between its tensor_load and its
 //                     next arrival, and one between a barrier's init and the first copy that counts there
@@ -30,7 +31,7 @@ struct TensorMapModel {
 
 class Sm100 : public host_model::BlockState {
 public:
-    static constexpr int lanes = 128, columns = 512;
+    static constexpr int lanes = 128, columns = 512, most_threads = 1024;
 
     static Sm100& here() {
         auto& state = host_model::block_state();
@@ -39,7 +40,11 @@ public:
     }
 
     const char* complaint() const override {
-        return allocated ? "a block ended without freeing its tensor memory" : nullptr;
+        if (allocated) return "a block ended without freeing its tensor memory";
+        for (u32 t = 0; t < most_threads; ++t) {
+            if (loads[t].told != loads[t / 32 * 32].told) return "tcgen05.ld or its wait by some lanes of a warp alone";
+        }
+        return nullptr;
     }
 
     static u8* at(u32 address) {
@@ -237,15 +242,14 @@ public:
     void load(u32 tensor, float* v) {
         tensor_operation();
         before[threadIdx.x] = true;
-        host_model::exchange("tcgen05.ld", &tensor, sizeof tensor);
         const u32 mine = 32 * (threadIdx.x / 32 % 4);
         if (tensor >> 16 != mine) host_model::fail("tcgen05.ld: a warp reads the 32 lanes of its own alone");
         for (int i = 0; i < 32; ++i) v[i] = real(U32x1(0x7FC0A5A5u)).v;
-        loads[threadIdx.x] = tensor;
+        loads[threadIdx.x] = {tensor, loads[threadIdx.x].told + 1};
     }
     void loaded(float* v) {
-        host_model::exchange("tcgen05.wait::ld", "", 1);
-        const u32 tensor = loads.at(threadIdx.x);
+        const u32 tensor = loads[threadIdx.x].tensor;
+        ++loads[threadIdx.x].told;
         const u32* cell = cells((tensor >> 16) + threadIdx.x % 32, tensor & 0xFFFFu, 32);
         for (int i = 0; i < 32; ++i) v[i] = real(U32x1(cell[i])).v;
     }
@@ -255,7 +259,9 @@ private:
     std::deque<std::function<void()>> copies;
     u64 copies_told = 0, copies_done = 0;
     std::map<u32, Barrier> barriers;
-    std::map<unsigned, u32> loads;  // by thread: on its way
+    struct Load {
+        u32 tensor, told;  // of the one on its way; loads and waits so far
+    } loads[most_threads] = {};
     std::map<unsigned, bool> before, after;  // by thread: a fence is due
     bool made = false, allocated = false;
     u32 memory[lanes][columns];

@@ -116,6 +116,10 @@ static __device__ __forceinline__ void load_once16(const void* p, u32* v) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 
+// 16 bytes that other blocks will read, after a fence here and one there (__threadfence).
+static __device__ __forceinline__ void store_for_others16(float* p, const float* v) {
+    *reinterpret_cast<float4*>(p) = {v[0], v[1], v[2], v[3]};
+}
 // 16 bytes that other blocks have written: from the L2 cache, past an L1 that may be out of date (PTX ISA, ld, .cg).
 static __device__ __forceinline__ void load_from_others16(const float* p, float* v) {
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -233,7 +237,14 @@ static inline u16 fp32_to_fp16(float x) {
 }
 
 static inline void load_once16(const void* p, u32* v) { std::memcpy(v, p, 16); }
-static inline void load_from_others16(const float* p, float* v) { std::memcpy(v, p, 16); }
+static inline void store_for_others16(float* p, const float* v) {
+    host_model::stored_for_others(p);
+    std::memcpy(p, v, 16);
+}
+static inline void load_from_others16(const float* p, float* v) {
+    host_model::loads_from_others(p);
+    std::memcpy(v, p, 16);
+}
 
 #endif
 

@@ -62,13 +62,13 @@ MatmulParams group(const GroupedMatmulParams& p, i64 e) {
     return one;
 }
 
-// The same from row `first` on, for a thread that writes amax there.
-Squares squares(const GroupedMatmulParams& p, i64 first, float* sums, u32* amax) {
+// The same from row `first` on, for a thread that writes amax and turned there.
+Squares squares(const GroupedMatmulParams& p, i64 first, float* sums, u32* amax, float* turned) {
     const i64 n = p.b.rows, bytes = first * n * (p.out_dtype == fp32 ? 4 : 2);
     const Squares& all = *p.squares;
     const auto later = [&](auto* from, i64 by) { return from ? from + by : nullptr; };
     return {later(static_cast<const char*>(all.h), bytes), later(static_cast<char*>(all.made), bytes), later(all.weights, first),
-            later(sums, first * ((n + 15) / 16)), p.amax ? amax : nullptr};
+            later(sums, first * ((n + 15) / 16)), p.amax ? amax : nullptr, p.turned ? turned : nullptr, all.signs};
 }
 
 // Whether each group's rows fit between its starts, which are whole blocks within the columns of x.
@@ -111,9 +111,10 @@ int run(const GroupedMatmulParams& p) {
             const i64 first = from <= 0 ? 0 : (from + cost - 1) / cost, last = at_most((to + cost - 1) / cost, units);
             MatmulParams one = group(p, e);
             alignas(64) u32 amax[16] = {};
+            alignas(64) float turned[16] = {};
             Squares made;
             if (p.squares) {
-                made = squares(p, p.offsets[e], sums, amax);
+                made = squares(p, p.offsets[e], sums, amax, turned);
                 one.squares = &made;
             }
             const Range cols{first * 16, at_most(last * 16, p.b.rows)};
@@ -125,6 +126,9 @@ int run(const GroupedMatmulParams& p) {
             if (p.amax) {
                 const std::lock_guard<std::mutex> lock(shared);
                 for (const u32 most : amax) p.amax[e] = most > p.amax[e] ? most : p.amax[e];
+                for (const float most : turned) {
+                    if (p.turned) p.turned[e] = most > p.turned[e] ? most : p.turned[e];
+                }
             }
         }
     };

@@ -25,6 +25,7 @@ struct GroupedMatmulParams {
     const Squares* squares = nullptr;  // rows divided: of all rows, without sums and amax
     float* dweights = nullptr;         // [rows]: relu(h)^2 d summed over each row, its sixteens of columns in order
     u32* amax = nullptr;               // [groups], zero: bits of the largest magnitude of a group's rows, as Squares has it
+    float* turned = nullptr;           // [groups], zero, beside amax: the same of the transform along a group's rows
 };
 
 // Return 0, 1 when memory ran out, 2 when the offsets do not ascend from 0 to the number of rows, or 3 when an operand's starts

@@ -13,6 +13,7 @@
 // 2.7 for 8 tokens, 2.9 for 16; H200 issues 3.9 in the time that a weight takes to arrive.
 #include "epilogue.cuh"
 #include "parts.cuh"
+#include "splits.cuh"
 #include "sm120.cuh"
 #include "sm90.cuh"
 
@@ -139,18 +140,10 @@ static __device__ __forceinline__ bool collect(const WeightOnlyLaunch& p, i64 ti
     for (int m = 0; m < warp_slabs; ++m) {
         NVFP4_UNROLL
         for (int n = 0; n < groups; ++n) {
-            const float* v = sums[m][n];
-            if (8 * n + column < tokens) *reinterpret_cast<float4*>(place(split, m, n)) = {v[0], v[1], v[2], v[3]};
+            if (8 * n + column < tokens) store_for_others16(place(split, m, n), sums[m][n]);
         }
     }
-    NVFP4_SHARED(u32, before);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) before = atomicAdd(p.arrived + tile, 1u);
-    __syncthreads();
-    if (before != static_cast<u32>(p.splits - 1)) return false;
-    __threadfence();
-    if (threadIdx.x == 0) p.arrived[tile] = 0;
+    if (!comes_last(p.arrived + tile, p.splits)) return false;
     NVFP4_UNROLL
     for (int m = 0; m < warp_slabs; ++m) {
         NVFP4_UNROLL

@@ -8,7 +8,7 @@ namespace nvfp4 {
 // group of rows that lie together, w being the group's own matrix.
 struct WeightOnlyLaunch {
     const void* x;  // bf16, rows that begin at multiples of 16 bytes
-    i64 x_stride;   // in elements
+    i64 x_rows, x_stride;  // stride in elements
     const u32* codes;           // [rows / 16, length / 64, 32, 4], group after group
     const u32* scales;          // [rows / 16, length / 128, 32], likewise
     const float* global_scale;  // [groups]
@@ -25,8 +25,8 @@ struct WeightOnlyLaunch {
     i32 accumulate;             // add to out, which is fp32
     i32 relu2;                  // y, with its bias: max(y, 0)^2
     const i64* offsets;  // group e has the tokens offsets[e] to offsets[e + 1]; null: one group of all
-    const i64* order;    // token t reads row order[t] / top_k of x; null: row t. sm90.cuh: null
-    i64 groups, top_k;   // top_k divides tokens
+    const i64* order;    // token t reads row order[t] / top_k of x; null: row t
+    i64 groups, top_k;
 };
 
 struct DecodeLaunch {

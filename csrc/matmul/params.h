@@ -27,6 +27,8 @@ struct Squares {
     const float* weights;  // [m] or null: one
     float* sums;           // [m, ceil(n / 16)] or null: relu(h)^2 d, summed over each sixteen columns of a row
     u32* amax;             // [16] or null: lane by lane the bits of the largest magnitude of what is made, backward of the result
+    float* turned;         // [16] or null: the same, as a number, of its transform along each sixteen rows, zeros below the last
+    u32 signs;             // of the transform
 };
 
 struct MatmulParams {

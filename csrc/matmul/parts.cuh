@@ -58,8 +58,8 @@ static __device__ __forceinline__ Part find_part(const WeightOnlyLaunch& p, i64 
 // An order that is out of range gives a wrong row of x, and none outside it.
 static __device__ __forceinline__ i64 row_of_x(const WeightOnlyLaunch& p, i64 token) {
     if (p.order == nullptr) return token;
-    const i64 slot = p.order[token];
-    return slot < 0 || slot >= p.tokens ? 0 : slot / p.top_k;
+    const i64 row = p.order[token] / p.top_k;
+    return row < 0 || row >= p.x_rows ? 0 : row;
 }
 
 }  // namespace nvfp4

@@ -21,8 +21,8 @@ namespace NVFP4_ISA {
 constexpr i64 chunk = 128;        // steps
 constexpr i64 block_cols = 512;   // columns packed at once
 constexpr i64 block_chunks = 8;   // chunks packed at once
-constexpr i64 block_rows = 96;    // rows of a decoded at once, a multiple of kernel_rows
-constexpr i64 carry_rows = 2048;  // rows whose sums are kept when k needs several blocks
+constexpr i64 block_rows = 96;    // rows of a decoded at once, a multiple of kernel_rows and of 16
+constexpr i64 carry_rows = 2048;  // rows whose sums are kept when k needs several blocks, a multiple of 16
 
 static inline i64 ceil_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
@@ -117,6 +117,7 @@ static inline bool rectangle(const MatmulParams& p, float g, i64 k, Range rows, 
                         using T = std::remove_pointer_t<decltype(type)>;
                         for (i64 i = 0; i < mc; ++i) finish<T>(p, g, c + i * nc16, ic + i, jc, nc);
                     });
+                    turn(p, {ic, ic + mc}, {jc, jc + nc});
                 }
             }
         }
@@ -153,9 +154,13 @@ static inline bool multiply_cols(const MatmulParams& p, float g, i64 k, Range co
             finish<std::remove_pointer_t<decltype(type)>>(p, g, sums, row, col, width);
         });
     };
-    if (p.b.kind != Kind::nvfp4) return multiply_few_plain<P>(p, cols, done);
     bool ok = true;
-    for (i64 r = 0; r < m; r += few_rows) ok = multiply_few_rows<P>(p, r, at_most(few_rows, m - r), cols, done) && ok;
+    if (p.b.kind != Kind::nvfp4) {
+        ok = multiply_few_plain<P>(p, cols, done);
+    } else {
+        for (i64 r = 0; r < m; r += few_rows) ok = multiply_few_rows<P>(p, r, at_most(few_rows, m - r), cols, done) && ok;
+    }
+    turn(p, {0, m}, cols);
     return ok;
 }
 

@@ -266,7 +266,6 @@ static __device__ __forceinline__ void block_scaled(const BlockScaledLaunch& p) 
         if (warp == 4) fetch<width>(p, ring, down, across);
         else multiply<width>(p, ring, tensor, down * across);
     }
-    __syncwarp();
     tensor_fence_before();
     __syncthreads();
     tensor_fence_after();

@@ -25,6 +25,7 @@
 #pragma once
 #include "arch/ptx_sm120.cuh"
 #include "epilogue.cuh"
+#include "splits.cuh"
 
 #if defined(NVFP4_MULTIPLIES_E2M1)
 namespace nvfp4 {
@@ -162,18 +163,8 @@ static __device__ __forceinline__ bool collect(const BlockScaledLaunch& p, i64 t
         return p.partial + (((tile * p.splits + split) * 32 + i) * threads + static_cast<int>(threadIdx.x)) * 4;
     };
     NVFP4_UNROLL
-    for (int i = 0; i < 32; ++i) {
-        const float* v = sums[i / 8][i % 8];
-        *reinterpret_cast<float4*>(place(blockIdx.y, i)) = {v[0], v[1], v[2], v[3]};
-    }
-    NVFP4_SHARED(u32, before);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) before = atomicAdd(p.arrived + tile, 1u);
-    __syncthreads();
-    if (before + 1 != static_cast<u32>(p.splits)) return false;
-    __threadfence();
-    if (threadIdx.x == 0) p.arrived[tile] = 0;
+    for (int i = 0; i < 32; ++i) store_for_others16(place(blockIdx.y, i), sums[i / 8][i % 8]);
+    if (!comes_last(p.arrived + tile, p.splits)) return false;
     NVFP4_UNROLL
     for (int half = 0; half < 32; half += 16) {  // sixteen loads at a time: all would want more registers than there are
         NVFP4_UNROLL

@@ -9,9 +9,10 @@
 // the transposition of 8 by 4 words, and meets every bank once.
 // Where tiles do not fill the device, the blocks share out the (tile, step) pairs evenly, each a run of them; sums of a tile's
 // parts go to `partial`, and a second kernel adds them in the order of k: the same bits on every run.
-// Of large groups each block has a tile of one, whole (parts.cuh), on a grid of slots and tiles of rows.
+// Of large groups each block has a tile of one, whole (parts.cuh), on a grid of slots and tiles of rows. Rows of x are read
+// where they lie: a block notes in shared memory which row each of its tokens is, four of them to a load of the thread's.
 // A step of 256 rows and 128 tokens takes the tensor cores 2,048 clocks; loads are 50 KB of L2 traffic in them. SASS
-// instructions a weight in the loop: 4.7 with 256 rows, 5.9 with 128, where the tensor cores' time has room for 8.
+// instructions a weight in the loop: 4.6 with 256 rows, 6.0 with 128, where the tensor cores' time has room for 8.
 #pragma once
 #include "arch/ptx_sm90.cuh"
 #include "epilogue.cuh"
@@ -22,7 +23,7 @@
 namespace nvfp4 {
 namespace hopper {
 
-constexpr int block_threads = 256, tokens = product_tokens, step = 128, stages = 4;
+constexpr int block_threads = 256, warps = block_threads / 32, tokens = product_tokens, step = 128, stages = 4;
 constexpr int slab_codes = 1024, slab_scales = 128, row_bytes = 128, half_bytes = tokens * row_bytes;  // half: 64 of a step's k
 
 template <int slabs>  // a warp's, of 16 rows
@@ -47,19 +48,25 @@ struct Work {
     __device__ __forceinline__ i64 place(i64 block, i64 tile) const { return 2 * block + (begin(block) / steps != tile); }
 };
 
+// The row of x of each token of a tile: of those that a warp loads, which lie `warps` apart, side by side.
+struct alignas(16) Rows {
+    u32 of[warps][tokens / warps];
+};
+
 template <int slabs>
 struct Source {
     using T = Tile<slabs>;
     static constexpr int slab_chunks = slab_codes / 16, scale_chunks = slab_scales / 16, slabs_apart = block_threads / slab_chunks;
-    static constexpr int rows_apart = block_threads / 32, rows = tokens / rows_apart;  // of x
 
-    const unsigned char *codes, *scales, *x, *row;  // of the step that is loaded next; row: of x, among the thread's
-    i64 slabs_stride, rows_stride;                  // bytes from one of the thread's slabs, or rows of x, to its next
+    const unsigned char *codes, *scales, *x;  // of the step that is loaded next; of x in its first row
+    const Chunk* rows;                        // of the warp's tokens, four for each quarter
+    i64 slabs_stride;                         // bytes from one of the thread's slabs to its next
     int slabs_left, scale_slabs_left, tokens_left;
     int halves_left;  // of x, 64 columns each, that reach to the lane's word
-    u32 x_to;
+    u32 x_stride, x_to;
 
-    __device__ __forceinline__ Source(const WeightOnlyLaunch& p, const Part& part, i64 first_slab, i64 first_token, i64 k) {
+    __device__ __forceinline__ Source(const WeightOnlyLaunch& p, const Part& part, const Rows& all_rows, i64 first_slab,
+                                      i64 first_token, i64 k) {
         const int thread = static_cast<int>(threadIdx.x), word = lane_index(), warp = warp_index();
         const i64 all = (p.rows + 15) / 16, left = all - first_slab, slab_steps = p.length / step;
         first_slab += part.group * all;
@@ -71,9 +78,9 @@ struct Source {
         scales = reinterpret_cast<const unsigned char*>(p.scales) +
                  ((first_slab + thread / scale_chunks) * slab_steps + k) * slab_scales + thread % scale_chunks * 16;
         slabs_stride = slabs_apart * slab_steps * slab_codes;
-        rows_stride = p.x_stride * (2 * rows_apart);
-        row = x = static_cast<const unsigned char*>(p.x) + (part.first + first_token + warp) * p.x_stride * 2 +
-                  k * (2 * row_bytes) + word * 4;
+        x = static_cast<const unsigned char*>(p.x) + k * (2 * row_bytes) + word * 4;
+        x_stride = static_cast<u32>(p.x_stride * 2);
+        rows = reinterpret_cast<const Chunk*>(all_rows.of[warp]);
         tokens_left = static_cast<int>(part.count - first_token < tokens ? part.count - first_token : tokens) - warp;
         halves_left = static_cast<int>((p.cols - 2 * word + 63) / 64 - 2 * k);
         // words 8 q + n of 64 k, the q-th of chunk n; chunks change places by the row's number
@@ -87,12 +94,14 @@ struct Source {
         const int thread = static_cast<int>(threadIdx.x);
         u32 to = shared_address(stage) + x_to;
         keep_in_register(to);  // what follows are offsets of instructions
+        const Chunk four = rows[quarter];
+        const u32 row[4] = {four.x, four.y, four.z, four.w};
         NVFP4_UNROLL
-        for (int i = quarter * rows / 4; i < (quarter + 1) * rows / 4; ++i) {
-            const bool wanted = i * rows_apart < tokens_left;
-            copy_async4(to + i * rows_apart * row_bytes, row, wanted, halves_left > 0);
-            copy_async4(to + i * rows_apart * row_bytes + half_bytes, row + row_bytes, wanted, halves_left > 1);
-            row += rows_stride;
+        for (int i = 0; i < 4; ++i) {
+            const int token = (4 * quarter + i) * warps;
+            const unsigned char* from = x + u64(row[i]) * x_stride;
+            copy_async4(to + token * row_bytes, from, token < tokens_left, halves_left > 0);
+            copy_async4(to + token * row_bytes + half_bytes, from + row_bytes, token < tokens_left, halves_left > 1);
         }
         if (quarter * slabs_apart < T::slabs_of_all && quarter * slabs_apart < slabs_left) {
             copy_async16(stage + T::codes + (thread + quarter * block_threads) * 16, codes + quarter * slabs_stride, 16);
@@ -101,7 +110,7 @@ struct Source {
         if (scale_slabs_left > 0) copy_async16(stage + T::scales + thread * 16, scales, 16);
         codes += slab_codes;
         scales += slab_scales;
-        row = x += 2 * row_bytes;
+        x += 2 * row_bytes;
         halves_left -= 2;
     }
 };
@@ -213,15 +222,23 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
     using T = Tile<slabs>;
     NVFP4_DYNAMIC_SHARED(memory);
     unsigned char* const ring = memory + (-shared_address(memory) & 1023u);
-    const Part part = find_part<tokens, block_threads>(p, blockIdx.x);
+    const u32 blocks = static_cast<u32>(p.splits);  // of a slot, one after the other: its tokens are read from memory once
+    const Part part = find_part<tokens, block_threads>(p, blockIdx.x / blocks);
     if (part.count == 0) return;
+    NVFP4_SHARED(Rows, rows);
     const Work work(p, T::rows);
-    const i64 block = blockIdx.y;
+    const i64 block = blockIdx.x % blocks;
     for (i64 unit = work.begin(block), end = work.begin(block + 1); unit < end;) {
         const i64 tile = unit / work.steps, from = unit % work.steps;
         const i64 to = from + end - unit < work.steps ? from + end - unit : work.steps;
         const i64 first_row = tile / work.token_tiles * T::rows, first_token = tile % work.token_tiles * tokens;
-        multiply_run<slabs>(Source<slabs>(p, part, first_row / 16, first_token, from), to - from, ring);
+        if (threadIdx.x < tokens) {
+            const i64 token = first_token + threadIdx.x;
+            rows.of[threadIdx.x % warps][threadIdx.x / warps] =
+                token < part.count ? static_cast<u32>(row_of_x(p, part.first + token)) : 0;
+        }
+        __syncthreads();  // the rows are known, and the ring is free
+        multiply_run<slabs>(Source<slabs>(p, part, rows, first_row / 16, first_token, from), to - from, ring);
         const bool whole = to - from == work.steps;
         float* const partial = p.partial + work.place(block, tile) * T::values;
         const float g = scale_of(p, part.group);
@@ -234,7 +251,6 @@ static __device__ __forceinline__ void weight_only(const WeightOnlyLaunch& p) {
                 reinterpret_cast<float4*>(partial)[i] = v;
             }
         });
-        __syncthreads();  // the ring is free again
         unit += to - from;
     }
 }

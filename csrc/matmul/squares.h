@@ -1,7 +1,11 @@
 // The last step of grouped_relu2's products: forward relu2 of the rounded values beside them, backward its derivative.
 #pragma once
+#include <type_traits>
+
 #include "cpu/simd.h"
 #include "cpu/steps.h"
+#include "cpu/threads.h"
+#include "cpu/tile.h"
 #include "params.h"
 
 namespace nvfp4 {
@@ -56,6 +60,23 @@ static inline void square(const Squares& s, i64 row, i64 col, i64 n, int width, 
             store(s.amax + i * F::lanes, select(less_int(before, now), now, before));
         }
     }
+}
+
+// The largest magnitudes of the transform, if wanted, of part of what is made: rows from a multiple of 16 to one, or to the last.
+static inline void turn(const MatmulParams& p, Range rows, Range cols) {
+    if (!p.squares || !p.squares->turned) return;
+    const Squares& s = *p.squares;
+    const Matrix x{s.h ? p.out : s.made, p.out_dtype, p.a.rows, p.b.rows, p.b.rows, 1};
+    with_dtype(x.dtype, [&](auto* type) {
+        Tile t;
+        for (i64 row = rows.begin; row < rows.end; row += 16) {
+            for (i64 col = cols.begin; col < cols.end; col += 16) {
+                load_tile<std::remove_pointer_t<decltype(type)>>(x, row, col, t);
+                rotate_tile(t, s.signs, t);
+                add_block_amax(t, s.turned);
+            }
+        }
+    });
 }
 
 }  // namespace NVFP4_ISA

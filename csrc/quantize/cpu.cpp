@@ -191,17 +191,24 @@ void each_square(const Matrix& x, i64 row, i64 rows, i64 col, i64 cols, Square& 
 
 constexpr u32 sign = 0x80000000u;
 
-// given: bits of the values' amax, or null.
+// What is handed in of a matrix's amaxes: none, that of the values, or those of the transforms too.
+struct Given {
+    bool values = false, turned = false;
+    Amax amax;
+};
+
+bool turns(const QuantizeForm& form) { return is_nvfp4(form) && form.hadamard >= 0; }
+
 template <class T>
-Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const u32* given, int threads) {
-    const bool row_turns = is_nvfp4(row) && row.hadamard >= 0, col_turns = is_nvfp4(col) && col.hadamard >= 0;
+Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const Given& given, int threads) {
+    const bool row_turns = turns(row) && !given.turned, col_turns = turns(col) && !given.turned;
     std::vector<Amax> found(static_cast<size_t>(threads));
     auto body = [&](int t, int n) {
         Amax a;
         Square s;
         alignas(64) float row_amax[16] = {}, col_amax[16] = {};
         each_unit(x, row_turns || col_turns ? unit_cols : scan_cols, t, n, [&](i64 r, i64 rows, i64 c, i64 cols) {
-            if (!given) {
+            if (!given.values) {
                 const u32 raw = scan<T>(x, r, rows, c, cols);
                 a.raw = raw > a.raw ? raw : a.raw;
             }
@@ -215,17 +222,16 @@ Amax find_amax(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col
         a.col = largest16(col_amax);
         found[static_cast<size_t>(t)] = a;
     };
-    if (!given || row_turns || col_turns) parallel(threads, body);
-    Amax total;
-    if (given) total.raw = *given & ~sign;
+    if (!given.values || row_turns || col_turns) parallel(threads, body);
+    Amax total = given.amax;
     for (const Amax& a : found) {
         total.raw = a.raw > total.raw ? a.raw : total.raw;
         total.row = a.row > total.row ? a.row : total.row;
         total.col = a.col > total.col ? a.col : total.col;
     }
     const float raw = real(U32x1(total.raw)).v;
-    if (!row_turns) total.row = raw;
-    if (!col_turns) total.col = raw;
+    if (!turns(row)) total.row = raw;
+    if (!turns(col)) total.col = raw;
     return total;
 }
 
@@ -245,7 +251,7 @@ void poison(const Form& f) {
 }
 
 template <class T>
-void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const u32* given, int threads) {
+void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, const Given& given, int threads) {
     Amax amax;
     if (is_nvfp4(row) || is_nvfp4(col)) amax = find_amax<T>(x, row, col, given, threads);
     const bool finite = amax.raw < 0x7F800000u;
@@ -279,13 +285,14 @@ void run(const Matrix& x, const QuantizeForm& row, const QuantizeForm& col, cons
     parallel(threads, body);
 }
 
-void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col, const u32* amax,
+void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, QuantizeForm col, Given given,
          const i64* index = nullptr) {
     Matrix x{data, p.dtype, rows, p.cols, p.row_stride, p.col_stride, index};
     if (x.row_stride == 1 && x.col_stride != 1) {  // column-major: the transpose is row-major, and its forms change places
         std::swap(x.rows, x.cols);
         std::swap(x.row_stride, x.col_stride);
         std::swap(row, col);
+        std::swap(given.amax.row, given.amax.col);
     }
     const i64 length = run_length(row);
     if (col.block == Block::none && row.block != Block::b16x16 && row.line == 0 && x.col_stride == 1 && x.row_stride == x.cols &&
@@ -298,7 +305,7 @@ void one(const QuantizeParams& p, const void* data, i64 rows, QuantizeForm row, 
     const int threads = static_cast<int>(p.threads < most ? p.threads : most);
     with_dtype(x.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        run<T>(x, row, col, amax, threads);
+        run<T>(x, row, col, given, threads);
     });
 }
 
@@ -316,11 +323,27 @@ QuantizeForm moved(QuantizeForm form, i64 blocks, i64 index) {
     return form;
 }
 
+// What p hands in of matrices or groups `first` to `last`: the largest of theirs.
+Given given(const QuantizeParams& p, i64 first, i64 last) {
+    Given g{p.amax != nullptr, p.turned, {}};
+    const auto most = [&](i64 kind) {
+        u32 found = 0;
+        for (i64 e = first; e < last; ++e) {
+            const u32 one = p.amax[kind * (p.offsets ? p.groups : 1) + e] & ~sign;
+            found = one > found ? one : found;
+        }
+        return found;
+    };
+    if (g.values) g.amax.raw = most(0);
+    if (g.turned) g.amax.row = real(U32x1(most(1))).v, g.amax.col = real(U32x1(most(2))).v;
+    return g;
+}
+
 void stack(const QuantizeParams& p) {
+    const Given all = given(p, 0, 1);
     const i64 row_blocks = p.rows * ceil_div(p.cols, run_length(p.row)), col_blocks = p.cols * ceil_div(p.rows, run_length(p.col));
     for (i64 e = 0; e < p.matrices; ++e) {
-        one(p, at(p, e * p.matrix_stride), p.rows, moved(p.row, e * row_blocks, e), moved(p.col, e * col_blocks, e),
-            p.amax);
+        one(p, at(p, e * p.matrix_stride), p.rows, moved(p.row, e * row_blocks, e), moved(p.col, e * col_blocks, e), all);
     }
 }
 
@@ -328,15 +351,13 @@ void groups(const QuantizeParams& p) {
     const QuantizeForm none{Block::none, false, FourOverSix::off, -1, nullptr, nullptr, nullptr, 0, 0};
     const i64 run = run_length(p.col), used = p.starts[p.groups] / run;
     if (p.row.block != Block::none) {
-        u32 most = 0;
-        for (i64 e = 0; p.amax && e < p.groups; ++e) most = (p.amax[e] & ~sign) > most ? p.amax[e] & ~sign : most;
-        one(p, p.x, p.rows, p.row, none, p.amax ? &most : nullptr);
+        one(p, p.x, p.rows, p.row, none, given(p, 0, p.groups));
     }
     for (i64 e = 0; e < p.groups; ++e) {
         const i64 begin = p.offsets[e];
         const i64* const index = p.row_index ? p.row_index + begin : nullptr;
         one(p, index ? p.x : at(p, begin * p.row_stride), p.offsets[e + 1] - begin, none, moved(p.col, p.starts[e] / run, e),
-            p.amax ? p.amax + e : nullptr, index);
+            given(p, e, e + 1), index);
     }
     clear(moved(p.col, used, 0), p.cols, p.col.line - used, p.col.block == Block::b1x32 ? 32 : 8);
 }

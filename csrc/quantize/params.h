@@ -31,7 +31,10 @@ struct QuantizeParams {
     const i64* offsets = nullptr;
     const i64* starts = nullptr;
     i64 groups = 0;
-    const u32* amax = nullptr;  // fp32 as bits, of x or of each group, in the place of what a read of x finds; or null
+    // Bits of fp32, of x or of each group, in the place of what a read of x finds; or null. turned: behind them those of the row
+    // form's transform, and then of the column form's.
+    const u32* amax = nullptr;
+    bool turned = false;
     // [rows], of groups of a row-major x without a row form: which stored row each row is; null: itself
     const i64* row_index = nullptr;
 };

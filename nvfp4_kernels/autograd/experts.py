@@ -12,16 +12,16 @@ back.
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.autograd.linear import FORWARD, advance, draws, later, operands
+from nvfp4_kernels.autograd.linear import FORWARD, advance, autocast, draws, later, operands
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.spec import QuantSpec
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import float_operand, floating_point, index_tensor, require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.permute.op import permute, sum_slots
 from nvfp4_kernels.ops.quantize.op import Quantized, quantize_groups, quantize_pair, quantize_stack
-from nvfp4_kernels.ops.route.op import Routing
+from nvfp4_kernels.ops.route.op import Routing, check_routing
 from nvfp4_kernels.recipe import HIGH, LinearRecipe, Recipe, get_recipe
 
 Forms = tuple[Stack, Stack]
@@ -40,7 +40,7 @@ def experts(
 ) -> Tensor:
     """y[row] = down[e] @ (relu(up[e] @ x[row])^2 * weights[row]) for the expert e of each row.
 
-    up: [experts, width, in]. down: [experts, in, width].
+    x: floating point; under torch.autocast cast to its dtype first. up: [experts, width, in]. down: [experts, in, width].
     groups: int64 [experts + 1] on x's device, expert e having the rows groups[e] to groups[e + 1] of x [rows, in]; or a
         Routing, x then being the tokens [tokens, in], which are read as nk.permute gathers them, but not copied.
     weights: float [rows], put before the second matrix as training does, or None.
@@ -49,25 +49,33 @@ def experts(
     the host. Raises TypeError or ValueError naming the argument.
     """
     require(isinstance(groups, (Routing, Tensor)), "groups", type(groups).__name__, "a Routing or a tensor", TypeError)
+    floating_point("x", x)
     require(x.dim() == 2, "x", f"{x.dim()} dimensions", "2, [rows, in]")
     routed = isinstance(groups, Routing)
+    if routed:
+        check_routing(groups)
     offsets, order, inverse = (groups.offsets, groups.order, groups.inverse) if routed else (groups, None, None)
-    count, tokens = offsets.shape[0] - 1, len(inverse) if routed else len(x)
-    for weight in (up, down):
-        require(count == len(weight), "groups", f"{count} experts", f"{len(weight)}, as many as the weight has")
-    require(len(x) == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
+    index_tensor("groups", offsets, x.device)
+    count, tokens, size = offsets.shape[0] - 1, len(inverse) if routed else len(x), x.shape[1]
+    if len(x) != tokens:  # no words are put together for what is right, here and below
+        require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, in], as routed")
+    floating_point("up", up)
+    if up.dim() != 3 or up.shape[2] != size:
+        require(False, "up", f"shape {list(up.shape)}", f"[experts, width, {size}]")
+    require(count == len(up), "groups", f"{count} experts", f"{len(up)}, as many as the weight has")
+    float_operand("down", down, (count, size, up.shape[1]), x.device)
+    x = autocast(x)
     pair = recipes if isinstance(recipes, tuple) else (recipes, recipes)
     recipes = [get_recipe(recipe).default for recipe in pair]
     noises = [_noise(*both, x.device) for both in zip(noises, recipes, strict=True)]
     trained = [torch.is_grad_enabled() and weight.requires_grad for weight in (up, down)]
     (first, second), (up_form, down_form) = recipes, forms
-    # of the hidden values and of their gradient, where it spares quantization a read
-    amax = _spared(second.fprop_x, second.wgrad_x if trained[1] else None)
-    amax |= _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
+    squared = _spared(second.fprop_x, second.wgrad_x if trained[1] else None)
+    gradient = _spared(first.dgrad_dy, first.wgrad_dy if trained[0] else None)
     routing = offsets, order, inverse
-    h, squares, *most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], amax)
+    h, squares, most = _Up.apply(x, up, weights, *routing, first, noises[0], up_form, trained[0], squared)
     return _Down.apply(
-        h, squares, most[0] if amax else None, down, weights, offsets, second, noises[1], down_form, trained[1]
+        h, squares, most, down, weights, offsets, second, noises[1], down_form, trained[1], squared[0], gradient
     )
 
 
@@ -83,11 +91,11 @@ def sorted_rows(x: Tensor, groups: Routing | Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Up(torch.autograd.Function):
-    """The hidden values; their squares, which _Down reads and has no gradient for; and, if asked for, the largest of these, in
-    the place of whose gradient _Down gives the largest of the hidden values' gradient."""
+    """The hidden values; their squares, which _Down reads and has no gradient for; and room for the amaxes of these, if asked
+    for, in the place of whose gradient _Down gives those of the hidden values' gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, amax):
+    def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, spared):
         # x [tokens or rows, in], weight [experts, width, in], weights [rows] or None
         ctx.set_materialize_grads(False)
         x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, noise, trained)
@@ -95,13 +103,14 @@ class _Up(torch.autograd.Function):
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, x_col)
         ctx.recipe, ctx.noise, ctx.dtype = recipe, noise, weight.dtype
-        h, squares, most = grouped_relu2(x_row, w_row, offsets, weights, x.dtype, tokens_of(order, inverse), amax)
+        h, squares, most = grouped_relu2(x_row, w_row, offsets, weights, x.dtype, tokens_of(order, inverse), *spared)
         ctx.mark_non_differentiable(squares)
-        return (h, squares, most) if amax else (h, squares)  # [rows, width] twice, [experts]
+        most = offsets.new_empty(3, len(offsets) - 1, dtype=torch.float32) if most is None else most
+        return h, squares, most  # [rows, width] twice, [3, experts]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dh, _, most=None):
+    def backward(ctx, dh, _, most):
         offsets, order, inverse, w_col, x_col = saved(ctx)
         recipe, dx, dw = ctx.recipe, None, None
         noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
@@ -121,13 +130,13 @@ class _Up(torch.autograd.Function):
 
 class _Down(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained):
+    def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained, spared, gradient):
         # h, squares [rows, width], weight [experts, in, width], weights [rows] or None
         col = recipe.wgrad_x if trained else None
-        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most)
+        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most if spared else None)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, h.dtype)
         save(ctx, offsets, w_col if recipe.dgrad_w else weight, a_col if col else None, h, weights)
-        ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.amax = recipe, noise, weight.dtype, trained, most is not None
+        ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.gradient = recipe, noise, weight.dtype, trained, gradient
         return grouped_matmul(a_row, w_row, offsets, h.dtype)  # [rows, in]
 
     @staticmethod
@@ -141,13 +150,13 @@ class _Down(torch.autograd.Function):
         again = ctx.trained and a_col is None  # in high precision the squares are taken again
         # dy [rows, in] @ w_col [width, in].T
         dh, dweights, a, most = grouped_relu2_backward(
-            dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, h, weights, again, ctx.amax
+            dy_row, _columns_of_w(w_col, recipe, dy.dtype), offsets, h, weights, again, *ctx.gradient
         )
         if ctx.trained:
             # dy_col [in, rows] @ a_col [width, rows].T
             dw = grouped_matmul(dy_col, a.t() if again else a_col, offsets, ctx.dtype)
         advance(ctx.noise, recipe)
-        return dh, None, most, dw, dweights, *[None] * 5
+        return dh, None, most, dw, dweights, *[None] * 7
 
 
 def _noise(noise: Tensor | None, recipe: LinearRecipe, device: torch.device) -> Tensor | None:
@@ -156,10 +165,11 @@ def _noise(noise: Tensor | None, recipe: LinearRecipe, device: torch.device) -> 
     return noise
 
 
-def _spared(*specs: QuantSpec | None) -> bool:
-    """Whether the amax of the values, known, spares the read that finds it: that of rotated values is still to be found."""
-    forms = [spec for spec in specs if spec and spec.format == "nvfp4"]
-    return bool(forms) and all(spec.hadamard is None for spec in forms)
+def _spared(row: QuantSpec | None, col: QuantSpec | None) -> tuple[bool, int | None]:
+    """grouped_relu2's amax and signs: what, known, spares these forms the read that finds it. That of rotated rows is found by
+    nobody else."""
+    forms = [spec for spec in (row, col) if spec and spec.format == "nvfp4"]
+    return bool(forms) and (row is None or row.hadamard is None), None if col is None else col.hadamard
 
 
 def _forms_of_x(

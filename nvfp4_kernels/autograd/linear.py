@@ -69,8 +69,7 @@ def linear(
     """
     recipe = recipe if isinstance(recipe, LinearRecipe) else get_recipe(recipe).default
     _check(x, weight, bias)
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     if not recipe.quantized or x.numel() == 0:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y = product(x, weight, bias)
@@ -80,6 +79,13 @@ def linear(
     wanted = torch.is_grad_enabled() and weight.requires_grad
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, noise, recipe, weight_forms, wanted)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that torch.autocast, where it is on, gives products; fp64 stays, as torch's does."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def quantize_weight(weight: Tensor, recipe: LinearRecipe, noise: Tensor | None = None) -> Forms:

@@ -44,6 +44,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
     fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
     if not fits or x.numel() * weight.shape[0] < LEAST:
         return None
-    if torch.is_autocast_enabled("cpu") or torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0:
         return None
     return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])

@@ -1,15 +1,20 @@
 """nvfp4 bench: runs benchmarks/bench_<op>.py under pytest-benchmark and prints one table."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 HELP = "Run the benchmarks, print one table, write benchmarks/results/<device>.json and a plot."
 EXAMPLE = "nvfp4 bench --op quantize"
+PEERS = ("triton", "transformers", "mamba_ssm", "causal_conv1d")  # whose versions a result depends on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("bench: no case ran; do: another --op or --filter")
     target = store(folder, rows, parts=arguments.filter is not None)
     print(json.dumps(rows, indent=2) if arguments.json else render(rows))
-    plot(folder, target)
-    print(f"in {target} and its .png", file=sys.stderr)
+    print(plot(folder, target), file=sys.stderr)
     return 0
 
 
@@ -84,12 +88,14 @@ def find_folder(given: str | None) -> Path:
 def rows_of(report: dict) -> list[dict]:
     """A row for each benchmark, from its median and extra_info: op, case, backend, dtype; bytes, flops, items (of one
     run); yardstick (true: the others of the same op and case are compared with the fastest of these); limit_bytes,
-    limit_flops (a second, measured in the same run)."""
+    limit_flops (a second, measured in the same run); series, size, axis (what the case shares with cases of other sizes,
+    its size, and what that counts, as "rows": a curve of the plot)."""
     rows = []
     for entry in report["benchmarks"]:
         extra, seconds = entry["extra_info"], entry["stats"]["median"]
         row = {name: extra.get(name, "") for name in ("op", "case", "backend", "dtype")}
         row |= {"seconds": seconds, "yardstick": bool(extra.get("yardstick"))}
+        row |= {name: extra[name] for name in ("series", "size", "axis") if name in extra}
         for amount in ("bytes", "flops", "items"):
             if extra.get(amount):
                 row[f"{amount}_per_second"] = extra[amount] / seconds
@@ -123,15 +129,18 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
 
     ran = {key(row) for row in rows}
     kept = [row for row in json.loads(target.read_text())["rows"] if key(row) not in ran] if target.exists() else []
+    git = shutil.which("git")
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
-    )
+        [git, "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+    ).stdout.strip() if git else ""  # fmt: skip
     header = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "device": chip.name,
         "arch": chip.arch,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "peers": {name: version for name in PEERS if (version := _version(name))},
         "version": __version__,
         "threads": torch.get_num_threads(),
     }
@@ -139,6 +148,11 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
         header["tuned"] = tuned
     target.write_text(json.dumps(header | {"rows": kept + rows}, indent=1) + "\n")
     return target
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
 
 
 def render(rows: list[dict]) -> str:
@@ -165,7 +179,12 @@ def _time(seconds: float) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def plot(folder: Path, target: Path) -> None:
+def plot(folder: Path, target: Path) -> str:
+    """Draws what is stored; where all of it lies, and why there is no plot if there is none."""
     script = folder / "plot.py"
-    if script.exists():
-        subprocess.run([sys.executable, str(script), str(target)], stdout=subprocess.DEVNULL, check=False)
+    if not script.exists():
+        return f"in {target}"
+    if find_spec("matplotlib") is None:
+        return f"in {target}; no plot: matplotlib is not installed"
+    done = subprocess.run([sys.executable, str(script), str(target)], stdout=subprocess.DEVNULL, check=False)
+    return f"in {target}{' and its .png' if done.returncode == 0 else '; no plot: see above'}"

@@ -165,7 +165,7 @@ class HybridModel(nn.Module):
         of it over the routers ("mean_violation"), and of the loads' entropy in nats ("entropy", log(experts) where even); and
         the share of experts that got nothing ("idle"). Empty before any slot."""
         loads = [router.load for router in self.routers().values()]
-        loads = torch.stack(loads).cpu() if loads else torch.zeros(0, 1)  # one wait for the device
+        loads = torch.stack(loads).cpu().double() if loads else torch.zeros(0, 1)  # one wait for the device
         loads = loads[loads.sum(1) > 0]
         if not len(loads):
             return {}

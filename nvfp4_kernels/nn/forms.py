@@ -1,5 +1,6 @@
 """The quantized forms of a weight, kept from one optimizer step to the next so that all micro-batches of a step share them."""
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def _state(*tensors: Tensor | None) -> tuple:
     present = [t for t in tensors if t is not None]
     if any(t.is_inference() for t in present):
         return (object(),)
-    return (_steps, *((t.data_ptr(), t.dtype, t._version) for t in present))
+    return (_steps, *((t.data_ptr(), t.shape, t.dtype, t._version) for t in present))
 
 
 class FormsCache:
@@ -59,15 +60,22 @@ class FormsCache:
         return FormsCache, (self._make,)
 
 
+def _nothing() -> None:
+    return None
+
+
 class Derived:
-    """What `make(*tensors)` gave, made anew as FormsCache does; of tensors that nobody differentiates in."""
+    """What `make(*tensors)` gave, made anew as FormsCache does; of tensors that nobody differentiates in.
+
+    It does not hold them.
+    """
 
     def __init__(self, make: Callable):
         self._make = make
         self.clear()
 
     def clear(self) -> None:
-        self._key, self._made, self._held = None, None, ()
+        self._key, self._made, self._known = None, None, ()
 
     def get(self, *tensors: Tensor | None):
         """What was made; made anew each time while compiling."""
@@ -75,9 +83,10 @@ class Derived:
             with torch.no_grad():
                 return self._make(*tensors)
         key = _state(*tensors)
-        if key != self._key or any(a is not b for a, b in zip(tensors, self._held, strict=True)):
+        if key != self._key or any(known() is not t for known, t in zip(self._known, tensors, strict=True)):
             with torch.no_grad():
-                self._key, self._made, self._held = key, self._make(*tensors), tensors
+                self._key, self._made = key, self._make(*tensors)
+            self._known = [_nothing if t is None else weakref.ref(t) for t in tensors]
         return self._made
 
     def __deepcopy__(self, memo) -> "Derived":

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.nn import served
 from nvfp4_kernels.nn.aside import aside
-from nvfp4_kernels.nn.forms import FormsCache
+from nvfp4_kernels.nn.forms import Derived, FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
@@ -48,7 +49,8 @@ class Router(nn.Module):
         self.options = (top_k, scale, n_group, topk_group, normalize)
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
-        self.register_buffer("load", torch.zeros(num_experts), persistent=False)  # slots since the last balance()
+        # slots since the last balance()
+        self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
         """x: [tokens, hidden]. Returns the routing and the logits [tokens, experts]."""
@@ -58,8 +60,17 @@ class Router(nn.Module):
     @torch.no_grad()
     def balance(self, rate: float) -> None:
         """bias += rate * sign(mean load - load), and forget the load. Source: arXiv 2408.15664."""
-        self.e_score_correction_bias += rate * torch.sign(self.load.mean() - self.load)
+        load = self.load.double()
+        self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
         self.load.zero_()
+
+    def _apply(self, fn, recurse=True):
+        # no cast reaches integers: in bf16 most steps of the bias would round to none
+        self.e_score_correction_bias = self.e_score_correction_bias.view(torch.int32)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.e_score_correction_bias = self.e_score_correction_bias.view(torch.float32)
 
 
 class Experts(nn.Module):
@@ -100,7 +111,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """shared_experts(x) + fc2(sum_e w_e expert_e(fc1(x))), fc1 and fc2 only where there is a latent width.
 
-    Router and shared experts read the full width; on a GPU the shared experts run beside the others, on a second stream.
+    Router and shared experts read the full width; on a GPU the shared experts run beside the others, on a second stream. At
+    inference on a CPU up to 64 tokens go through the block in one call, that of moe_step.
     """
 
     def __init__(
@@ -123,6 +135,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(hidden, shared_width, bias) if shared_width else None
         self.fc1_latent_proj = Linear(hidden, latent, bias) if latent else None
         self.fc2_latent_proj = Linear(latent, hidden, bias) if latent else None
+        self._operands = Derived(served.operands)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Balance | None]:
         """x: [batch, length, hidden]. Training puts the routing weights before down_proj, as Megatron-LM; otherwise after.
@@ -133,6 +146,8 @@ class MoE(nn.Module):
         if x.dim() != 3 or x.shape[2] != hidden:
             require(False, "x", f"shape {list(x.shape)}", f"[batch, length, {hidden}]")
         tokens = x.flatten(0, 1)
+        if not self.training and (y := self._in_one_call(tokens)) is not None:
+            return y.view_as(x), None
         shared = None if self.shared_experts is None else aside(self.shared_experts, tokens)
         routing, logits = self.gate(tokens)
         inner = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
@@ -143,6 +158,13 @@ class MoE(nn.Module):
             return y, None
         loss = sequence_balance_loss(torch.sigmoid(logits), routing.indices, x.shape[0])
         return y, Balance(loss, routing.offsets.diff())
+
+    def _in_one_call(self, tokens: Tensor) -> Tensor | None:
+        known = type(self.gate) is Router and type(self.shared_experts) in (MLP, type(None))
+        if not known or not served.in_one_call(tokens) or (parts := served.parts(self, tokens.dtype)) is None:
+            return None
+        operands = self._operands.get(*parts)
+        return None if operands is None else served.call(tokens, operands, self.gate.options)
 
     def _trained(self, x: Tensor, routing: Routing) -> Tensor:
         weights = routing.weights.flatten().index_select(0, routing.order)

@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("native", "triton", "reference"),
     "grouped_relu2": ("native", "triton", "reference"),
     "expert_mlp": ("native", "triton", "reference"),
+    "moe_step": ("native", "reference"),
     "route": ("native", "triton", "reference"),
     "router_logits": ("native", "reference"),
     "permute": ("native", "triton", "reference"),

@@ -8,8 +8,8 @@ LIBRARY = torch.library.Library("nvfp4", "DEF")
 def unobserved(x: torch.Tensor) -> bool:
     """Whether an op on x may be run without torch's dispatcher, whose 10 to 15 us a decoded token pays a dozen times.
 
-    True where nobody would see the call: no gradients, compiler, profiler, mode, subclass or functorch transform, and x has
-    values.
+    True where nobody would see the call: no gradients, compiler, profiler, mode, autocast, subclass or functorch transform, and
+    x has values.
     """
     return not torch.is_grad_enabled() and unwrapped(x) and not torch.autograd._profiler_enabled()
 
@@ -18,6 +18,7 @@ def unwrapped(x: torch.Tensor) -> bool:
     """The same, but that gradients may be wanted and a profiler may run."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
         or torch._C._is_tracing()
         or x.is_meta
         or not ordinary(x)
@@ -34,11 +35,17 @@ def ordinary(x: torch.Tensor) -> bool:
 def register(schema: str, run, fake) -> None:
     """Define `nvfp4::<schema>` with its eager implementation (all devices) and its fake (shapes alone).
 
-    Lower overhead than torch.library.custom_op, which matters to small layers; the ops take tensors, numbers and strings.
+    The caller's autocast does not reach inside: torch's products may be what makes an op's sums. Lower overhead than
+    torch.library.custom_op, which matters to small layers; the ops take tensors, numbers and strings.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+    def in_own_types(*given):
+        with torch._C._DisableAutocast():
+            return run(*given)
+
+    LIBRARY.impl(name, in_own_types, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4::{name}", fake, lib=LIBRARY)
 
 

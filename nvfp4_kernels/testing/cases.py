@@ -17,6 +17,7 @@ from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.hadamard.op import hadamard
 from nvfp4_kernels.ops.matmul.op import matmul
+from nvfp4_kernels.ops.moe_step.op import moe_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.quantize.op import quantize, quantize_groups, quantize_pair, quantize_stack
 from nvfp4_kernels.ops.relu2.op import relu2
@@ -199,15 +200,37 @@ def _grouped_relu2() -> Iterator[Case]:
             return given | {"w": drawn(len(sizes), n, k, seed=2)} | _stack(len(sizes), n, k, 3)
 
         def run(x, h, weights, offsets, w, codes, scales, global_scale) -> dict:
-            names, made = ("h", "a", "amax of a", "dh", "dweights", "a again", "amax of dh"), {}
+            names = (
+                "h",
+                "a",
+                "dh",
+                "dweights",
+                "a again",
+                "amax of a",
+                "turned / found",
+                "amax of dh",
+                "turned / found, dh",
+            )
+            made = {}
             nvfp4 = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
             for title, stack in (("plain", w), ("NVFP4", nvfp4)):
-                results = grouped_relu2(x, stack, offsets, weights, amax=True)
-                results += grouped_relu2_backward(x, stack, offsets, h, weights, again=True, amax=True)
+                *results, most = grouped_relu2(x, stack, offsets, weights, amax=True, signs=DEFAULT_SIGNS)
+                *more, dh_most = grouped_relu2_backward(x, stack, offsets, h, weights, True, True, DEFAULT_SIGNS)
+                results += more
+                for values, amax in ((results[1], most), (results[2], dh_most)):
+                    results += amax[0], _handed_in_to_found(values, offsets, amax)
                 made |= {f"{name}, {title}": result for name, result in zip(names, results, strict=True)}
             return made
 
         yield Case("grouped_relu2", f"{sizes} rows, {n}x{k}", make, run, 1e-5)
+
+
+def _handed_in_to_found(x: Tensor, offsets: Tensor, amax: Tensor) -> Tensor:
+    """One for each group whose rotated columns have the global scale that quantization finds by itself."""
+    forms = (
+        quantize_groups(x, offsets, None, QuantSpec(hadamard=DEFAULT_SIGNS), amax=most)[1] for most in (amax, None)
+    )
+    return torch.div(*(form.global_scales for form in forms))
 
 
 def _expert_mlp() -> Iterator[Case]:
@@ -234,6 +257,29 @@ def _expert_mlp() -> Iterator[Case]:
         title = f"{tokens} tokens, {top_k} of {experts}, {size}x{width}"
         yield Case("expert_mlp", title, make, run, 1e-2)
         yield Case("expert_mlp", f"{title} packed", make_packed, run_packed, 1e-2)
+
+
+def _moe_step() -> Iterator[Case]:
+    for tokens, groups in ((1, 1), (33, 4)):
+
+        def make(tokens=tokens) -> Inputs:
+            names = "shared_up", "shared_down", "fc1", "fc2", "up"
+            shapes = (1, 96, 64), (1, 64, 96), (1, 32, 64), (1, 64, 32), (8, 80, 32)
+            plain = {
+                n: drawn(*s, dtype=BF16, scale=0.1, seed=i) for i, (n, s) in enumerate(zip(names, shapes, strict=True))
+            }
+            plain |= {
+                "x": drawn(tokens, 64, dtype=BF16, seed=5),
+                "router": drawn(8, 64, seed=6),
+                "bias": drawn(8, seed=7),
+            }
+            return plain | _stack(8, 32, 80, 8)
+
+        def run(codes, scales, global_scale, groups=groups, **given) -> dict:
+            down = Stack(codes, scales.view(torch.float8_e4m3fn), global_scale)
+            return {"y": moe_step(**given, down=down, top_k=2, scale=2.5, n_group=groups, topk_group=(groups + 1) // 2)}
+
+        yield Case("moe_step", f"{tokens} tokens, 2 of 8 in {groups} groups, 64x96, 32x80", make, run, 1e-2)
 
 
 def _route() -> Iterator[Case]:
@@ -306,6 +352,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Case]]] = {
     "grouped_matmul": _grouped_matmul,
     "grouped_relu2": _grouped_relu2,
     "expert_mlp": _expert_mlp,
+    "moe_step": _moe_step,
     "route": _route,
     "router_logits": _router_logits,
     "permute": _permute,

@@ -16,8 +16,9 @@ LEAST_GAIN = 0.02  # for which the first answer is given up: less is noise
 Timer = Callable[[Callable[[], object]], float]
 
 
-def timer(device: str) -> Timer:
-    """Median seconds of a function: CUDA events with the L2 cache flushed before each round; one call on the CPU."""
+def timer(device: str, milliseconds: float = 80) -> Timer:
+    """Median seconds of a function, over rounds that take so long: CUDA events with the L2 cache flushed before each; one call
+    on the CPU."""
     if device == "cpu":
 
         def once(run) -> float:
@@ -28,7 +29,7 @@ def timer(device: str) -> Timer:
         return once
     from triton.testing import do_bench
 
-    return lambda run: do_bench(run, warmup=20, rep=80, return_mode="median") / 1e3
+    return lambda run: do_bench(run, warmup=milliseconds / 4, rep=milliseconds, return_mode="median") / 1e3
 
 
 def backends(case: Case, seconds: Timer) -> dict[str, dict]:

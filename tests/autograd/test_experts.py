@@ -149,19 +149,41 @@ def test_errors_name_the_argument():
         experts(x, up, down, SIZES)
     with pytest.raises(ValueError, match=r"x: got shape \[55, 16\]; allowed: \[7, in\], as routed"):
         experts(x, up, down, nk.route(torch.randn(7, 6), None, 2))
+    for given, message in (
+        ((None, up, down, OFFSETS), "x: got NoneType; allowed: a floating-point tensor"),
+        ((x, up.int(), down, OFFSETS), "up: got torch.int32"),
+        ((x, up, None, OFFSETS), "down: got NoneType"),
+        ((x, up, down, OFFSETS.int()), "groups: got torch.int32; allowed: int64"),
+        ((x, up[0], down, OFFSETS), r"up: got shape .*; allowed: \[experts, width, 16\]"),
+        ((x, up, down[:, :, 1:], OFFSETS), r"down: got shape \[6, 16, 31\]; allowed: \[6, 16, 32\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            experts(*given)
+
+
+def test_autocast():
+    x, up, down, weights = (t.detach() for t in inputs(torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, up, down, OFFSETS, weights)
+    assert torch.equal(y, experts(x.bfloat16(), up, down, OFFSETS, weights))
 
 
 @pytest.mark.parametrize("recipe", [HIGH, NVFP4], ids=["high", "nvfp4"])
 def test_frozen_weights_cost_no_gradient(recipe, monkeypatch):
-    """The same gradients of the others from the same noise, and none of the products that only a weight's gradient needs. Where
-    nothing rotated is made of values, their largest comes with them."""
+    """The same gradients of the others from the same noise, and none of the products that only a weight's gradient needs. The
+    squares and the hidden values' gradient come with their amaxes, and with those of what is rotated of them: the same bits."""
     from nvfp4_kernels.autograd import experts as module
 
     plain, quantize, products, amaxes, results = module.grouped_matmul, module.quantize_groups, [], [], []
     monkeypatch.setattr(module, "grouped_matmul", lambda *a, **k: products.append(1) or plain(*a, **k))
-    monkeypatch.setattr(module, "quantize_groups", lambda *a: amaxes.append(a[5]) or quantize(*a))
+
+    def noting(*given):
+        amaxes.append(given[5])
+        return quantize(*given[:5], given[5] if results else None)
+
+    monkeypatch.setattr(module, "quantize_groups", noting)
     x, up, down, weights = inputs(torch.float32)
-    for frozen in (), (0,), (1,), (0, 1):
+    for frozen in (), (), (0,), (1,), (0, 1):  # the first time the amaxes are kept back
         noises = torch.tensor([7, 0]), torch.tensor([8, 0])
         trained = [w.detach().clone().requires_grad_(e not in frozen) for e, w in enumerate((up, down))]
         leaves = [x, weights, *(w for w in trained if w.requires_grad)]
@@ -171,8 +193,9 @@ def test_frozen_weights_cost_no_gradient(recipe, monkeypatch):
         gradients = [next(made), next(made), *(None if e in frozen else next(made) for e in range(2))]
         assert len(products) == 4 - len(frozen)
         if recipe is NVFP4:  # of x, of the squares, of dy and of the hidden values' gradient
-            given = [most is not None for most in amaxes]
-            assert given == [False, bool(frozen), False, bool(frozen)]
+            assert [None if most is None else most.shape for most in amaxes] == [None, (3, 6), None, (3, 6)]
+            turned = [bool(amaxes[1][2].any()), bool(amaxes[3][2].any())]
+            assert turned == [1 not in frozen, 0 not in frozen]
         results.append([*noises, *gradients])
     for other in results[1:]:
         assert all(got is None or torch.equal(got, want) for got, want in zip(other, results[0], strict=True))

@@ -32,6 +32,7 @@ def run(capsys, *argv):
 
 
 def test_train_resume_generate(capsys, tmp_path, text):
+    pytest.importorskip("matplotlib")
     common = ["--data", text, "--out", tmp_path / "run"]
     small = ["--batch", 1, "--length", 64, "--steps", 2, "--threads", 1]
     out, _ = run(capsys, "train", *common, *small, "--prompt", "the ", "--sample", 5)
@@ -50,6 +51,7 @@ def test_train_resume_generate(capsys, tmp_path, text):
 
 
 def test_demo(capsys, tmp_path, text):
+    pytest.importorskip("matplotlib")
     out, _ = run(capsys, "demo", "--steps", 2, "--data", text, "--out", tmp_path / "demo")
     assert "unigram" in out and "gap to bf16" in out and "200 bytes from the NVFP4 model:\ndef " in out
     drafts = out[out.index("speculative decoding of one sequence") :]
@@ -58,6 +60,7 @@ def test_demo(capsys, tmp_path, text):
 
 
 def test_ablate_prints_every_technique(capsys, tmp_path, text):
+    pytest.importorskip("matplotlib")
     out, _ = run(
         capsys,
         "train",
@@ -169,6 +172,7 @@ def test_toy(benchmark, backend):
 
 
 def test_bench_end_to_end(capsys, tmp_path):
+    pytest.importorskip("pytest_benchmark")
     (tmp_path / "bench_toy.py").write_text(BENCH)
     out, err = run(capsys, "bench", "--folder", tmp_path)
     assert "toy" in out and "fast" in out and "x slow" in out

@@ -16,6 +16,9 @@ from nvfp4_kernels.train.byte_level import tokenizer_json
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.tokenizer import ByteTokenizer, JsonTokenizer
 
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+
 CONFIG = HybridConfig(
     hybrid_override_pattern="MEM*E", vocab_size=260, pad_token_id=256, bos_token_id=257, eos_token_id=258, hidden_size=48,
     num_attention_heads=2, num_key_value_heads=1, head_dim=16, mamba_num_heads=2, mamba_head_dim=16, ssm_state_size=16,

@@ -5,11 +5,10 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import nvfp4_kernels as nk
+from tests.drawing import given, settings, st
 
 
 @pytest.fixture(params=["1x16", "1x32"])

@@ -1,5 +1,5 @@
-// The experts' kernels without Python: route, router_logits, permute, relu2, grouped_matmul and expert_mlp on each instruction
-// set against double, in buffers of exactly the promised size; three threads give the bytes that one gives.
+// The experts' kernels without Python: route, router_logits, permute, relu2, grouped_matmul, expert_mlp and moe_step on each
+// instruction set against double, in buffers of exactly the promised size; three threads give the bytes that one gives.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "expert_mlp/params.h"
 #include "grouped_matmul/params.h"
+#include "moe_step/params.h"
 #include "numerics/e4m3.h"
 #include "permute/params.h"
 #include "relu2/params.h"
@@ -179,7 +180,23 @@ void grouped_products(const Longs& offsets, i64 n, i64 k, bool quantized, bool t
     }
 }
 
-// Forward the squares beside the product, backward relu2's derivative in its place, in fp32, with each group's largest magnitude.
+// The largest magnitude of the transform along each sixteen of `rows` rows of n values, zeros below the last, in fp64.
+double largest_turned(const float* x, i64 rows, i64 n, u32 signs) {
+    double most = 0;
+    for (i64 run = 0; run < rows; run += 16) {
+        for (i64 at = 0; at < 16 * n; ++at) {
+            double sum = 0;
+            for (i64 r = 0; r < std::min<i64>(16, rows - run); ++r) {
+                const bool minus = (__builtin_popcountll(static_cast<u64>(at / n & r)) + (signs >> r)) & 1;
+                sum += (minus ? -0.25 : 0.25) * x[(run + r) * n + at % n];
+            }
+            most = std::max(most, std::fabs(sum));
+        }
+    }
+    return most;
+}
+
+// Forward the squares beside the product, backward relu2's derivative in its place, in fp32, with each group's largest magnitudes.
 void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
     const i64 groups = static_cast<i64>(offsets.size()) - 1, rows = offsets.back();
     const Matrices b(groups, n, k, quantized);
@@ -190,9 +207,12 @@ void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
         std::vector<double> squares(count(rows * n)), dh(squares.size()), dweights(count(rows));
         Floats y(squares.size()), made(y.size()), sums(dweights.size());
         std::vector<u32> amax(count(groups)), wanted(amax.size());
-        Squares all{backward ? h.data() : nullptr, made.data(), weights.data(), nullptr, nullptr};
+        Floats turned(amax.size());
+        const u32 signs = 0xD7E8;
+        Squares all{backward ? h.data() : nullptr, made.data(), weights.data(), nullptr, nullptr, nullptr, signs};
         GroupedMatmulParams p{left, b.operand(), offsets.data(), groups, n * k, false, y.data(), 0, false, 3};
         p.squares = &all, p.dweights = backward ? sums.data() : nullptr, p.amax = amax.data();
+        p.turned = turned.data();
         expect(grouped(p) == 0, "grouped squares status");
         for (size_t i = 0; i < squares.size(); ++i) {
             const size_t row = i / count(n);
@@ -206,6 +226,9 @@ void grouped_squares(const Longs& offsets, i64 n, i64 k, bool quantized) {
                 std::memcpy(&bits, &magnitude, 4);
                 wanted[count(e)] = std::max(wanted[count(e)], bits);
             }
+            const float* first = (backward ? y : made).data() + offsets[count(e)] * n;
+            const double most = largest_turned(first, offsets[count(e + 1)] - offsets[count(e)], n, signs);
+            expect(std::fabs(turned[count(e)] - most) <= most / 256, "grouped squares' turned amax", n, k);
         }
         expect(near(made, squares, 2e-6) && near(y, backward ? dh : d, 2e-6), "grouped squares", n, k);
         expect(amax == wanted && (!backward || near(sums, dweights, 2e-6)), "grouped squares' amax and sums", n, k);
@@ -328,6 +351,40 @@ void logits(i64 tokens, i64 hidden, i64 experts, i64 apart) {
     }
 }
 
+// A block of experts, with a latent width of `size` and a shared expert where those are not 0.
+void steps(i64 tokens, i64 hidden, i64 num, i64 top_k, i64 size, i64 width, i64 shared) {
+    const i64 inner = size ? size : hidden;
+    const Matrices up(num, width, inner, true), down(num, inner, width, false), fc1(1, size, hidden, false);
+    const Matrices fc2(1, hidden, size, true), shared_up(1, shared, hidden, true), shared_down(1, hidden, shared, false);
+    const Floats x = numbers(tokens * hidden), router = numbers(num * hidden), bias = numbers(num);
+    const Longs all{0, tokens};
+    Floats scores(count(tokens * num)), y(x.size());
+    const RouterLogitsParams q{x.data(), router.data(), tokens, hidden, num, hidden, 0, scores.data(), nullptr, nullptr, nullptr, 1};
+    expect(NVFP4_CALL(router_logits, q) == 0, "router_logits status");
+    const Routed r = routed(scores, bias, tokens, num, top_k, 1, 1);
+    const auto squared = [](std::vector<double> values) {
+        for (auto& h : values) h = h > 0 ? h * h : 0;
+        return values;
+    };
+    const std::vector<double> wide{x.begin(), x.end()}, tokens_in = size ? product(wide, fc1, all) : wide;
+    std::vector<double> gathered(count(tokens * top_k * inner)), mixed(count(tokens * inner));
+    const auto slot_of = [&](size_t i) { return r.order[i / count(inner)]; };
+    const auto at = [&](size_t i) { return count(slot_of(i) / top_k * inner) + i % count(inner); };
+    for (size_t i = 0; i < gathered.size(); ++i) gathered[i] = tokens_in[at(i)];
+    const std::vector<double> made = product(squared(product(gathered, up, r.offsets)), down, r.offsets);
+    for (size_t i = 0; i < made.size(); ++i) mixed[at(i)] += r.weights[count(slot_of(i))] * made[i];
+    std::vector<double> exact = size ? product(mixed, fc2, all) : mixed;
+    const std::vector<double> beside = product(squared(product(wide, shared_up, all)), shared_down, all);
+    for (size_t i = 0; shared && i < exact.size(); ++i) exact[i] += beside[i];
+    const Operand none{}, in{Kind::fp32, x.data(), nullptr, nullptr, tokens, hidden, hidden, 1};
+    for (int threads : {1, 3}) {
+        const MoeStepParams p{in, router.data(), bias.data(), num, top_k, 1, 1, 2.5f, true, up.operand(), down.operand(),
+                              width * inner, inner * width, size ? fc1.operand() : none, size ? fc2.operand() : none,
+                              shared ? shared_up.operand() : none, shared ? shared_down.operand() : none, y.data(), threads};
+        expect(NVFP4_CALL_BF16(moe_step, p) == 0 && near(y, exact, 5e-6), "moe_step", tokens, hidden);
+    }
+}
+
 }  // namespace
 
 void experts_everywhere() {
@@ -349,6 +406,7 @@ void experts_everywhere() {
         }
         experts(17, 8, 3, 48, 80), experts(1, 4, 2, 80, 16), experts(0, 4, 2, 16, 16), experts(70, 3, 3, 32, 48);
         logits(1, 1, 1, 0), logits(17, 131, 6, 5), logits(37, 48, 129, 0), logits(300, 70, 3, 2), logits(0, 5, 3, 0);
+        steps(1, 80, 4, 2, 48, 16, 32), steps(17, 48, 8, 3, 0, 80, 16), steps(40, 64, 3, 3, 32, 48, 0), steps(0, 16, 2, 1, 16, 16, 16);
         squares(1, 1), squares(17, 48), squares(3, 130), squares(0, 4), squares(4, 0);
     }
 }

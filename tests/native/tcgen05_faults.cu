@@ -6,7 +6,7 @@ namespace nvfp4 {
 
 enum Fault : i64 {
     none, rows_apart, unswizzled, half_a_step, other_scales, scales_after, scales_too_soon, half_the_columns, other_scale_format,
-    copies_not_awaited, products_not_awaited, sums_not_awaited, too_many_bytes, other_lanes, not_freed,
+    copies_not_awaited, products_not_awaited, sums_not_awaited, too_many_bytes, other_lanes, some_lanes, not_freed,
     barriers_unknown, no_fence_after
 };
 
@@ -69,6 +69,7 @@ NVFP4_KERNEL(faulty_products, 128, 1, FaultLaunch) {
         float sums[32];
         tensor_load((lanes << 16) + tensor + i, sums);
         if (!has(sums_not_awaited)) tensor_loaded(sums);
+        if (has(some_lanes) && lane_index() == 0) tensor_loaded(sums);
         for (u32 j = 0; j < 32; ++j) p.out[threadIdx.x * 128 + i + j] = sums[j];
     }
     tensor_fence_before();

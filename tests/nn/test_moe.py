@@ -1,13 +1,19 @@
 """The mixture of experts against transformers' nemotron_h block and against a loop in fp64, in training and at inference."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 
 import nvfp4_kernels as nk
-from nvfp4_kernels.nn.moe import MoE, sequence_balance_loss
+from nvfp4_kernels.nn import served
+from nvfp4_kernels.nn.linear import Linear
+from nvfp4_kernels.nn.moe import MoE, Router, sequence_balance_loss
 from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedExperts
+from nvfp4_kernels.ptq.calibrate import experts_as_modules
+from nvfp4_kernels.recipe import HIGH, NVFP4
 
 CASES = {  # hidden, experts, top_k, width, shared, latent, n_group, topk_group
     "plain": (64, 8, 3, 48, 96, None, 1, 1),
@@ -125,6 +131,132 @@ def test_quantized_experts_are_served_as_their_decoded_weights(tokens, kind):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the one call was taken."""
+    made, call = [], served.call
+    monkeypatch.setattr(served, "call", lambda *given: made.append(1) or call(*given))
+    return made
+
+
+def as_parts(moe, x):
+    """What the modules give one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "in_one_call", lambda x: False)
+        return moe(x)[0]
+
+
+def quantized_block(case):
+    """In bf16, of all formats."""
+    moe = block(case).bfloat16().eval()
+    moe.gate.float()
+    up, down = (
+        NVFP4Weight.from_tensors([nk.quantize(w) for w in m.detach()])
+        for m in (moe.experts.up_proj, moe.experts.down_proj)
+    )
+    moe.experts = QuantizedExperts(up, down)
+    codes = moe.shared_experts.down_proj.weight.detach().to(torch.float8_e4m3fn)
+    moe.shared_experts.down_proj = FP8Weight.from_tensors(codes, torch.tensor(0.5))
+    moe.shared_experts.up_proj = NVFP4Weight.from_tensors(nk.quantize(moe.shared_experts.up_proj.weight.detach()))
+    return moe
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_few_tokens_take_one_call(calls, case):
+    moe = block(case).bfloat16().eval()
+    moe.gate.float()
+    hidden = moe.gate.weight.shape[1]
+    for tokens in (1, 8):
+        x = torch.randn(tokens, 1, hidden).bfloat16()
+        assert torch.equal(moe(x)[0], as_parts(moe, x))
+    assert len(calls) == 2
+    moe = quantized_block(case)
+    for tokens in (1, 64):
+        x = torch.randn(1, tokens, hidden).bfloat16()
+        close(moe(x)[0].float(), as_parts(moe, x).float(), 2**-7)
+    assert len(calls) == 4
+    moe(torch.randn(65, 1, hidden).bfloat16())
+    assert len(calls) == 4
+
+
+@torch.no_grad()
+def test_what_was_made_of_the_block_follows_its_weights(calls):
+    moe, x = quantized_block("latent"), torch.randn(2, 1, 64).bfloat16()
+    changes = (
+        lambda: moe.gate.weight.neg_(),
+        lambda: moe.experts.down_proj.weight_scale_2.mul_(3),
+        lambda: moe.fc1_latent_proj.weight.mul_(2),
+        lambda: setattr(moe.fc2_latent_proj, "weight", torch.nn.Parameter(-moe.fc2_latent_proj.weight)),
+        lambda: (
+            setattr(moe.experts, "up_proj", copy.deepcopy(moe.experts.up_proj))
+            or moe.experts.up_proj.weight.fill_(0x21)
+        ),
+        lambda: moe.gate.bfloat16().weight.neg_(),
+        lambda: moe.gate.e_score_correction_bias.copy_(torch.arange(8) % 3),
+    )
+    before = moe(x)[0]
+    for change in changes:
+        change()
+        y = moe(x)[0]
+        assert not torch.equal(y, before) and torch.equal(y, copy.deepcopy(moe)(x)[0])
+        close(y.float(), as_parts(moe, x).float(), 2**-7)
+        before = y
+    assert len(calls) == 1 + 2 * len(changes)
+    held = weakref.ref(moe.experts)
+    moe.experts = block("latent").bfloat16().experts
+    gc.collect()
+    assert held() is None  # what was made holds no weights
+
+
+@torch.no_grad()
+def test_modules_that_must_run_by_themselves_do(calls):
+    x, seen = torch.randn(2, 1, 64).bfloat16(), []
+    names = (
+        "gate",
+        "shared_experts",
+        "shared_experts.up_proj",
+        "shared_experts.down_proj",
+        "fc1_latent_proj",
+        "fc2_latent_proj",
+    )
+    for name in names:
+        moe = block("latent").bfloat16().eval()
+        moe.gate.float()
+        module = moe.get_submodule(name)
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *given, name=name: seen.append(name))
+            moe(x)
+            handle.remove()
+        forward = module.forward
+        module.forward = lambda *given, forward=forward, name=name: seen.append(name) or forward(*given)
+        moe(x)
+        del module.forward
+        assert not calls and seen == [name] * 3
+        seen.clear()
+        if isinstance(module, Linear):
+            module.recipe = NVFP4
+            moe(x)
+            module.recipe, module.bias = HIGH, torch.nn.Parameter(torch.ones(module.out_features).bfloat16())
+            moe(x)
+            assert not calls
+            module.bias = None
+        moe(x)
+        assert calls.pop() and not calls
+    moe.experts.recipes = {"up_proj": NVFP4, "down_proj": HIGH}
+    moe(x)
+    moe.experts.recipes = {"up_proj": HIGH, "down_proj": HIGH}
+    with experts_as_modules(moe):
+        moe(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        moe(x)
+    with nk.backend("reference"):
+        moe(x)
+    with torch.enable_grad():
+        moe(x)
+    assert not calls
+
+
 def test_balance_is_for_training():
     moe, x = block("plain"), torch.randn(2, 9, 64)
     assert moe.eval()(x)[1] is None
@@ -132,6 +264,35 @@ def test_balance_is_for_training():
     routing, logits = moe.gate(x.flatten(0, 1))
     assert torch.equal(balance.load, routing.offsets.diff()) and int(balance.load.sum()) == 2 * 9 * 3
     torch.testing.assert_close(balance.loss, sequence_balance_loss(torch.sigmoid(logits), routing.indices, 2))
+
+
+def test_the_balance_loss_against_its_definition():
+    """DeepSeek-V3, equations 17 to 20, sequence by sequence and expert by expert."""
+    scores, top_k = torch.rand(12, 5, dtype=torch.float64), 2
+    indices = scores.argsort(dim=1)[:, :top_k].contiguous()
+    total = 0.0
+    for tokens in (range(0, 4), range(4, 8), range(8, 12)):
+        for e in range(5):
+            f = 5 / (top_k * 4) * sum(e in indices[t].tolist() for t in tokens)
+            p = sum(float(scores[t, e] / scores[t].sum()) for t in tokens) / 4
+            total += f * p / 3
+    assert float(sequence_balance_loss(scores, indices, 3)) == pytest.approx(total, rel=1e-14)
+
+
+def test_a_model_in_bf16_still_moves_its_bias():
+    """By steps that bf16 would round away, against loads that it could not count."""
+    gate = Router(64, 4, 2, 1.0, 1, 1, True)
+    gate.e_score_correction_bias.fill_(1.0)
+    gate = gate.bfloat16().to("cpu")
+    for _ in range(3):
+        gate.load += torch.tensor([100, 1, 1, 1])
+    gate.load[3] += 300
+    gate.balance(1e-3)
+    assert gate.weight.dtype == torch.bfloat16 and not gate.load.any()
+    torch.testing.assert_close(
+        gate.e_score_correction_bias, torch.tensor([0.999, 1.001, 1.001, 0.999]), atol=1e-7, rtol=0
+    )
+    assert gate.to_empty(device="meta").e_score_correction_bias.dtype == torch.float32
 
 
 def test_run_to_run(backend):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops._native import native
+from tests.drawing import given, settings, st
 
 CHUNK, LENGTH = 8, 45
 pytestmark = pytest.mark.skipif(native is None, reason="the native scan alone promises its bits")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops.hadamard import reference as hadamard
 from nvfp4_kernels.ops.quantize import reference
 from tests.ops.test_quantize import GOLDEN, VARIANTS, golden_input
 
@@ -40,10 +41,35 @@ def assert_reference(forms, x, row, col, amax=None):
         )
 
 
+def true_amaxes(x, row, col):
+    """Of the values; and with the transforms'."""
+    forms = [(x, row), (x.t(), col)]
+    turned = [
+        hadamard.run(form, spec.hadamard) for form, spec in forms if spec is not None and spec.hadamard is not None
+    ]
+    values = x.float().abs().max().view(1, 1)
+    most = [form.float().abs().max().view(1, 1) for form in turned]
+    if len(most) == 1:  # the other form has nothing to say
+        most.insert(0 if col is not None and col.hadamard is not None else 1, torch.full((1, 1), torch.nan))
+    return [values, torch.cat((values, *most))] if most else [values]
+
+
 def to_hand_in(x):
-    """Amaxes of x that somebody may hand in: less than the true one, more, none, and what is no number."""
-    most = x.float().abs().max()
-    return [torch.tensor([a]) for a in (most * 0.2, most * 3, 0.0, float("inf"), float("nan"), -float("nan"))]
+    """Amaxes of x that somebody may hand in: less than the true one, more, none, and what is no number; of the values or with
+    bf16 ones of the transforms."""
+    most, nan = float(x.float().abs().max()), float("nan")
+    low, high = torch.tensor([most / 3, 2 * most]).bfloat16().tolist()
+    amaxes = (
+        [most * 0.2],
+        [most * 3],
+        [0.0],
+        [most / 2, -low, high],
+        [nan, low, nan],
+        [most, high, low],
+        [float("inf")],
+        [-nan],
+    )
+    return [torch.tensor(amax)[:, None] for amax in amaxes]
 
 
 def assert_golden(run, name, variant):

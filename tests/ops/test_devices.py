@@ -10,6 +10,7 @@ from nvfp4_kernels.ops.gated_rms_norm.op import gated_rms_norm
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
 from nvfp4_kernels.ops.mixer_scan.op import mixer_scan
 from nvfp4_kernels.ops.mixer_step.op import mixer_step
+from nvfp4_kernels.ops.moe_step.op import moe_step
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.relu2.op import relu2
 from nvfp4_kernels.ops.route.op import Routing, route
@@ -58,6 +59,7 @@ CALLS = {
     router_logits: dict(x=ones(4, 8), weight=ones(6, 8)),
     permute: dict(x=ones(4, 8), routing=routing),
     unpermute: dict(y=ones(8, 8), routing=routing, weights=ones(4, 2)),
+    moe_step: dict(x=ones(4, 8), router=ones(6, 8), bias=ones(6), up=ones(6, 16, 8), down=ones(6, 8, 16)),
     expert_mlp: dict(x=ones(4, 8), routing=routing, up=ones(6, 16, 8), down=ones(6, 8, 16)),
 }  # fmt: skip
 OPTIONS = {
@@ -65,6 +67,7 @@ OPTIONS = {
     mixer_step: dict(groups=2),
     conv_scan: dict(groups=2, state=16),
     route: dict(top_k=2),
+    moe_step: dict(top_k=2),
 }
 
 

@@ -104,6 +104,8 @@ def test_errors_name_the_argument():
         expert_mlp(x, routing, up[:3], down)
     with pytest.raises(RuntimeError, match="up: got a tensor that requires grad"):
         expert_mlp(x, routing, up.requires_grad_(), down)
+    with pytest.raises(RuntimeError, match="routing: got a tensor that requires grad"):
+        expert_mlp(x, route(torch.randn(5, 4, requires_grad=True), None, 2), up.detach(), down)
     wrong = Routing(routing.indices, routing.weights, routing.offsets, routing.inverse + 5, routing.order)
     with pytest.raises(ValueError, match="routing: got rows out of range"), nk.backend("native"):
         expert_mlp(x, wrong, up.detach(), down)

@@ -43,7 +43,7 @@ def by_reference(call, *arguments):
 
 @pytest.mark.parametrize(
     "tokens, experts, top_k, n_group, topk_group",
-    [(9, 8, 2, 1, 1), (3, 128, 6, 1, 1), (2, 512, 22, 1, 1), (7, 64, 5, 8, 3), (5, 6, 2, 6, 4), (2, 17, 17, 1, 1),
+    [(9, 8, 2, 1, 1), (3, 128, 6, 1, 1), (2, 512, 32, 1, 1), (7, 64, 5, 8, 3), (5, 6, 2, 6, 4), (2, 17, 17, 1, 1),
      (40, 20, 3, 4, 2), (0, 8, 2, 1, 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("normalize", [True, False])

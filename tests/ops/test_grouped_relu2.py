@@ -7,10 +7,13 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
 from nvfp4_kernels.ops.grouped_relu2.op import grouped_relu2, grouped_relu2_backward
+from tests.ops.quantize_checks import same_bytes
 from tests.ops.test_grouped_matmul import FLOATS, LOADS, drawn, error, offsets, stack
+from tests.ops.test_hadamard import matrix
 from tests.oracles.experts_brute import decode, grouped, groups_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of the NaNs that the interpreter meets
@@ -38,10 +41,12 @@ def moved(device, *given):
 def check(device, sizes, a, b, exact, h, weights, rows=None):
     """All results of forward, and of backward through h. exact: fp64 of b; rows: which row of a each is."""
     a_there, b_there, o, h_there, w_there, rows_there = moved(device, a, b, offsets(sizes), h, weights, rows)
-    up, squares, up_most = grouped_relu2(a_there, b_there, o, w_there, None, rows_there, True)
+    up, squares, up_most = grouped_relu2(a_there, b_there, o, w_there, None, rows_there, True, DEFAULT_SIGNS)
     assert torch.equal(up, grouped_matmul(a_there, b_there, o, rows=rows_there))
     picked = a_there if rows is None else a_there[rows_there]
-    dh, dweights, again, dh_most = grouped_relu2_backward(picked, b_there, o, h_there, w_there, True, True)
+    dh, dweights, again, dh_most = grouped_relu2_backward(
+        picked, b_there, o, h_there, w_there, True, True, DEFAULT_SIGNS
+    )
     product, unit = grouped(a.double() if rows is None else a.double()[rows], exact, sizes), torch.finfo(a.dtype).eps
     assert {t.dtype for t in (up, squares, dh, again)} == {a.dtype} and error(up.cpu(), product) < max(unit, 1e-5)
     w = 1.0 if weights is None else weights.double()[:, None]
@@ -52,8 +57,28 @@ def check(device, sizes, a, b, exact, h, weights, rows=None):
     r = h.double().clamp(min=0)
     assert error(dh.cpu(), 2 * r * w * product) < max(unit, 1e-5)
     assert dweights is None if weights is None else error(dweights.cpu(), (r * r * product).sum(1)) < 1e-5
-    for most, values in ((up_most, squares), (dh_most, dh)):
+    for (most, none, turned), values in ((up_most, squares), (dh_most, dh)):
         assert most.tolist() == [float(values[g].abs().max()) if sizes[e] else 0.0 for e, g in groups_of(sizes)]
+        assert not none.any()
+        for e, g in groups_of(sizes):
+            x = torch.nn.functional.pad(values[g].cpu().double(), (0, 0, 0, -sizes[e] % 16))
+            wanted = float((x.t().unflatten(1, (-1, 16)) @ matrix(DEFAULT_SIGNS)).abs().max()) if sizes[e] else 0.0
+            assert abs(float(turned[e]) - wanted) <= wanted * 2**-8 and turned[e] == turned[e].bfloat16()
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 17, 1], [0, 0], [3, 0, 130]], ids=str)
+def test_quantizes_as_without(device, sizes):
+    """What the recipe makes of the squares and of the gradient, its amaxes handed in or found by itself."""
+    row, col = QuantSpec(rounding="stochastic"), QuantSpec(rounding="stochastic", hadamard=DEFAULT_SIGNS)
+    rows = sum(sizes)
+    given = (*moved(device, drawn(rows, 16, dtype=BF16), drawn(len(sizes), 48, 16, dtype=BF16), offsets(sizes)),)
+    (h,) = moved(device, drawn(rows, 48, dtype=BF16))
+    _, squares, most = grouped_relu2(*given, amax=True, signs=DEFAULT_SIGNS)
+    dh, _, _, dh_most = grouped_relu2_backward(*given, h, amax=True, signs=DEFAULT_SIGNS)
+    for values, amax in ((squares, most), (dh, dh_most)):
+        forms = [nk.quantize_groups(values, given[2], row, col, 5, handed) for handed in (None, amax)]
+        alone, together = ((r.codes, r.scales, r.global_scale, *c[:3]) for r, c in forms)
+        assert all(map(same_bytes, alone, together))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +122,11 @@ def test_what_is_not_finite_stays_where_it_is(device, bad):
     up, squares, most = grouped_relu2(x, b, o, w, amax=True)
     for t in (up, squares):
         assert t.isfinite().all(1).tolist() == [True, True, True, False, True, True]
-    assert most.isfinite().tolist() == [True, False]
+    assert most[0].isfinite().tolist() == [True, False]
     dh, dweights, again, most = grouped_relu2_backward(x, b, o, h, w, True, True)
     assert dh.isfinite().sum(1).tolist() == [5, 5, 5, 0, 4, 5] and not again[4, 1].isfinite()
     assert dweights.isfinite().tolist() == [True, True, True, False, False, True]
-    assert most.isfinite().tolist() == [True, False]
+    assert most[0].isfinite().tolist() == [True, False]
     if bad == math.inf:  # of the rows that a tile has too many none is the largest
         b[1] = bad
         up, squares, most = grouped_relu2(-x.abs() - 1, b, o, w, amax=True)
@@ -111,10 +136,10 @@ def test_what_is_not_finite_stays_where_it_is(device, bad):
 def test_registered_ops_are_sound():
     given = [torch.randn(3, 8), None, None, None, torch.randn(2, 5, 8), None, None, None]
     given += [torch.tensor([0, 1, 3]), None, "float32", False]
-    for weights, wanted in ((torch.rand(3), True), (None, False)):
-        torch.library.opcheck(torch.ops.nvfp4.grouped_relu2, (*given, weights, wanted))
+    for weights, wanted, signs in ((torch.rand(3), True, 7), (None, False, None)):
+        torch.library.opcheck(torch.ops.nvfp4.grouped_relu2, (*given, weights, wanted, signs))
         h = torch.randn(3, 5)
-        torch.library.opcheck(torch.ops.nvfp4.grouped_relu2_backward, (*given, h, weights, wanted, wanted))
+        torch.library.opcheck(torch.ops.nvfp4.grouped_relu2_backward, (*given, h, weights, wanted, wanted, signs))
 
 
 def test_errors_name_the_argument():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nvfp4_kernels.ops import _dispatch
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
@@ -13,6 +14,7 @@ from nvfp4_kernels.ops.route.op import route
 from nvfp4_kernels.ops.router_logits.op import router_logits
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.state_update.op import state_update
+from nvfp4_kernels.testing.cases import cases
 
 
 def scan(x):
@@ -59,6 +61,26 @@ def test_decoding_skips_the_dispatcher_where_nobody_watches(op, monkeypatch):
         assert torch.equal(call(x), watched)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         call(x)
+
+
+@pytest.mark.parametrize("op", _dispatch.TABLE)
+def test_autocast_does_not_reach_inside(op):
+    """Where torch's products would take the fp32 that the op has promised, a router's logits on GPUs among them."""
+    case = cases(op)[0]
+    given = case.make()
+    with _dispatch.backend("reference"):
+        wanted = case.run(**given)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = case.run(**given)
+    tensors = {name: value for name, value in wanted.items() if isinstance(value, torch.Tensor)}
+    for name, value in tensors.items():
+        assert made[name].dtype == value.dtype and torch.equal(made[name].nan_to_num(), value.nan_to_num()), name
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_inside_past_the_dispatcher():
+    with _dispatch.backend("reference"), torch.autocast("cpu", torch.bfloat16):
+        assert router_logits(torch.ones(2, 3), torch.ones(4, 3)).dtype == torch.float32
 
 
 def scan_operands(lead, heads=4, head_dim=6, groups=2, state=5):

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops._dispatch import Refused
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
+from tests.drawing import given, settings, st
 from tests.ops.test_causal_conv1d import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops.selective_scan import native
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
 from nvfp4_kernels.ops.selective_scan.reference import recurrence
+from tests.drawing import given, settings, st
 
 # Relative L2 error against the recurrence on the same rounded inputs. bf16: that of mamba_ssm's Triton kernels, times 1.2;
 # fp16: what rounding the results costs; fp32: theirs is 2.6e-6. The gradients of A and dt_bias are sums over all tokens of

@@ -1,9 +1,13 @@
 """permute and unpermute against loops over tokens and choices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.autograd.experts import experts
+from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.permute.op import permute, unpermute
 from nvfp4_kernels.ops.route.op import Routing, route
 
@@ -100,3 +104,31 @@ def test_errors_name_the_argument(routing):
         unpermute(torch.zeros(26, 4), routing)
     with pytest.raises(ValueError, match="weights: got shape"):
         unpermute(torch.zeros(27, 4), routing, torch.zeros(9, 2))
+
+
+@pytest.mark.parametrize(
+    "part, wrong",
+    [
+        ("order", lambda order: order[:5]),
+        ("order", torch.Tensor.int),
+        ("inverse", lambda inverse: inverse[:5]),
+        ("inverse", lambda inverse: inverse.t().contiguous().t()),
+        ("offsets", lambda offsets: offsets.repeat_interleave(2)[::2]),
+        ("weights", lambda weights: weights[:5]),
+    ],
+)
+def test_a_routing_whose_parts_do_not_fit(routing, part, wrong):
+    """Kernels would read beyond its end, or in another order."""
+    bad = replace(routing, **{part: wrong(getattr(routing, part))})
+    x, up, down = torch.zeros(9, 4), torch.zeros(5, 6, 4), torch.zeros(5, 4, 6)
+    calls = (
+        permute,
+        lambda x, r: unpermute(x, r),
+        lambda x, r: expert_mlp(x, r, up, down),
+        lambda x, r: experts(x, up, down, r),
+    )
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="routing: got parts of other shapes, types, strides or devices; allowed: "
+        ):
+            call(x, bad)

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats import e2m1, philox
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
+from tests.drawing import given, settings, st
 from tests.oracles import nvfp4_brute as brute
 
 GOLDEN = np.load(Path(__file__).parent.parent / "data" / "nvfp4_golden.npz")
@@ -74,6 +73,22 @@ def test_given_amax(amax):
     assert q.global_scale.item() == global_scale
     assert most <= 1.75 * amax * (1 + 1e-6) or amax in (0.0, 1e-42)
     assert amax != 0.3 or most >= 1.75 * amax * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_amax_of_the_transform(backend):
+    """Of rows, of columns and of both; of one form alone and of the pair."""
+    spec, x, amax = nk.QuantSpec(hadamard=DEFAULT_SIGNS), torch.randn(32, 48), torch.tensor([3.0, 0.5, 2.0])
+    with nk.backend(backend):
+        turned = [nk.hadamard(side).float().numpy() for side in (x, x.t())]
+        pair = nk.quantize_pair(x, spec, spec, amax=amax)
+        alone = nk.quantize(x, spec, amax=amax[:2]), nk.quantize(x, spec, transpose=True, amax=amax[::2])
+    for values, most, *forms in zip(turned, (0.5, 2.0), pair, alone, strict=True):
+        codes, scales, global_scale = brute.quantize_1x16(values, amax=most)
+        for form in forms:
+            np.testing.assert_array_equal(e2m1.unpack(form.codes).numpy(), codes)
+            np.testing.assert_array_equal(form.scales.view(torch.uint8).numpy(), scales)
+            assert form.global_scale.item() == global_scale
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16))
@@ -235,7 +250,7 @@ def test_options_give_the_specified_shapes():
         (
             lambda: nk.quantize_pair(torch.ones(4, 32), *VARIANTS["1d"], amax=torch.ones(2)),
             ValueError,
-            r"amax: got shape \[2\]",
+            r"amax: got shape \[2\]; allowed: 1 in all, one for each global scale, or \[3\], with the transforms'",
         ),
         (
             lambda: nk.quantize(torch.ones(4, 32), amax=torch.ones((), device="meta")),
@@ -264,7 +279,7 @@ def test_opcheck():
         ("", "16x16:nearest"),
         ("1x32:nearest",) * 2,
     ):
-        amax = torch.ones(1) if "hadamard" in col else None
+        amax = torch.ones(3, 1) if "hadamard" in col else None
         torch.library.opcheck(torch.ops.nvfp4.quantize.default, (x, row, col, noise, None, None, None, amax))
 
 

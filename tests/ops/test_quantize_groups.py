@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import group_starts
@@ -11,6 +9,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 from nvfp4_kernels.ops.quantize._forms import Groups
+from tests.drawing import given, settings, st
 
 LOADS = {
     "mixed": [5, 0, 33, 16, 1, 0, 17],
@@ -120,16 +119,21 @@ def test_nan_stays_in_its_group(on):
 @pytest.mark.parametrize("kind", ["nearest", "transform"])
 def test_given_amaxes(on, kind):
     x, sizes, col = drawn(70, 40), [5, 0, 33, 32], COLS[kind]
-    for amax in ([0.5, 0.0, -70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
-        amax, o = torch.tensor(amax), offsets(sizes)
-        row_form, columns = nk.quantize_groups(x, o, ROW, col, amax=amax)
-        with nk.backend("reference"):
-            for part, wanted in zip(parts(row_form), parts(nk.quantize(x, ROW, amax=amax.abs().max())), strict=True):
-                same(part.flatten(), wanted.flatten())
-            for e, size in enumerate(sizes):
-                check_group(columns, e, nk.quantize(x[o[e] : o[e] + size], col, transpose=True, amax=amax[e]), col.run)
-        alone, _ = nk.quantize_groups(x, o, ROW, None, amax=amax)
-        same(alone.codes, row_form.codes)
+    turned = torch.tensor([[2.0, 0.5, 7.0, -8.0], [1.5, 2.0, -60.0, 0.25]])
+    for values in ([0.5, 0.0, -70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
+        values, o = torch.tensor(values), offsets(sizes)
+        for amax, row in ((values, ROW), (torch.stack((values, *turned)), COLS["transform"])):
+            row_form, columns = nk.quantize_groups(x, o, row, col, amax=amax)
+            amax = amax.view(-1, len(sizes)).abs()
+            with nk.backend("reference"):
+                wanted = nk.quantize(x, row, amax=amax[:2].amax(1))
+                for part, other in zip(parts(row_form), parts(wanted), strict=True):
+                    same(part.flatten(), other.flatten())
+                for e, size in enumerate(sizes):
+                    wanted = nk.quantize(x[o[e] : o[e] + size], col, transpose=True, amax=amax[::2, e])
+                    check_group(columns, e, wanted, col.run)
+            alone, _ = nk.quantize_groups(x, o, row, None, amax=amax)
+            same(alone.codes, row_form.codes)
 
 
 @pytest.mark.parametrize("kind", ["nearest", "mxfp8", "stochastic"])

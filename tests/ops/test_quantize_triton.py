@@ -26,6 +26,7 @@ from tests.ops.quantize_checks import (
     same_bytes,
     saturating,
     to_hand_in,
+    true_amaxes,
 )
 from tests.ops.test_quantize import NAMES, VARIANTS
 from tests.oracles import nvfp4_brute as brute
@@ -122,9 +123,9 @@ def test_extremes(kind):
 
 @pytest.mark.parametrize("row, col", [(SPECS[4], None), (SPECS[0], SPECS[6]), (SPECS[7], SPECS[1])])
 def test_given_amax(row, col):
-    x = torch.randn(17, 48).bfloat16()
-    true = x.float().abs().max().view(1)
-    assert_reference(run("quantize", x, row, col, NOISE, None, true), x, row, col)
+    x = torch.randn(48, 17).bfloat16().t()
+    for true in true_amaxes(x, row, col):
+        assert_reference(run("quantize", x, row, col, NOISE, None, true), x, row, col)
     for amax in to_hand_in(x)[::5]:
         assert_reference(run("quantize", x, row, col, NOISE, None, amax), x, row, col, amax)
 

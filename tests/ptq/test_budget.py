@@ -5,14 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nvfp4_kernels.ptq.activations import quantized_activations
 from nvfp4_kernels.ptq.apply import apply
 from nvfp4_kernels.ptq.budget import Cost, Group, choose, groups, measure
 from nvfp4_kernels.ptq.calibrate import calibrate
 from nvfp4_kernels.ptq.formats import BITS, Target, average_bits, targets
+from tests.drawing import given, settings, st
 
 
 def costs_of(sizes, divergences):

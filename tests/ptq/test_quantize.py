@@ -71,6 +71,7 @@ def test_input_scales_and_biases_come_along(make_model, text):
 
 
 def test_report_before_and_after(make_model, text, tmp_path):
+    pytest.importorskip("matplotlib")
     model = make_model("ME*-")
     before = evaluate(model, text, 16)
     size = tensor_bytes(model)
@@ -88,6 +89,7 @@ def test_report_before_and_after(make_model, text, tmp_path):
 
 
 def test_under_a_budget(make_model, text, tmp_path):
+    pytest.importorskip("matplotlib")
     finer = []
     for bits in (4.5, 6.0, 9.0, 16.0):
         model = make_model("ME*-")

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ptq.scales import best_scales, quantize_fp8, quantize_nvfp4
+from tests.drawing import given, hnp, settings, st
 from tests.oracles.nvfp4_brute import GRID, POSITIVE, nearest_even
 
 

@@ -144,6 +144,8 @@ print(peak() - before)
 
 def test_peak_of_the_host(tmp_path):
     """The command, texts included, grows by less than a shard and a layer, of a checkpoint of many."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
     wide = dict(n_routed_experts=16, moe_latent_size=512, moe_intermediate_size=512, vocab_size=260)
     for name, config in (
         ("small", nk.preset("tiny", hybrid_override_pattern="E", vocab_size=260)),

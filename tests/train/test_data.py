@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nvfp4_kernels.train.data import IGNORED, Packer, plan_epoch, split_documents
+from tests.drawing import given, settings, st
 
 documents = st.lists(st.integers(1, 90), min_size=1, max_size=30)
 

@@ -15,6 +15,8 @@ from nvfp4_kernels.train.progress import read_metrics
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.setup import load_run
 
+pytest.importorskip("matplotlib")
+
 CONFIG = nk.HybridConfig(
     "ME*", vocab_size=260, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, n_groups=1, chunk_size=16, n_routed_experts=4,

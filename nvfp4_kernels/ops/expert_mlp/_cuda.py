@@ -22,7 +22,7 @@ def refuses(
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
-    offsets, order, rows = offsets.contiguous(), order.contiguous(), inverse.numel()
+    rows = inverse.numel()
     hidden = torch.empty(rows, up.rows, dtype=x.dtype, device=x.device)
     run_groups(x, up, Groups(offsets, order, inverse.shape[1]), hidden, relu2=True)
     y = torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device)

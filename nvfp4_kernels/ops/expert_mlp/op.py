@@ -17,7 +17,7 @@ from nvfp4_kernels.ops.grouped_matmul.op import (
     run_of,
     unpacked,
 )
-from nvfp4_kernels.ops.route.op import Routing
+from nvfp4_kernels.ops.route.op import Routing, check_routing
 
 
 def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | Stack) -> Tensor:
@@ -30,6 +30,8 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     """
     float_tensor("x", x)
     no_grad("x", x, "nk.experts differentiates")
+    check_routing(routing)
+    no_grad("routing", routing.weights, "nk.experts differentiates")
     tokens = routing.indices.shape[0]
     if x.dim() != 2 or x.shape[0] != tokens:  # no words are put together for what is right, here and below
         require(False, "x", f"shape {list(x.shape)}", f"[{tokens}, size], as routed")
@@ -37,24 +39,31 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     stacks, experts = [], routing.offsets.shape[0] - 1
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
-        require(
-            stack.values.dtype != torch.float64, name, "float64", "bfloat16, float16, float32, NVFP4, FP8", TypeError
-        )
-        check_stack(name, stack, x.device)
-        require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
-        if stack.values.dim() == 2:
-            require(False, name, "2 dimensions", "3, [experts, out, in]")
-        shape = stack.values.shape[0], stack.rows, length(stack)
+        check_matrices(name, stack, x.device)
         size, width = x.shape[1], stacks[0].rows if stacks else stack.rows
-        wanted = (experts, size, width) if stacks else (experts, width, size)
-        fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
-        if not fits:
-            require(False, name, f"shape {list(shape)}", f"{list(wanted)}")
+        check_shape(name, stack, (experts, size, width) if stacks else (experts, width, size))
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
     if unobserved(x):
         return _serve(x, slots, *stacks)
     return torch.ops.nvfp4.expert_mlp(x, *slots, *plain_parts(stacks[0]), *plain_parts(stacks[1]))
+
+
+def check_matrices(name: str, stack: Stack, device: torch.device) -> None:
+    """A stack of matrices as stored, of a type that the kernels at inference read."""
+    allowed = "bfloat16, float16, float32, NVFP4, FP8"
+    require(stack.values.dtype != torch.float64, name, "float64", allowed, TypeError)
+    check_stack(name, stack, device)
+    require(not stack.turned, name, "a stack of transposes", "the matrices as stored")
+    if stack.values.dim() == 2:
+        require(False, name, "2 dimensions", "3, [experts, out, in]")
+
+
+def check_shape(name: str, stack: Stack, wanted: tuple[int, int, int]) -> None:
+    shape = stack.values.shape[0], stack.rows, length(stack)
+    fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
+    if not fits:
+        require(False, name, f"shape {list(shape)}", f"{list(wanted)}")
 
 
 def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, *parts: Tensor | None) -> Tensor:

@@ -2,31 +2,61 @@
 those that forward left. Bytes a value, bf16: 4 written; 2 read and 2 written, or 4 with the squares once more."""
 
 from nvfp4_kernels.ops._triton import jit, tl
-from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, rounded
+from nvfp4_kernels.ops._triton_numerics import BF16_MAX, as_fp32, bits, nearest_bf16, rounded
 from nvfp4_kernels.ops.matmul._triton_tiles import scaled
 
 # Columns at once, at most: beside the sums of 128 x 256 the registers have no room for what is read and made of all of them.
-COLS = tl.constexpr(64)
+# With their transform 64 take up to 164 registers on sm_100, 32 fewer than 128, which leave room for a second block.
+COLS = tl.constexpr(32)
+
+
+@jit
+def halves(x):
+    """Butterflies of the last axis."""
+    a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+    return a + b, a - b
+
+
+@jit
+def turned(x, SIGNS: tl.constexpr):
+    """The largest magnitude of the transform along each sixteen rows of x, rounded to bf16, as bits; arithmetic and order those
+    of `hadamard`."""
+    sign = (SIGNS >> (tl.arange(0, x.shape[0]) % 16)) & 1
+    x = x * (0.0625 - 0.125 * sign)[:, None]
+    runs = tl.permute(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), (0, 2, 1))
+    parts = (runs,)
+    for _ in tl.static_range(4):
+        made = ()
+        for i in tl.static_range(len(parts)):
+            made += halves(parts[i])
+        parts = made
+    most = tl.abs(parts[0])
+    for i in tl.static_range(1, 16):
+        most = tl.maximum(most, tl.abs(parts[i]))
+    most = tl.max(tl.max(tl.max(most, 2), 1), 0) * 4.0
+    return nearest_bf16(tl.minimum(most, BF16_MAX))
 
 
 @jit
 def write_relu2(
-    sums, m, n, M, N, a_global_ptr, b_global_ptr, out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr, rows,
-    FINISH: tl.constexpr, RELU2: tl.constexpr,
+    sums, m, n, M, N, a_global_ptr, b_global_ptr, out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr, groups,
+    rows, FINISH: tl.constexpr, RELU2: tl.constexpr,
 ):  # fmt: skip
-    """FINISH: as `scaled` takes it. RELU2: (backward, there are weights, the squares are wanted, the largest magnitude is).
+    """FINISH: as `scaled` takes it. RELU2: (backward, there are weights, the squares are wanted, the largest magnitudes are,
+    signs of their transform or None).
 
     Forward: y is h, to out, and relu2(h, weights) to squares. Backward: y is the gradient of relu2(h, weights); that of h to
     out, the squares again if wanted, and the part of the weights' gradient to parts [tiles of at most COLS columns, rows].
     amax: int32 of the group, zero or the largest yet of what forward or backward made, as the bits of fp32, in whose order NaN
-    and infinities are last; of integers the largest is the same in any order.
+    and infinities are last; of integers the largest is the same in any order. Two lines of groups behind: of the transform of
+    its columns along the group's rows, of which a tile has whole sixteens, zeros below the last.
     """
     if sums.shape[1] > COLS:
         halves = tl.split(tl.permute(tl.reshape(sums, [sums.shape[0], 2, sums.shape[1] // 2]), (0, 2, 1)))
         for i in tl.static_range(2):
             write_relu2(
                 halves[i], m, n + i * (sums.shape[1] // 2), M, N, a_global_ptr, b_global_ptr, out_ptr, h_ptr, weights_ptr,
-                squares_ptr, parts_ptr, amax_ptr, rows, FINISH, RELU2,
+                squares_ptr, parts_ptr, amax_ptr, groups, rows, FINISH, RELU2,
             )  # fmt: skip
     else:
         y = scaled(sums, a_global_ptr, b_global_ptr, FINISH)
@@ -53,5 +83,7 @@ def write_relu2(
             if RELU2[1]:
                 tl.store(parts_ptr + n // y.shape[1] * rows + row, tl.sum(d * r, 1), row < M)
         if RELU2[3]:
-            most = tl.max(tl.max(tl.where(inside, bits(as_fp32(made)) & 0x7FFFFFFF, 0), 1), 0)
-            tl.atomic_max(amax_ptr, most, sem="relaxed")
+            x = tl.where(inside, as_fp32(made), 0.0)
+            tl.atomic_max(amax_ptr, tl.max(tl.max(bits(x) & 0x7FFFFFFF, 1), 0), sem="relaxed")
+            if RELU2[4] is not None:
+                tl.atomic_max(amax_ptr + 2 * groups, turned(x, RELU2[4]), sem="relaxed")

@@ -25,9 +25,9 @@ def run(
     offsets: Tensor,
     out_dtype: torch.dtype,
     rows: Tensor | None = None,
-    squares: tuple[Tensor | None, ...] = (None,) * 5,
+    squares: tuple[Tensor | int | None, ...] = (None,) * 6,
 ) -> Tensor:
-    """squares: what csrc/bindings.cpp says, for nk.grouped_relu2."""
+    """squares: h, relu2(h), weights, dweights, amax [3, groups] and the signs of its transform, for nk.grouped_relu2."""
     if isinstance(b, Stack) and b.packed:
         return _cuda.run(a, b, offsets, out_dtype, rows)
     a, b = readable(a), readable(b)
@@ -43,7 +43,7 @@ def run(
     status = native.grouped_matmul(
         left, right, stride, starts, () if rows is None else (count, rows.data_ptr()),
         offsets.data_ptr(), groups, sums, y.data_ptr(), DTYPES[out_dtype],
-        tuple(0 if x is None else x.data_ptr() for x in squares), threads,
+        _squares(*squares), threads,
     )  # fmt: skip
     last = "the number of rows" if starts[0] else f"{a.values.shape[1] if sums else count}, the number of rows"
     require(status != 2, "offsets", offsets.tolist(), f"ascending numbers from 0 to {last}")
@@ -52,6 +52,14 @@ def run(
     )
     check(status)
     return y
+
+
+def _squares(*given: Tensor | int | None) -> tuple[int, ...]:
+    """What csrc/bindings.cpp calls squares."""
+    *places, signs = given
+    amax = places[-1]
+    turned = None if amax is None or signs is None else amax[2]
+    return *(0 if x is None else x.data_ptr() for x in (*places, turned)), signs or 0
 
 
 def readable(x: Stack | Columns) -> Stack | Columns:

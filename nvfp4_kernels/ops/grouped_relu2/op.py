@@ -20,19 +20,21 @@ def grouped_relu2(
     out_dtype: torch.dtype | None = None,
     rows: Tensor | None = None,
     amax: bool = False,
+    signs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """h = grouped_matmul(a, b, offsets, out_dtype, rows) and relu2(h, weights), bit for bit what these two give.
 
     a, offsets, out_dtype, rows: as nk.grouped_matmul takes them. b: a stack [groups, N, K], not packed.
     weights: float [rows], or None.
-    amax: also the largest magnitude in each group of the second result, fp32 [groups], as quantize_groups takes it: not finite
-        where a value is not, 0 of a group without rows.
+    amax: also the largest magnitudes in each group of the second result, fp32 [3, groups], as quantize_groups takes them: of
+        the values, not finite where one is not; zeros, a row form's transform being nobody's; of the column form's transform
+        with these signs, a 16-bit mask, zeros without. 0 of a group without rows.
     Returns (h [rows, N], relu2(h, weights) [rows, N], amax or None). No gradients: nk.experts has them.
     Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     given = checked(a, _stack(b), offsets, out_dtype, rows)
     _check_weights(weights, (a if rows is None else rows).shape[0], offsets.device)
-    h, squared, most = torch.ops.nvfp4.grouped_relu2(*given, weights, amax)
+    h, squared, most = torch.ops.nvfp4.grouped_relu2(*given, weights, amax, signs)
     return h, squared, most if amax else None
 
 
@@ -44,6 +46,7 @@ def grouped_relu2_backward(
     weights: Tensor | None = None,
     again: bool = False,
     amax: bool = False,
+    signs: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """With d = grouped_matmul(a, b, offsets) the gradient of relu2(h, weights), in fp32 and never rounded by itself:
     dh = 2 relu(h) weights d, dweights[row] = the sum of relu(h)^2 d, in a fixed order.
@@ -51,9 +54,9 @@ def grouped_relu2_backward(
     a, b, offsets: as in grouped_relu2. h: [rows, N], floating point, any strides.
     weights: float [rows], or None.
     again: also relu2(h, weights), the bits of forward's: what the second matrix's gradient reads in high precision.
-    amax: as in grouped_relu2, of dh.
-    Returns (dh [rows, N] of h's type, dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [groups]), None for
-    what is not asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
+    amax, signs: as in grouped_relu2, of dh.
+    Returns (dh [rows, N] of h's type, dweights [rows] of weights' type, relu2(h, weights) [rows, N], amax [3, groups]), None
+    for what is not asked for. Raises TypeError, ValueError or RuntimeError naming the argument.
     """
     floating_point("h", h)
     no_grad("h", h, "nk.experts differentiates")
@@ -63,7 +66,7 @@ def grouped_relu2_backward(
     require(tuple(h.shape) == shape, "h", f"shape {list(h.shape)}", f"{list(shape)}")
     same_device("h", h, offsets.device)
     _check_weights(weights, len(h), h.device)
-    made = torch.ops.nvfp4.grouped_relu2_backward(*given, h, weights, again, amax)
+    made = torch.ops.nvfp4.grouped_relu2_backward(*given, h, weights, again, amax, signs)
     wanted = True, weights is not None, again, amax
     return tuple(part if want else None for part, want in zip(made, wanted, strict=True))
 
@@ -85,14 +88,14 @@ def _check_weights(weights: Tensor | None, count: int, device: torch.device) -> 
 
 
 def _run(*given) -> tuple[Tensor, Tensor, Tensor]:
-    call, (weights, amax) = as_called(*given[:TAKEN]), given[TAKEN:]
-    h, squared, most = select("grouped_relu2", *call).run(*call, weights, amax)
+    call, (weights, *asked) = as_called(*given[:TAKEN]), given[TAKEN:]
+    h, squared, most = select("grouped_relu2", *call).run(*call, weights, *asked)
     return h, squared, _or_nothing(most, h)
 
 
 def _backward(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, (h, weights, again, amax) = as_called(*given[:TAKEN]), given[TAKEN:]
-    dh, dweights, *parts = select("grouped_relu2", *call).backward(*call[:3], h, weights, again, amax)
+    call, (h, weights, *asked) = as_called(*given[:TAKEN]), given[TAKEN:]
+    dh, dweights, *parts = select("grouped_relu2", *call).backward(*call[:3], h, weights, *asked)
     dweights = None if weights is None else dweights.to(weights.dtype)
     return dh, *(_or_nothing(part, h) for part in (dweights, *parts))
 
@@ -102,24 +105,24 @@ def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _fake(*given) -> tuple[Tensor, Tensor, Tensor]:
-    h, amax = fake(*given[:TAKEN]), given[-1]
+    h, (_, amax, _) = fake(*given[:TAKEN]), given[TAKEN:]
     return h, torch.empty_like(h), _fake_amax(given, amax)
 
 
 def _fake_backward(*given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, (_, weights, again, amax) = fake(*given[:TAKEN]), given[TAKEN:]
+    dh, (_, weights, again, amax, _) = fake(*given[:TAKEN]), given[TAKEN:]
     dweights = dh.new_empty(0) if weights is None else torch.empty_like(weights, memory_format=torch.contiguous_format)
     return dh, dweights, torch.empty_like(dh) if again else dh.new_empty(0), _fake_amax(given, amax)
 
 
 def _fake_amax(given: tuple, amax: bool) -> Tensor:
     offsets = given[8]
-    return offsets.new_empty(len(offsets) - 1 if amax else 0, dtype=torch.float32)
+    return offsets.new_empty((3, len(offsets) - 1) if amax else 0, dtype=torch.float32)
 
 
-register(f"grouped_relu2({ARGUMENTS}, Tensor? weights, bool amax) -> (Tensor, Tensor, Tensor)", _run, _fake)
+register(f"grouped_relu2({ARGUMENTS}, Tensor? weights, bool amax, int? signs) -> (Tensor, Tensor, Tensor)", _run, _fake)
 register(
-    f"grouped_relu2_backward({ARGUMENTS}, Tensor h, Tensor? weights, bool again, bool amax)"
+    f"grouped_relu2_backward({ARGUMENTS}, Tensor h, Tensor? weights, bool again, bool amax, int? signs)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,

@@ -14,17 +14,33 @@ def refuses(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: T
 
 
 def run(
-    a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None, weights: Tensor | None, amax: bool
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    rows: Tensor | None,
+    weights: Tensor | None,
+    amax: bool,
+    signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     h = torch.empty(len(a.values if rows is None else rows), b.rows, dtype=out_dtype, device=a.values.device)
     squares, most = torch.empty_like(h), _most(offsets, amax)
     places = None, _wide(weights), squares, None, most
-    launch_rows(rows_form(a, b, len(h)), a, b, offsets, rows, h, places, (False, weights is not None, True, amax))
+    launch_rows(
+        rows_form(a, b, len(h)), a, b, offsets, rows, h, places, (False, weights is not None, True, amax, signs)
+    )
     return h, squares, most.view(torch.float32) if amax else None
 
 
 def backward(
-    a: Stack, b: Stack, offsets: Tensor, h: Tensor, weights: Tensor | None, again: bool, amax: bool
+    a: Stack,
+    b: Stack,
+    offsets: Tensor,
+    h: Tensor,
+    weights: Tensor | None,
+    again: bool,
+    amax: bool,
+    signs: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
     form, h, N = rows_form(a, b, len(h)), h.contiguous(), b.rows
@@ -33,7 +49,7 @@ def backward(
     tiles = -(-N // form[0].n) * form[0].n // across  # the last of them may lie beyond N
     parts = torch.empty(tiles, len(h), dtype=torch.float32, device=h.device) if weighted else None
     places = h, _wide(weights), squares, parts, most
-    launch_rows(form, a, b, offsets, None, dh, places, (True, weighted, again, amax))
+    launch_rows(form, a, b, offsets, None, dh, places, (True, weighted, again, amax, signs))
     dweights = parts[: -(-N // across)].sum(0) if weighted else None
     return dh, dweights, squares, most.view(torch.float32) if amax else None
 
@@ -43,4 +59,4 @@ def _wide(weights: Tensor | None) -> Tensor | None:
 
 
 def _most(offsets: Tensor, wanted: bool) -> Tensor | None:
-    return offsets.new_zeros(len(offsets) - 1, dtype=torch.int32) if wanted else None
+    return offsets.new_zeros(3, len(offsets) - 1, dtype=torch.int32) if wanted else None

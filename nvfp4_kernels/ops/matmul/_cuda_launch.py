@@ -11,7 +11,7 @@ from nvfp4_kernels.ops import _cuda
 from nvfp4_kernels.ops._cuda import address
 from nvfp4_kernels.ops._native import DTYPES
 
-_WEIGHT_ONLY = struct.Struct("QqQQQQQQQqqqqqiiiiQQqq")
+_WEIGHT_ONLY = struct.Struct("QqqQQQQQQQqqqqqiiiiQQqq")
 DECODE = struct.Struct("QQQqq")
 
 
@@ -53,7 +53,7 @@ def weight_only(
     (tokens, rows), length = out.shape, w.values.shape[-3] * 64
     count = 1 if groups.offsets is None else len(groups.offsets) - 1
     return _WEIGHT_ONLY.pack(
-        *(a.data_ptr(), a.stride(0), w.values.data_ptr(), w.scales.data_ptr(), w.global_scales.data_ptr()),
+        *(a.data_ptr(), len(a), a.stride(0), w.values.data_ptr(), w.scales.data_ptr(), w.global_scales.data_ptr()),
         *(address(bias), out.data_ptr(), address(partial), address(counters)),
         *(tokens, rows, a.shape[1], length, splits),
         *(0 if bias is None else DTYPES[bias.dtype], DTYPES[out.dtype], accumulate, relu2),

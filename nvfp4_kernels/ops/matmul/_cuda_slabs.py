@@ -46,8 +46,7 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T in fp32. torch has products of 16-bit matrices with fp32 results on CUDA devices alone."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b.t(), out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float().t()
+    return torch.mm(a, b.t(), out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float().t()
 
 
 def _finish(sums: Tensor, g: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> None:

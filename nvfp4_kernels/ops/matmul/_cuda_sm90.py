@@ -70,7 +70,7 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
     weight = Stack(w.codes, w.scales, w.global_scale)
     parameters = _cuda_launch.weight_only(a, weight, bias, out, accumulate, blocks, partial)
     launch = functools.partial(_cuda.launch, "matmul", threads=THREADS, parameters=parameters, x=a)
-    launch(f"weight_only_tiles_{tile}", (1, blocks), shared=shared_bytes(tile))
+    launch(f"weight_only_tiles_{tile}", (blocks,), shared=shared_bytes(tile))
     if not whole:
         launch(f"weight_only_parts_{tile}", (tiles, tile // 16), shared=0)
     return out
@@ -79,12 +79,9 @@ def run(a: Tensor, w: PackedNVFP4Tensor, bias: Tensor | None, out: Tensor, accum
 def run_groups(a: Tensor, w: Stack, groups: Groups, out: Tensor, relu2: bool) -> Tensor:
     """As _cuda.run_groups, for large groups: a block for each tile, whole, however many rows of a tile a group needs."""
     tokens, rows = out.shape
-    if groups.order is not None:
-        a = a.index_select(0, groups.order // groups.top_k)
     a = _cuda_launch.lined_up(a)
     tile = min(COST, key=lambda tile: -(-rows // tile) * COST[tile])
     tiles, count = -(-rows // tile), most_runs(tokens, len(groups.offsets) - 1, TOKENS)
-    groups = Groups(groups.offsets)
     parameters = _cuda_launch.weight_only(a, w, None, out, False, tiles, None, None, groups, relu2)
-    _cuda.launch("matmul", f"weight_only_tiles_{tile}", (count, tiles), THREADS, shared_bytes(tile), parameters, a)
+    _cuda.launch("matmul", f"weight_only_tiles_{tile}", (count * tiles,), THREADS, shared_bytes(tile), parameters, a)
     return out

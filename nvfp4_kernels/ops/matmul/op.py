@@ -79,7 +79,7 @@ def few_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
     n, k = b.shape
     few = a.dtype == b.dtype == torch.bfloat16 and a.shape[-1] == k and 0 < a.numel() <= 8 * k
     added = bias is None or bias.is_cpu and ordinary(bias) and bias.dtype in FLOATS and bias.shape == (n,)
-    if not few or not added or torch.is_autocast_enabled("cpu"):
+    if not few or not added:
         return None
     native = implementation("matmul", "native")
     if candidates("matmul")[0] != "native" or native.native is None:

@@ -22,8 +22,7 @@ def run(
     """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
     (left, g_left), (right, g_right) = _decoded(a), _decoded(b)
     k = max(left.shape[-1], right.shape[-1])  # a plain operand brings no padding
-    with torch.autocast(left.device.type, enabled=False):  # the caller's autocast must not reach the fp32 sums
-        y = (pad_last(left, k) @ pad_last(right, k).t()) * (g_left * g_right)
+    y = (pad_last(left, k) @ pad_last(right, k).t()) * (g_left * g_right)
     if bias is not None:
         y = y + bias.to(torch.float32)
     if out is None:

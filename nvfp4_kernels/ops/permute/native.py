@@ -38,7 +38,7 @@ def combine_backward(dout: Tensor, y: Tensor, order: Tensor, inverse: Tensor, we
 
 def _places(rows: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -> tuple[tuple, tuple, tuple]:
     """Sizes and addresses as csrc/bindings.cpp takes them, and the tensors behind the addresses."""
-    kept = order.contiguous(), inverse.contiguous(), None if weights is None else weights.float().contiguous()
+    kept = order, inverse, None if weights is None else weights.float().contiguous()
     return (
         (DTYPES[rows.dtype], *inverse.shape, rows.shape[1]),
         tuple(0 if t is None else t.data_ptr() for t in kept),

@@ -74,7 +74,7 @@ def combine(
     out = torch.empty(tokens, features, dtype=dtype or y.dtype, device=y.device)
     width, given = block(features), y if weights is None else weights.contiguous()
     grid = tokens, -(-features // width)
-    arguments = y, inverse.contiguous(), given, out, top_k, features
+    arguments = y, inverse, given, out, top_k, features
     launch(sum_kernel, grid, *arguments, WEIGHTED=weights is not None, BLOCK=width)
     return out
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._cuda import address
-from nvfp4_kernels.ops.quantize._forms import Groups, put_amax
+from nvfp4_kernels.ops.quantize._forms import Groups, exchanged, put_amax, spares
 
 SIDE, THREADS, STAGES = 64, 128, 3  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
@@ -69,10 +69,11 @@ def run(
 ) -> None:
     """row, col: (QuantSpec or None, (codes, scales, global_scale), how far the noise's offset is ahead).
 
-    x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows. amax: fp32 [1] or [groups], or None.
+    x: a matrix, a stack [groups, rows, cols], or with `groups` groups of rows. amax: as quantize's run takes it.
     """
     if x.stride(-1) != 1 and x.stride(-2) == 1 and groups is None:
-        x, row, col = x.mT, col, row  # column-major: the transpose is row-major, and its forms change places
+        # column-major: the transpose is row-major, and its forms change places
+        x, row, col, amax = x.mT, col, row, exchanged(amax)
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     (tokens, cols), index = x.shape[-2:], None if groups is None else groups.rows
@@ -102,7 +103,7 @@ def run(
     scaled = any(spec is not None and spec.format == "nvfp4" for spec, *_ in (row, col))
     if not scaled:
         found = amaxes(3, 0)
-    elif amax is not None and not transforms:
+    elif spares(amax, row[0], col[0]):
         found = amaxes(matrices, 3, 1) if groups is None else amaxes(3, count)
     elif groups is not None or transforms:
         found = amaxes(matrices, 3, grid[0] * grid[1]) if groups is None else amaxes(3, count).zero_()

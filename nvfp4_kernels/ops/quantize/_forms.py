@@ -51,10 +51,22 @@ def empty_forms(
     return form(row, rows, row_runs, lead), form(col, cols, runs, matrices)
 
 
+def spares(amax: Tensor | None, row: Spec, col: Spec) -> bool:
+    """Whether amax, as a backend's run takes it, leaves nothing to be found of x."""
+    turned = any(spec is not None and spec.hadamard is not None for spec in (row, col))
+    return amax is not None and (len(amax) == 3 or not turned)
+
+
 def put_amax(amax: Tensor, found: Tensor) -> None:
-    """Write amax, [1] or one for each group, where a kernel reads the largest magnitudes of the values: found[..., 0, :]."""
-    place = found.view(torch.float32)[..., 0, :]
+    """Write amax where a kernel reads the largest magnitudes of the values, of the row form's transform and of the column
+    form's: found [..., 3, programs or groups]."""
+    place = found.view(torch.float32)[..., : len(amax), :]
     torch.abs(amax.expand_as(place), out=place)
+
+
+def exchanged(amax: Tensor | None) -> Tensor | None:
+    """amax for forms that change places."""
+    return amax if amax is None or len(amax) == 1 else torch.stack((amax[0], amax[2], amax[1]))
 
 
 def check_ascending(offsets: Tensor, rows: int) -> None:

@@ -14,7 +14,7 @@ from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import jit, launch, next_power_of_2, tl
 from nvfp4_kernels.ops._triton_groups import find
 from nvfp4_kernels.ops._triton_numerics import as_fp32, bits, hadamard, load_picked_runs, load_runs
-from nvfp4_kernels.ops.quantize._forms import put_amax
+from nvfp4_kernels.ops.quantize._forms import put_amax, spares
 from nvfp4_kernels.ops.quantize._triton_encode import magnitudes
 
 
@@ -102,14 +102,14 @@ def turned_kernel(
 def amaxes(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, wide: bool, amax: Tensor | None) -> Tensor:
     """int32 [3, programs]: what each program found of the values, of the row form's transform and of the column form's.
 
-    amax: fp32 [1], in the place of what is found of the values, or None.
+    amax: as quantize's run takes it.
     """
+    if spares(amax, row, col):
+        return _given(x, amax)
     programs = 4 * _device.multiprocessors(x.device)  # of 8 warps, so that loads in flight cover the memory's latency
     row_signs, col_signs = (None if spec is None else spec.hadamard for spec in (row, col))
     rows, cols = x.shape
     if row_signs is None and col_signs is None:
-        if amax is not None:
-            return _given(x, amax)
         lines, length = (1, rows * cols) if x.is_contiguous() else (rows, cols)
         tile_length = min(8192, next_power_of_2(length))
         tile_lines = min(8192 // tile_length, next_power_of_2(lines))
@@ -139,7 +139,7 @@ def amaxes(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, wide: bool, 
 
 
 def _given(x: Tensor, amax: Tensor) -> Tensor:
-    found = torch.empty(3, len(amax), dtype=torch.int32, device=x.device)
+    found = torch.empty(3, amax.shape[1], dtype=torch.int32, device=x.device)
     put_amax(amax, found)
     return found
 
@@ -154,7 +154,7 @@ def group_amaxes(
     """int32 [3, groups]: as amaxes, of each group of rows. Of integers, the largest is the same in any order of atomics."""
     (tokens, cols), groups = x.shape, len(offsets) - 1
     rows = tokens if index is None else len(index)
-    if amax is not None and col.hadamard is None and (row is None or row.hadamard is None):
+    if spares(amax, row, col):
         return _given(x, amax)
     found = torch.zeros(3, groups, dtype=torch.int32, device=x.device)
     launch(

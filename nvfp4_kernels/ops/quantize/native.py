@@ -29,7 +29,8 @@ def run(
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
-    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
+    amax: fp32 [1, 1] or [1, groups], to be taken for the largest magnitude of x; [3, ...]: also of the row form's transform
+        and of the column form's; None: they are found here.
     """
     row_parts, col_parts = empty_forms(x, row, col, groups)
     noise, amax = (None if t is None else t.contiguous() for t in (noise, amax))
@@ -52,6 +53,7 @@ def run(
         _form(row, row_parts),
         _form(col, col_parts),
         *(0 if t is None else t.data_ptr() for t in (noise, amax)),
+        amax is not None and len(amax) == 3,
         torch.get_num_threads(),
     )
     if status == 2:

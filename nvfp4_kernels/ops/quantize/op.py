@@ -1,5 +1,7 @@
 """quantize: tensors, groups of rows and stacks to NVFP4 or MXFP8, row form and column form from one read of the source."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,9 @@ def quantize(
     amax: fp32, one element, on x's device: the largest magnitude of x, as whoever made x knows it, which spares the read
         of x that finds it; with the true one the result is the same bit for bit. What is larger saturates at 448 * 6 *
         global_scale (amax itself; 1.75 amax under four_over_six). Of 0 the global scale is 1; NaN or an infinity, as it
-        must be where x has one, makes every decoded value NaN. A rotated form still finds the amax of the rotated values;
-        "1x32" has no use for it.
+        must be where x has one, makes every decoded value NaN. A rotated form still reads x for the amax of its transform,
+        unless amax is [2], with that behind: a bf16 value, as the transform's are, whatever it is where the first is not
+        finite. "1x32" has no use for either.
 
     Returns an NVFP4Tensor or MXFP8Tensor of the shape of x (of x.T). cols need be no multiple of anything: blocks are
     padded with zeros inside (a rotated form keeps its padding: the transform mixes it in, so cols becomes ceil16(cols)).
@@ -51,7 +54,9 @@ def quantize(
     if spec is None:
         spec = QuantSpec(block, rounding, None if hadamard is None else sign_mask(hadamard), four_over_six)
     _check(x, transpose or spec.block == "16x16")
-    amax = _amax(x, amax, 1)
+    amax = _amax(x, amax, (2,))
+    if amax is not None and len(amax) == 2:
+        amax = torch.cat((amax, amax[1:]))  # of either form's transform
     noise = _noise(x, seed, spec.stochastic)
     if transpose:
         return _form(_call(x, None, spec, noise, amax)[3:], spec, (x.shape[1], x.shape[0]))
@@ -71,13 +76,14 @@ def quantize_pair(
     row, col: QuantSpec or None. For None the form is x itself, or x.T as a view.
     noise: for stochastic rounding, int64 [2] (seed, offset). The row form draws at `offset`, the column form at the next
         offset when the row form is stochastic too. None draws a seed from torch's generator.
-    amax: as in quantize, for both forms.
+    amax: as in quantize, for both forms; or [3], with the row form's transform's and the column form's behind. Of a form
+        without a transform its place says nothing.
 
     Returns (row form [rows, cols], column form [cols, rows]). With block "16x16" both decode to the same values.
     Raises as quantize does.
     """
     _check(x, True)
-    amax = _amax(x, amax, 1)
+    amax = _amax(x, amax, (3,))
     if row is None and col is None:
         return x, x.t()
     stochastic = (row is not None and row.stochastic) or (col is not None and col.stochastic)
@@ -103,7 +109,7 @@ def quantize_groups(
     offsets: int64 [groups + 1], ascending from 0 to rows, on x's device; nothing of it is read back to the host.
     row, col: QuantSpec or None; col of block "1x16" or "1x32". For None the form is x itself, or x.T as a view.
     noise: as in quantize_pair. A block draws by its place in the whole form, so that no two groups share noise.
-    amax: as in quantize, but fp32 [groups], of each group's rows; the row form takes the largest.
+    amax: as in quantize_pair, but fp32 [groups] or [3, groups], of each group's rows; the row form takes the largest.
     rows: int64 [rows] on x's device, or None. Row r of the groups is row rows[r] of x, gathered as it is read, at the bits of a
         form of gathered rows; for a column form alone, since quantize gives the row form of x at less work. Out of range as in
         nk.grouped_matmul.
@@ -116,14 +122,14 @@ def quantize_groups(
     require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
     require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
     same_device("offsets", offsets, x.device)
-    amax = _amax(x, amax, len(offsets) - 1)
+    amax = _amax(x, amax, (3, len(offsets) - 1))
     require(col is None or col.block != "16x16", "col", "block 16x16", "1x16 or 1x32: tiles would span groups")
     if rows is not None:
         index_tensor("rows", rows, x.device)
         require(row is None, "row", str(row), "None beside rows: the row form is that of x")
         require(col is not None, "col", "None", "a QuantSpec beside rows")
     if col is None:
-        return quantize_pair(x, row, None, noise, None if amax is None else amax.abs().amax())
+        return quantize_pair(x, row, None, noise, None if amax is None else amax.abs().amax(1))
     require(
         row is None or row.block != "16x16", "row", "block 16x16", "1x16 or 1x32 beside groups: tiles would span them"
     )
@@ -183,15 +189,17 @@ def _noise(x: Tensor, seed: int | Tensor | None, stochastic: bool) -> Tensor | N
     return torch.tensor([seed, 0], dtype=torch.int64, device=x.device)
 
 
-def _amax(x: Tensor, amax: Tensor | None, count: int) -> Tensor | None:
-    """[count], or None, as where there is nothing to have one."""
+def _amax(x: Tensor, amax: Tensor | None, whole: tuple[int, ...]) -> Tensor | None:
+    """[1, count] or, with those of the transforms, whole[0] of them, [whole[0], count]; None also where nothing has one."""
     if amax is None:
         return None
+    count = prod(whole[1:])
     require(isinstance(amax, Tensor), "amax", type(amax).__name__, "a torch.Tensor or None", TypeError)
     require(amax.dtype == torch.float32, "amax", amax.dtype, "float32", TypeError)
-    require(amax.numel() == count, "amax", f"shape {list(amax.shape)}", f"{count} in all, one for each global scale")
+    allowed = f"{count} in all, one for each global scale, or {list(whole)}, with the transforms'"
+    require(amax.numel() == count or tuple(amax.shape) == whole, "amax", f"shape {list(amax.shape)}", allowed)
     same_device("amax", amax, x.device)
-    return amax.detach().reshape(-1) if count else None
+    return amax.detach().reshape(-1, count) if count else None
 
 
 def _form(parts: tuple[Tensor, ...], spec: QuantSpec, shape) -> Quantized:

@@ -29,20 +29,21 @@ def run(
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
-    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
+    amax: fp32 [1, 1] or [1, groups], to be taken for the largest magnitude of x; [3, ...]: also of the row form's transform
+        and of the column form's; None: they are found here.
     """
     row_parts, col_parts = empty_forms(x, row, col, groups)
     amax = None if amax is None else amax.abs()
-    largest = None if amax is None else amax.amax()
+    largest = None if amax is None else amax.amax(1)
     if row is not None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
-            _write(row_parts, x[index], row, noise, 0, index, largest)
+            _write(row_parts, x[index], row, noise, 0, index, _of(largest, 1))
     advance = int(row is not None and row.stochastic)
     if col is None:
         return (*row_parts, *col_parts)
     if groups is None:
         for index in range(len(x)) if x.dim() == 3 else (...,):
-            _write(col_parts, x[index].t(), col, noise, advance, index, largest)
+            _write(col_parts, x[index].t(), col, noise, advance, index, _of(largest, 2))
         return (*row_parts, *col_parts)
     offsets, starts, rows = groups
     x = x if rows is None else x.index_select(0, rows)
@@ -51,9 +52,14 @@ def run(
         part.view(torch.uint8).zero_()  # what no group has
     places = zip(offsets.tolist(), offsets.tolist()[1:], starts.tolist(), starts.tolist()[1:], strict=False)
     for group, (begin, end, first, last) in enumerate(places):
-        own = None if amax is None else amax[group]
+        own = None if amax is None else _of(amax[:, group], 2)
         _write(col_parts, x[begin:end].t(), col, noise, advance, group, own, slice(first // col.run, last // col.run))
     return (*row_parts, *col_parts)
+
+
+def _of(amax: Tensor | None, form: int) -> Tensor | None:
+    """[1 or 2]: of the values and, if it is there, of a form's transform."""
+    return None if amax is None else amax[::form][:2]
 
 
 def _write(
@@ -88,7 +94,7 @@ def _form(
     """Codes, scales and global scale of one matrix whose blocks have these numbers [rows, runs] in the noise."""
     if spec.format == "mxfp8":
         return _mxfp8(x)
-    finite = torch.isfinite(x if given is None else given).all()
+    finite = torch.isfinite(x if given is None else given[0]).all()
     values = x if spec.hadamard is None else hadamard.run(x, spec.hadamard)
     values = torch.where(finite, values.to(torch.float32), 0)
     rows, padded = x.shape[0], ceil_to(x.shape[1], 16)
@@ -96,8 +102,9 @@ def _form(
 
     amax = _block_amax(blocks, spec)
     scale_max = 256.0 if spec.four_over_six else e4m3.MAX
-    if given is not None and spec.hadamard is None:
-        amax_tensor = torch.where(finite, given, 0)
+    known = None if given is None else given[:1] if spec.hadamard is None else given[1:]
+    if known is not None and len(known):
+        amax_tensor = torch.where(finite, known[0], 0)
     else:
         amax_tensor = amax.amax() if amax.numel() else amax.new_zeros(())
     g_enc = torch.div(_like(scale_max * e2m1.MAX, amax), amax_tensor).clamp(max=FLT_MAX)

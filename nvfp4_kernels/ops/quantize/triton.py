@@ -27,7 +27,7 @@ from nvfp4_kernels.ops._triton_numerics import (
     values_of,
     wide,
 )
-from nvfp4_kernels.ops.quantize._forms import Groups, Spec, empty_forms
+from nvfp4_kernels.ops.quantize._forms import Groups, Spec, empty_forms, exchanged
 from nvfp4_kernels.ops.quantize._triton_amax import amaxes, group_amaxes
 from nvfp4_kernels.ops.quantize._triton_encode import encode_mxfp8, encode_nvfp4, scale_of, tensor_scale
 
@@ -204,7 +204,8 @@ def run(
     """Codes, scales and global scale of x [rows, cols] by `row`, then those of x.T by `col`; empty for None.
 
     x may be a stack [groups, rows, cols]; with `groups` each group of rows is a matrix to the column form.
-    amax: fp32 [1], or one for each group, to be taken for the largest magnitude of x; None: it is found here.
+    amax: fp32 [1, 1] or [1, groups], to be taken for the largest magnitude of x; [3, ...]: also of the row form's transform
+        and of the column form's; None: they are found here.
     """
     row_parts, col_parts = empty_forms(x, row, col, groups)
     advance = int(row is not None and row.stochastic)
@@ -225,7 +226,7 @@ def run(
 def _launch(x: Tensor, row: tuple, col: tuple, noise: Tensor | None, amax: Tensor | None) -> None:
     """row, col: (QuantSpec or None, its tensors, how far the noise's offset is ahead, scales of a stack's earlier matrices)."""
     if x.stride(0) == 1 and x.stride(1) != 1:  # column-major: the transpose is row-major, and its forms change places
-        x, row, col = x.t(), col, row
+        x, row, col, amax = x.t(), col, row, exchanged(amax)
     rows, cols = x.shape
     words, x = wide(x), readable(x)
     row_spec, col_spec = row[0], col[0]

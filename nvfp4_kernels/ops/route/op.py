@@ -48,6 +48,13 @@ def route(
     if logits.dim() != 2:  # no words are put together for what is right
         require(False, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
     experts = logits.shape[1]
+    check_choice(experts, top_k, n_group, topk_group)
+    float_operand("bias", bias, (experts,), logits.device, optional=True)
+    run = _run if unobserved(logits) else torch.ops.nvfp4.route
+    return Routing(*run(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
+
+
+def check_choice(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
     require(1 <= top_k <= experts, "top_k", top_k, f"1 to {experts}, the number of experts")
     require(
         n_group >= 1 and experts % n_group == 0, "n_group", n_group, f"a divisor of {experts}, the number of experts"
@@ -59,13 +66,16 @@ def route(
         topk_group,
         f"groups with at least top_k ({top_k}) experts together",
     )
-    float_operand("bias", bias, (experts,), logits.device, optional=True)
-    run = _run if unobserved(logits) else torch.ops.nvfp4.route
-    return Routing(*run(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
 
 
 def check_routing(routing: object) -> None:
+    """`routing` must be a Routing whose parts fit one another in memory; what is in them the CPU's kernels check."""
     require(isinstance(routing, Routing), "routing", type(routing).__name__, "a Routing, as nk.route gives", TypeError)
+    (tokens, top_k), inverse, order = routing.indices.shape, routing.inverse, routing.order
+    fits = inverse.shape == routing.weights.shape == (tokens, top_k) and order.shape == (tokens * top_k,)
+    for part in (routing.offsets, inverse, order):
+        fits = fits and part.dtype == torch.int64 and part.is_contiguous() and part.device == order.device
+    require(fits, "routing", "parts of other shapes, types, strides or devices", "a Routing as nk.route makes it")
 
 
 def _run(*arguments) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ namespace host_model {
 namespace {
 
 constexpr size_t stack_bytes = 256 << 10;
+constexpr std::uint64_t unfenced = ~std::uint64_t(0);
 
 struct Copy {
     void* to;
@@ -71,6 +72,8 @@ struct Thread {
     bool at_cluster = false;   // it has arrived there and not waited
     bool met_cluster = false;  // it has waited once: all blocks have begun
     std::uint64_t phase = 0;   // of the barrier at which it has arrived
+    std::vector<const void*> stored;  // for other blocks since its last fence
+    std::uint64_t fenced = 0;         // the number of that fence
 };
 
 struct Warp {
@@ -125,6 +128,8 @@ struct Launch {
     std::uint64_t random;  // 0: threads in order
     bool in_unit = false;
     const Block* resting = nullptr;  // until the other ends
+    std::uint64_t fences = 0;
+    std::map<const void*, std::uint64_t> stored{};  // for other blocks: the fence that followed, `unfenced` before it
     std::string error{};
     void* scheduler = nullptr;
     void* scheduler_fake = nullptr;
@@ -189,6 +194,8 @@ void make_fiber(Thread& thread) {
     thread.unshown = false;
     thread.pending.reset();
     thread.sent.clear();
+    thread.stored.clear();
+    thread.fenced = 0;
     thread.at_cluster = thread.met_cluster = false;
 }
 
@@ -368,6 +375,24 @@ void told_others() {
     now->resting = here;
     here->ready.push_back(here->running);
     leave(false);
+}
+
+void stored_for_others(const void* at) {
+    now->stored[at] = unfenced;
+    me().stored.push_back(at);
+}
+
+void loads_from_others(const void* at) {
+    const auto found = now->stored.find(at);
+    if (found == now->stored.end()) return;
+    if (found->second == unfenced) fail("a load from other blocks of what no fence has followed yet");
+    if (found->second > me().fenced) fail("a load from other blocks without a fence before it");
+}
+
+void fence() {
+    me().fenced = ++now->fences;
+    for (const void* at : me().stored) now->stored[at] = now->fences;
+    me().stored.clear();
 }
 
 void later(int unit, std::function<void()> work) { here->units[unit].push_back(std::move(work)); }

@@ -9,7 +9,7 @@ from nvfp4_kernels.formats.packed import pack
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
 from nvfp4_kernels.ops.grouped_matmul import _cuda as grouped_cuda
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
-from nvfp4_kernels.ops.matmul import _cuda
+from nvfp4_kernels.ops.matmul import _cuda, _cuda_sm90
 from nvfp4_kernels.ops.matmul._cuda_launch import Groups
 from nvfp4_kernels.ops.route.op import Routing, route
 from tests.formats.test_packed import random_weight
@@ -47,6 +47,14 @@ def within(y, a, w, sizes):
     return ((y - grouped(a.double(), w, sizes)).abs() <= bound).all()
 
 
+def scattered(a):
+    """(x, rows): a's rows anywhere among others, of NaN; x[rows] is a."""
+    x = torch.full((2 * len(a) + 3, a.shape[1]), torch.nan, dtype=a.dtype)
+    rows = torch.randperm(len(x))[: len(a)]
+    x[rows] = a
+    return x, rows
+
+
 @pytest.mark.parametrize("load", LOADS)
 def test_loads(model, load):
     sizes = LOADS[load]
@@ -54,9 +62,8 @@ def test_loads(model, load):
     y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
     assert within(y, a, w, sizes) and len(model.kernels) == bool(sum(sizes))
     assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
-    back = torch.randperm(sum(sizes))
-    gathered = grouped_matmul(a[back].contiguous(), packed, offsets(sizes), torch.float32, rows=back.argsort())
-    assert torch.equal(gathered, y)
+    x, rows = scattered(a)
+    assert torch.equal(grouped_matmul(x, packed, offsets(sizes), torch.float32, rows), y)
 
 
 @pytest.mark.parametrize("rows, cols", [(1856, 48), (48, 1856), (144, 128)])
@@ -82,14 +89,16 @@ def test_every_kernel_and_its_splits(model, monkeypatch, most):
     assert len(zeros) == 3 and not torch.cat(zeros).any()
 
 
-@pytest.mark.parametrize("rows, tile", [(16, 128), (144, 256), (272, 128)])
-def test_large_groups(model, rows, tile):
-    """More than fit a slot: the Hopper kernel, in whole tiles."""
-    sizes = [1, 0, 130, 40]
+@pytest.mark.parametrize("rows, tile, sizes", [
+    (16, 128, [1, 0, 130, 40]), (144, 256, [0, 0, 171, 0]), (272, 128, [17, 0, 1, 153]),
+])  # fmt: skip
+def test_large_groups(model, rows, tile, sizes):
+    """More than fit a slot: the Hopper kernel, in whole tiles. Rows as they lie, and gathered."""
     a, (packed, w) = torch.randn(171, 272).bfloat16(), stacked(4, rows, 272)
     y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
     assert model.kernels == [f"weight_only_tiles_{tile}"] and within(y, a, w, sizes)
-    assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
+    x, order = scattered(a)
+    assert torch.equal(grouped_matmul(x, packed, offsets(sizes), rows=order), y.bfloat16())
 
 
 def test_large_groups_elsewhere(model, monkeypatch):
@@ -106,9 +115,8 @@ def test_large_groups_elsewhere(model, monkeypatch):
         y = grouped_matmul(a, packed, offsets(sizes), torch.float32)
         assert model.kernels == ["decode_packed"] * 3 and within(y, a, w, sizes)
         assert torch.equal(grouped_matmul(a, packed, offsets(sizes)), y.bfloat16())
-        back = torch.randperm(64)
-        gathered = grouped_matmul(a[back].contiguous(), packed, offsets(sizes), torch.float32, rows=back.argsort())
-        assert torch.equal(gathered, y)
+        x, rows = scattered(a)
+        assert torch.equal(grouped_matmul(x, packed, offsets(sizes), torch.float32, rows), y)
         packed.global_scales[2] = float("inf")
         y = grouped_matmul(a, packed, offsets(sizes))
         assert y[1:41].isnan().all() and y[0].isfinite().all() and y[41:].isfinite().all()
@@ -135,7 +143,9 @@ def test_wrong_routing_reaches_nothing_outside(wrong):
     a, (packed, _) = torch.randn(6, 80).bfloat16(), stacked(3, 16, 80)
     for order in (None, torch.tensor([0, 11, -1, 12, 1 << 40, -(1 << 40), *range(6)])):
         x = a if order is not None else a.repeat(2, 1)
-        _cuda.run_groups(x, packed, Groups(torch.tensor(wrong), order, 2), torch.empty(12, 16))
+        groups = Groups(torch.tensor(wrong), order, 2)
+        _cuda.run_groups(x, packed, groups, torch.empty(12, 16))
+        _cuda_sm90.run_groups(x, packed, groups, torch.empty(12, 16), False)
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,15 @@ def test_blocks_of_several_tiles(monkeypatch, down):
         assert_same(drawn(sum(sizes), 40), PLAIN, TURNED_SR, places(sizes))
 
 
-def test_given_amaxes():
+def test_given_amaxes(model):
     x, groups = drawn(70, 40), places([5, 0, 33, 32])
     for amax in ([0.5, 0.0, 70.0, 3.0], [1.0, 2.0, float("nan"), 1.0]):
-        for row, col in ((PLAIN, TURNED), (SR, PLAIN), (None, CHOOSING)):
-            assert_same(x, row, col, groups, torch.tensor(amax))
-        assert_same(x, None, MXFP8, places([5, 0, 33, 32], 32), torch.tensor(amax))
+        amax = torch.tensor([amax, [1.0, 0.0, 32.0, 64.0], [3.0, 0.25, 40.0, -1.0]])
+        for row, col in ((PLAIN, TURNED), (SR, PLAIN), (None, CHOOSING), (TURNED, TURNED_SR)):
+            assert_same(x, row, col, groups, amax[:1])
+            assert_same(x, row, col, groups, amax)
+        assert_same(x, None, MXFP8, places([5, 0, 33, 32], 32), amax)
+    assert sum(kernel.startswith("amax") for kernel in model.kernels) == 4
 
 
 def test_more_groups_than_threads():
