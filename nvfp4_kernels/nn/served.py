@@ -13,12 +13,6 @@ from nvfp4_kernels.ops._library import ordinary, unobserved
 from nvfp4_kernels.ops.moe_step.op import check
 
 MOST_TOKENS = 64
-LINEARS = (
-    ("fc1_latent_proj", ""),
-    ("fc2_latent_proj", ""),
-    ("shared_experts", "up_proj"),
-    ("shared_experts", "down_proj"),
-)
 
 
 def in_one_call(x: Tensor) -> bool:
