@@ -248,13 +248,40 @@ static inline void load_from_others16(const float* p, float* v) {
 
 #endif
 
+// What is added to m = |q|, at most 6, so that a unit in the last place of the sum is the step of E2M1 at m over 2^fraction, and
+// its low bits, over 2^fraction, m's code: they begin with the steps of the binades below, an even number, which leaves ties alone.
+static __device__ __forceinline__ F32x1 e2m1_anchor(F32x1 m, int fraction) {
+    const u32 exponent = bits(F32x1(fmaxf(m.v, 1.0f))).v >> 23;
+    return real(U32x1(exponent * ((1u << 23) + (2u << fraction)) + (static_cast<u32>(22 - fraction) << 23) - (254u << fraction)));
+}
+// The code of magnitude `code & 7` with q's sign.
+static __device__ __forceinline__ u32 e2m1_signed(u32 code, F32x1 q) {
+    const u32 sign = bits(q).v >> 28;
+    return (code & 7u) | (sign & ~7u);
+}
+
 #if !defined(NVFP4_CONVERTS_TO_E2M1)
-NVFP4_HD u32 e2m1_word(const F32x1* v) {
+static __device__ __forceinline__ u32 e2m1_word(const F32x1* q) {
     u32 word = 0;
     NVFP4_UNROLL
-    for (int j = 0; j < 8; ++j) word |= e2m1_nearest(v[j]).v << (4 * j);
+    for (int j = 0; j < 8; ++j) {
+        const F32x1 m(fminf(fabsf(q[j].v), 6.0f));
+        word += e2m1_signed(bits(m + e2m1_anchor(m, 0)).v, q[j]) << (4 * j);
+    }
     return word;
 }
 #endif
+
+// As e2m1_stochastic, but for NaN: the codes of eight values, up in magnitude by `noise`, a byte for each.
+static __device__ __forceinline__ u32 e2m1_stochastic_word(const F32x1* q, const u32* noise) {
+    u32 word = 0;
+    NVFP4_UNROLL
+    for (int j = 0; j < 8; ++j) {
+        const F32x1 m(fminf(fabsf(q[j].v), 6.0f));
+        const u32 steps = add_down(m, e2m1_anchor(m, 8)).v + (noise[j / 4] >> (8 * (j % 4)) & 0xFFu);
+        word += e2m1_signed(steps >> 8, q[j]) << (4 * j);
+    }
+    return word;
+}
 
 }  // namespace nvfp4

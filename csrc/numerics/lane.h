@@ -61,7 +61,8 @@ NVFP4_HD F32x1 operator*(F32x1 a, F32x1 b) { return __fmul_rn(a.v, b.v); }
 NVFP4_HD F32x1 operator/(F32x1 a, F32x1 b) { return __fdiv_rn(a.v, b.v); }
 NVFP4_HD U32x1 bits(F32x1 a) { return __float_as_uint(a.v); }
 NVFP4_HD F32x1 real(U32x1 a) { return __uint_as_float(a.v); }
-NVFP4_HD U32x1 trunc_int(F32x1 a) { return U32x1(__float_as_uint(__fadd_rz(a.v, 8388608.0f)) - 0x4B000000u); }
+NVFP4_HD U32x1 add_down(F32x1 a, F32x1 b) { return __float_as_uint(__fadd_rz(a.v, b.v)); }
+NVFP4_HD U32x1 trunc_int(F32x1 a) { return add_down(a, 8388608.0f).v - 0x4B000000u; }
 #else
 NVFP4_HD F32x1 operator+(F32x1 a, F32x1 b) { return a.v + b.v; }
 NVFP4_HD F32x1 operator-(F32x1 a, F32x1 b) { return a.v - b.v; }
@@ -78,6 +79,11 @@ NVFP4_HD F32x1 real(U32x1 a) {
     return x;
 }
 NVFP4_HD U32x1 trunc_int(F32x1 a) { return static_cast<u32>(static_cast<i32>(a.v)); }
+// The bits of a + b, magnitudes, a the smaller, rounded toward zero.
+NVFP4_HD U32x1 add_down(F32x1 a, F32x1 b) {
+    const F32x1 nearest = a + b;
+    return bits(nearest).v - ((nearest - b).v > a.v ? 1u : 0u);
+}
 #endif
 
 // For 0 <= a <= 2^22: 2^23 has a unit of one in the last place, so the addition rounds to nearest even (and above, on GPUs,

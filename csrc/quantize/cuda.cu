@@ -117,11 +117,6 @@ static __device__ __forceinline__ void clear_rest(const QuantizeLaunch& p, i64 l
     }
 }
 
-static __device__ __forceinline__ void zero(F32x1 (&v)[2][16]) {
-    NVFP4_UNROLL
-    for (int j = 0; j < 16; ++j) v[0][j] = v[1][j] = F32x1(0.0f);
-}
-
 template <class T, int row_known, int col_known>
 static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
     NVFP4_DYNAMIC_SHARED(memory);
@@ -165,18 +160,18 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
         F32x1 v[2][16];
         if (row.is_present()) {
             row_blocks<T>(tile, v);
-            if (bad) zero(v);
             const i64 line = top + 16 * warp + (lane & 7), block = left / 16 + (lane >> 3);
             const i64 index[2] = {rows.at(line, block), rows.at(line + 8, block)};
-            const Encoded made = encode<row_known, false>(row, row_scale, v, index, seed, offset + static_cast<u64>(p.row.advance));
+            Encoded made = encode<row_known, false>(row, row_scale, v, index, seed, offset + static_cast<u64>(p.row.advance));
+            if (bad) made = Encoded{};
             write_rows<row_known>(rows, made, top, left / 16);
         }
         if (col.is_present()) {
             col_blocks<T>(tile, v);
-            if (col_bad) zero(v);
             const i64 line = left + 2 * lane, block = top / 16 + warp;
             const i64 index[2] = {cols.at(line, block), cols.at(line + 1, block)};
-            const Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
+            Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
+            if (col_bad) made = Encoded{};
             write_cols(cols, made, staged, left, top / 16);
         }
     });

@@ -140,13 +140,9 @@ static __device__ __forceinline__ Encoded encode(Options<known> o, const TensorS
         }
         const u64 block = static_cast<u64>(index[half]);
         const Draw<U32x1> draw = philox(U32x1(static_cast<u32>(block)), U32x1(static_cast<u32>(block >> 32)), offset, seed);
-        NVFP4_UNROLL
-        for (int w = 0; w < 2; ++w) {
-            u32 word = 0;
-            NVFP4_UNROLL
-            for (int j = 0; j < 8; ++j) word |= e2m1_stochastic(v[half][8 * w + j], random_byte(draw, 8 * w + j)).v << (4 * j);
-            out.word[half][w] = word;
-        }
+        const u32 noise[4] = {draw.word[0].v, draw.word[1].v, draw.word[2].v, draw.word[3].v};
+        out.word[half][0] = e2m1_stochastic_word(v[half], noise);
+        out.word[half][1] = e2m1_stochastic_word(v[half] + 8, noise + 2);
     }
     return out;
 }

@@ -110,12 +110,17 @@ struct TileRing {
         const auto* x = static_cast<const typename T::Raw*>(part.x);
         const int thread = static_cast<int>(threadIdx.x);
         if (p.wide) {
+            constexpr int apart = tile_threads / chunks;  // of a thread's rows: a multiple of 8, so that each has its chunk at one place
+            const int c = thread % chunks, r = thread / chunks;
+            const i64 left = (p.cols - col) * size - c * 16;
+            const int inside = left < 0 ? 0 : static_cast<int>(left < 16 ? left : 16);
+            unsigned char* at = tile + place(r, c);
+            x += col + c * (16 / size);
             NVFP4_UNROLL
-            for (int i = 0; i < tile_side * chunks / tile_threads; ++i) {
-                const int at = thread + i * tile_threads, r = at / chunks, c = at % chunks;
-                const i64 left = (p.cols - col) * size - c * 16, from = place_of(r);
-                const int inside = from >= 0 && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
-                copy_async16(tile + place(r, c), inside ? x + from * p.row_stride + col + c * (16 / size) : x, inside);
+            for (int i = 0; i < tile_side / apart; ++i) {
+                const i64 from = place_of(r + i * apart);
+                const bool there = from >= 0 && inside > 0;
+                copy_async16(at + i * apart * row_bytes, there ? x + from * p.row_stride : p.x, there ? inside : 0);
             }
             return;
         }
