@@ -14,7 +14,7 @@ from nvfp4_kernels.cli.main import main
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops import _cuda, _device, _dispatch, _triton, _tuned
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul
-from nvfp4_kernels.ops.grouped_matmul.triton import HALF
+from nvfp4_kernels.ops.grouped_matmul.triton import HALF, STAYING
 from nvfp4_kernels.ops.matmul import _triton_block_scaled, _triton_decoded, _triton_tiles
 from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, side
@@ -71,6 +71,7 @@ def products():
 @interpreted
 @pytest.mark.parametrize("name", ["decoded", "FP4", "rows", "many rows", "sums"])
 def test_tiles_of_a_product_give_the_same_bits(name, steady_dot, monkeypatch):
+    monkeypatch.setattr(_device, "multiprocessors", lambda device: 1)  # for one program, or two, in all that stay
     monkeypatch.setattr(
         _triton_tiles, "PROGRAMS", 6
     )  # so that splits would go by the number of tiles, if they were asked
@@ -79,10 +80,14 @@ def test_tiles_of_a_product_give_the_same_bits(name, steady_dot, monkeypatch):
         with _tuned.trying({}) as asked:
             expected = run().clone()
         ((question, answers),) = asked.items()
-        assert answers == ((*CHANGES, HALF) if name == "many rows" else CHANGES)
+        assert answers == CHANGES + {"rows": STAYING, "many rows": (*STAYING, HALF)}.get(name, ())
         for change in answers[1:]:
             with _tuned.trying({question: change}):
                 assert torch.equal(run(), expected), change
+            if "programs" in change:
+                with _tuned.trying({question: change}), _triton.recorded() as launches:
+                    run()
+                assert launches[0][-1] == (change["programs"],)
         if name in ("decoded", "rows"):  # the others are exact, or one step
             with _tuned.trying({question: {"k": 64}}):
                 assert not torch.equal(run(), expected), "another K must show, or nothing does"

@@ -28,6 +28,10 @@ SMALL = Tile(
 # tokens 64 rows pad with 9%, 128 with 18%.
 HALF = {"m": 64, "warps": 4, "stages": 2}
 
+# Of programs that stay. Each still looks for its tiles and fills its pipeline anew, while programs a tile go wherever one has
+# ended: that is the first choice.
+STAYING = ({"programs": 1}, {"programs": 2})
+
 
 def refuses(
     a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
@@ -74,32 +78,36 @@ def rows_kernel(
     BLOCK_G: tl.constexpr, GATHERED: tl.constexpr, TURNED: tl.constexpr, RELU2: tl.constexpr,
 ):  # fmt: skip
     """RELU2: None, or what write_relu2 is to do. A tile of rows meets all columns before the next one: a matrix stays in cache
-    while its group's rows pass, and these are read from memory once."""
+    while its group's rows pass, and these are read from memory once. All tiles take equally long, so that any order has the
+    longest first. Programs that are fewer than tiles take turns; what is the same for all of these is computed anew for each,
+    for held in registers between them it spills."""
     across = tl.cdiv(N, BLOCK_N)
-    place, n = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_N
-    group, _, end, first = find(offsets_ptr, groups, rows, place, BLOCK_M, BLOCK_G)
-    if group < groups:
-        row, a_rows = first + tl.arange(0, BLOCK_M), end
-        col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
-        if GATHERED:
-            row, a_rows = picked(index_ptr, row, end, tokens), tokens
-        b_ptr += group.to(tl.int64) * b_stride
-        b_scales_ptr += group.to(tl.int64) * b_scales_stride
-        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            sums = step(
-                sums, a_ptr, a_scales_ptr, row, a_rows, k, a_width, a_row_stride, a_step,
-                b_ptr, b_scales_ptr, col, cols, k, b_width, b_row_stride, b_step, index_ptr, tokens,
-                A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False, TURNED,
-            )  # fmt: skip
-        b_global_ptr += group
-        if RELU2 is None:
-            write(sums, first, n, 0, end, N, a_global_ptr, b_global_ptr, out_ptr, out_ptr, out_ptr, FINISH, False)
-        else:
-            write_relu2(
-                sums, first, n, end, N, a_global_ptr, b_global_ptr,
-                out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr + group, groups, rows, FINISH, RELU2,
-            )  # fmt: skip
+    tiles = (tl.cdiv(rows, BLOCK_M) + groups) * across
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        n = t % across * BLOCK_N
+        group, _, end, first = find(offsets_ptr, groups, rows, t // across, BLOCK_M, BLOCK_G)
+        if group < groups:
+            row, a_rows = first + tl.arange(0, BLOCK_M), end
+            col, cols = (n, K) if TURNED else (n + tl.arange(0, BLOCK_N), N)
+            if GATHERED:
+                row, a_rows = picked(index_ptr, row, end, tokens), tokens
+            b_at = b_ptr + group.to(tl.int64) * b_stride
+            b_scales_at = b_scales_ptr + group.to(tl.int64) * b_scales_stride
+            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for k in range(0, K, BLOCK_K):
+                sums = step(
+                    sums, a_ptr, a_scales_ptr, row, a_rows, k, a_width, a_row_stride, a_step,
+                    b_at, b_scales_at, col, cols, k, b_width, b_row_stride, b_step, index_ptr, tokens,
+                    A, A_UNIT, B, B_UNIT, FP4, COMPUTE, PRECISION, BLOCK_K, False, TURNED,
+                )  # fmt: skip
+            b_global_at = b_global_ptr + group
+            if RELU2 is None:
+                write(sums, first, n, 0, end, N, a_global_ptr, b_global_at, out_ptr, out_ptr, out_ptr, FINISH, False)
+            else:
+                write_relu2(
+                    sums, first, n, end, N, a_global_ptr, b_global_at,
+                    out_ptr, h_ptr, weights_ptr, squares_ptr, parts_ptr, amax_ptr + group, groups, rows, FINISH, RELU2,
+                )  # fmt: skip
 
 
 @jit
@@ -196,10 +204,10 @@ def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None,
     what it is to do, or None."""
     (t, (left, right), constants), (rows, N), groups = form, y.shape, len(b.values)
     values, scales, _ = right.places
-    y = portable(y)
+    y, tiles = portable(y), (-(-rows // t.m) + groups) * -(-N // t.n)
     launch(
         rows_kernel,
-        ((-(-rows // t.m) + groups) * -(-N // t.n),),
+        (min(tiles, t.programs * _device.multiprocessors(y.device)) if t.programs else tiles,),
         *(*left.places, left.width // left.unit, *left.strides(a.values)),
         *(*right.places, right.width // right.unit, *right.strides(b.values)),
         *(values.stride(0), 0 if b.scales is None else scales.stride(0)),
@@ -259,7 +267,9 @@ def _form(
         most = M if room else min(M, 256)
         t = tile(most, N, b.values.shape[-1], compute, _device.matrix_instruction(device))
     kind = "rows" if b.values.dim() == 3 else "sums"
-    changes = (*CHANGES, HALF) if kind == "rows" and t.m == 128 and not cores else CHANGES
+    changes = (*CHANGES, *STAYING) if kind == "rows" else CHANGES
+    if kind == "rows" and t.m == 128 and not cores:
+        changes += (HALF,)
     t = _tuned.tile(t, changes, device, "grouped_matmul", kind, *formats)
     left, right = sides = [
         _side(x, bool(cores), units if cores else units[-2:], block)

@@ -51,7 +51,8 @@ def plain_side(x: Tensor, global_scale: Tensor | None) -> Side:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program multiplies in one step, and how K is split. warps, stages: Triton's num_warps and num_stages.
+    """What a program multiplies in one step, and how K is split. warps, stages: Triton's num_warps and num_stages. programs: on
+    a processor, of a kernel whose programs stay; 0: a program a tile.
 
     str() leaves out the splits, which differ from problem to problem: it names a kind of them (ops/_tuned.py).
     """
@@ -62,6 +63,7 @@ class Tile:
     warps: int
     stages: int
     splits: int = field(repr=False)
+    programs: int = field(default=0, repr=False)
 
 
 # Of a product's tile. K is summed in the same steps and splits by the same instruction: the same bits.
