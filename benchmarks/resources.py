@@ -55,8 +55,9 @@ def launches(run, arch: int) -> list[tuple]:
     return found
 
 
-def compile_for(arch: int, kernel, arguments, constants, options, grid):
-    """The compiled kernel, specialized as a launch with these arguments would be, on whatever grid."""
+def specialized(arch: int, kernel, arguments, constants, options) -> tuple[ASTSource, dict, list]:
+    """A launch with these arguments as Triton would compile it: the source, the compiler's keywords, and of the arguments those
+    that the compiled kernel still takes."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -64,7 +65,14 @@ def compile_for(arch: int, kernel, arguments, constants, options, grid):
     bound, specialization, rest = binder(*arguments, **keywords)
     packed, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
     source = ASTSource(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=packed.__dict__)
+    taken = [bound[name] for name, kind in signature.items() if kind != "constexpr"]
+    return source, {"target": target, "options": packed.__dict__}, taken
+
+
+def compile_for(arch: int, kernel, arguments, constants, options, grid):
+    """The compiled kernel, specialized as a launch with these arguments would be, on whatever grid."""
+    source, keywords, _ = specialized(arch, kernel, arguments, constants, options)
+    return triton.compile(source, **keywords)
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -67,15 +67,15 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(file.name, path)
 
 
-def compile_source(op: str, arch: str) -> bytes:
-    """Compile now. Raises RuntimeError with NVRTC's first error."""
+def compile_source(op: str, arch: str, ptx: bool = False) -> bytes:
+    """Compile now, to a cubin or, to be read, to PTX. Raises RuntimeError with NVRTC's first error."""
     nvrtc = _nvrtc()
     source = (CSRC / op / "cuda.cu").read_text()
     options = (f"-arch=sm_{arch}", *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
     program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program)
+        return nvrtc.getPTX(program) if ptx else nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         first = next((line for line in log.splitlines() if "error" in line), log[:300])

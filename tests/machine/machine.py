@@ -1,0 +1,320 @@
+"""Lanes and blocks: one launch of a kernel, all of its threads at once, a register an array with an element a thread.
+
+Threads may part ways: those that stand lowest in the program go first, and those that share a place go together, until a label
+where others may join them. A barrier, a warp's instruction and a wait hold who reaches them until the others are there; when
+nobody can go on, the launch has a deadlock, and says so.
+"""
+
+import numpy as np
+
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared
+from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
+
+WORDS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
+TYPES |= {f"{kind}{8 * size}": WORDS[size] for kind in "bu" for size in (1, 2, 4, 8)}
+TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f16": np.uint16, "bf16": np.uint16}
+TYPES |= {"f16x2": np.uint32, "bf16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "e2m1x2": np.uint8}
+TYPES |= {"ue8m0x2": np.uint16, "e2m1x4": np.uint16, "e4m3x4": np.uint32, "tf32": np.uint32}
+READY, BARRIER, WARP, WAIT, CLUSTER, DONE = range(6)
+
+# name of an instruction without its modifiers -> function(machine, instruction) that gives function(mask)
+INSTRUCTIONS = {}
+
+
+def instruction(*names):
+    """Marks the maker of the functions that execute instructions of these names. It is given the machine and the instruction
+    and returns what executes it for the lanes of a mask, or of None: all."""
+
+    def mark(maker):
+        INSTRUCTIONS.update((name, maker) for name in names)
+        return maker
+
+    return mark
+
+
+class Machine:
+    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes):
+        self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
+        self.blocks = int(np.prod(grid))
+        self.lanes = self.blocks * threads
+        self.lane = np.arange(self.lanes)
+        self.block = self.lane // threads
+        self.warps_a_block = -(-threads // 32)
+        # warps are rows of 32; a block whose threads are no multiple of 32 is not a shape that these kernels have
+        if threads % 32:
+            raise Fault(f"{threads} threads")
+        self.symbols, constants, at = {}, b"", 0
+        for v in sorted(kernel.variables, key=lambda v: (v.size == 0, v.name)):
+            if v.space == "shared":
+                at = -(-at // max(v.align, 16)) * max(v.align, 16)
+                self.symbols[v.name] = at
+                at += v.size
+            else:
+                constants = constants.ljust(-(-len(constants) // 16) * 16, b"\0")
+                self.symbols[v.name] = CONSTANT_WINDOW + len(constants)
+                constants += v.content.ljust(v.size, b"\0")
+        self.parameters = parameters
+        self.memory = Memory(parameters, constants)
+        self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
+        self.registers = {}
+        self.at = 0  # the instruction that is executed
+        self.arrivals = np.zeros(self.lanes, np.int64)  # at the cluster's barrier
+        self.pc = np.zeros(self.lanes, np.int64)
+        self.state = np.zeros(self.lanes, np.int8)
+        self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
+        self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
+        self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
+        self.copy_groups = np.zeros(self.lanes, np.int64)
+        self.barriers = {}  # (block, address): [pending, count, phase, transactions]
+        self.tensor_memory = {}
+        self.special = self.specials()
+        targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
+        self.joins = {kernel.labels[name] for name in targets}
+        self.program = [self.made(i) for i in kernel.instructions]
+        self.names = [i.name for i in kernel.instructions]
+
+    def specials(self):
+        x, y, z = self.grid
+        u32 = lambda v: np.asarray(v).astype(np.uint32)  # noqa: E731
+        rank = self.block % self.kernel.cluster
+        found = {
+            "%tid.x": u32(self.lane % self.threads), "%ntid.x": u32(self.threads),
+            "%ctaid.x": u32(self.block % x), "%ctaid.y": u32(self.block // x % y), "%ctaid.z": u32(self.block // (x * y)),
+            "%nctaid.x": u32(x), "%nctaid.y": u32(y), "%nctaid.z": u32(z),
+            "%laneid": u32(self.lane % 32), "%warpid": u32(self.lane % self.threads // 32), "%nwarpid": u32(self.warps_a_block),
+            "%cluster_ctarank": u32(rank), "%cluster_ctaid.x": u32(rank), "%cluster_nctarank": u32(self.kernel.cluster),
+            "%cluster_nctaid.x": u32(self.kernel.cluster), "%clusterid.x": u32(self.block % x // self.kernel.cluster),
+            "%nclusterid.x": u32(x // self.kernel.cluster),
+        }  # fmt: skip
+        for name in ("%tid.y", "%tid.z", "%cluster_ctaid.y", "%cluster_ctaid.z"):
+            found[name] = u32(0)
+        for name in ("%ntid.y", "%ntid.z", "%cluster_nctaid.y", "%cluster_nctaid.z"):
+            found[name] = u32(1)
+        return found
+
+    # Operands
+
+    def reader(self, operand, kind: str):
+        """A function that gives an operand's value as elements of a type such as "s32": an array, or one element for all."""
+        dtype = TYPES[kind]
+        size = np.dtype(dtype).itemsize
+        if isinstance(operand, Immediate):
+            constant = self.constant(operand, dtype)
+            return lambda: constant
+        if isinstance(operand, Symbol):
+            if operand.name in self.special:
+                value = self.special[operand.name].astype(WORDS[size]).view(dtype)
+            else:
+                value = np.array(self.symbols[operand.name], WORDS[size]).view(dtype)
+            return lambda: value
+        if not isinstance(operand, Register):
+            raise Fault(f"an operand that is not understood: {operand}")
+        name, registers, missing = operand.name, self.registers, self.unwritten(operand.name)
+        if operand.negated:
+            return lambda: ~registers.get(name, missing)
+        if kind == "pred" or self.width(name) == size and dtype is WORDS[size]:
+            return lambda: registers.get(name, missing)
+        if self.width(name) == size:
+            return lambda: registers.get(name, missing).view(dtype)
+        return lambda: registers.get(name, missing).astype(WORDS[size]).view(dtype)
+
+    @staticmethod
+    def constant(operand: Immediate, dtype):
+        size = np.dtype(dtype).itemsize
+        if dtype is np.bool_:
+            return np.array(bool(operand.value))
+        if operand.width == 0 and np.issubdtype(dtype, np.floating):
+            raise Fault("an integer where a floating-point constant belongs")
+        bits = operand.value & (1 << 8 * size) - 1
+        if operand.width == 8 and size == 4:  # fp64's form of an fp32 constant
+            bits = int(np.array(operand.value, np.uint64).view(np.float64).astype(np.float32).view(np.uint32))
+        return np.array(bits, WORDS[size]).view(dtype)
+
+    def width(self, name: str) -> int:
+        kernel = self.kernel
+        return kernel.widths[name] if name in kernel.widths else kernel.prefixes[name.rstrip("0123456789")]
+
+    def unwritten(self, name: str):
+        """What a register holds that nobody has written."""
+        size = self.width(name)
+        return np.array(False) if size == 0 else np.array(0xBADC0DE5BADC0DE5 & (1 << 8 * size) - 1, WORDS[size])
+
+    def writer(self, operand):
+        """A function (value, mask) that writes a register; a value narrower than it is extended by its own sign."""
+        if isinstance(operand, Symbol) and operand.name == "_":
+            return lambda value, mask: None
+        name, registers, missing = operand.name, self.registers, self.unwritten(operand.name)
+        size = self.width(name)
+        word = WORDS[size]
+
+        def write(value, mask):
+            value = np.asarray(value)
+            if value.dtype != word:
+                if size and value.dtype.itemsize == size:
+                    value = value.view(word)
+                elif size and np.issubdtype(value.dtype, np.signedinteger):
+                    value = value.astype(f"i{size}").view(word)
+                else:
+                    value = value.astype(word)
+            registers[name] = value if mask is None else np.where(mask, value, registers.get(name, missing))
+
+        return write
+
+    def address(self, operand: Address, size: int = 8):
+        """A function that gives what [base + offset] says, as an unsigned integer of `size` bytes for each lane."""
+        offset = np.array(operand.offset & (1 << 8 * size) - 1, WORDS[size])
+        base = (
+            self.reader(operand.base, f"u{8 * size}") if operand.base is not None else lambda: np.array(0, WORDS[size])
+        )
+        lanes = (self.lanes,)
+        return lambda: np.broadcast_to(base() + offset, lanes)
+
+    def full(self, value):
+        """A value for all as one for each lane."""
+        return np.broadcast_to(value, (self.lanes,))
+
+    def chosen(self, mask):
+        return self.lane if mask is None else np.flatnonzero(mask)
+
+    def spread(self, chosen, values):
+        """Of values for some lanes, an array for all."""
+        if len(chosen) == self.lanes:
+            return values
+        out = np.zeros(self.lanes, values.dtype)
+        out[chosen] = values
+        return out
+
+    # Execution
+
+    def made(self, i):
+        """What executes an instruction: a function of the mask that may return a control, a tuple."""
+        base = i.name.split(".")[0]
+        if base not in INSTRUCTIONS:
+            raise Fault(f"line {i.line}: no such instruction here: {i.name}")
+        try:
+            run = INSTRUCTIONS[base](self, i)
+        except (KeyError, IndexError, ValueError, Fault) as error:
+            raise Fault(f"line {i.line}: {i.name}: {error!r}") from error
+        if i.guard is None or base == "bra":
+            return run
+        guard = self.reader(i.guard, "pred")
+
+        def guarded(mask):
+            held = self.full(guard())
+            held = held if mask is None else held & mask
+            if held.any():
+                return run(None if held.all() else held)
+
+        return guarded
+
+    def run(self):
+        with np.errstate(all="ignore"):
+            while not self.finished():
+                self.go()
+
+    def finished(self):
+        ready = self.state == READY
+        if ready.any():
+            return False
+        if (self.state == DONE).all():
+            return True
+        stuck = np.flatnonzero(self.state != DONE)
+        places = sorted(
+            {f"{self.kernel.instructions[max(self.pc[k], 0)].name}" for k in stuck[:: max(1, len(stuck) // 64)]}
+        )
+        raise Fault(f"deadlock: {len(stuck)} threads wait for ever, at {', '.join(places)}")
+
+    def go(self):
+        """The lowest lanes, until they branch, wait or reach a place where others may join."""
+        ready = self.state == READY
+        at = int(self.pc[ready].min())
+        mask = ready & (self.pc == at)
+        whole = bool(mask.all())
+        program, mask_given = self.program, None if whole else mask
+        while True:
+            self.at = at
+            try:
+                control = program[at](mask_given) if at < len(program) else ("exit", None)
+            except Fault as error:
+                raise Fault(f"line {self.kernel.instructions[at].line}: {self.names[at]}: {error}") from error
+            at += 1
+            if control is not None:
+                break
+            if not whole and at in self.joins:
+                self.pc[mask] = at
+                return
+        what, who = control
+        if what == "branch":
+            target, taken = who
+            if taken is None:
+                self.pc[mask] = target
+            else:
+                self.pc[mask] = np.where(taken, target, at)[mask]
+        elif what == "exit":
+            self.state[mask if who is None else who] = DONE
+            self.pc[mask] = at
+            self.release()
+        elif what == "wait":  # some stay where they are, with a state that says why; the others go on
+            self.pc[mask & ~who] = at
+            self.pc[who] = at - 1
+        elif what == "barrier":  # they go on from here once it is complete
+            self.pc[mask] = at
+            self.release()
+
+    def release(self):
+        """Let those go whose barrier is complete: all threads of the block that have not ended, or as many as it says."""
+        waiting = self.state == BARRIER
+        if waiting.any():
+            by_block = lambda lanes: lanes.reshape(self.blocks, self.threads).sum(1)  # noqa: E731
+            alive = by_block(self.state != DONE)
+            for number in np.unique(self.barrier[waiting]):
+                here = waiting & (self.barrier == number)
+                needed = np.where(here, self.expected, 0).reshape(self.blocks, self.threads).max(1)
+                full = by_block(here) >= np.where(needed > 0, needed, alive)
+                self.state[here & full[self.block]] = READY
+        self.retry(WARP)  # their warp may be whole without those that ended
+        self.retry(CLUSTER)
+
+    def retry(self, why: int) -> None:
+        """Let those who wait where they are look again."""
+        self.state[self.state == why] = READY
+
+    def warpwide(self, members, run):
+        """A warp's instruction as one that waits until all that its member masks name are there.
+
+        members: a function that gives the mask, for each lane or for all; None of all 32.
+        """
+        bits = np.arange(32, dtype=np.uint32)
+
+        def held(mask):
+            if mask is None:
+                return run(None)
+            here = mask | (self.state == WARP) & (self.pc == self.at)
+            rows = here.reshape(-1, 32)
+            alive = (self.state != DONE).reshape(-1, 32)
+            if members is None:
+                named = alive
+            else:
+                each = self.full(members()).reshape(-1, 32, 1) >> bits & np.uint32(1) != 0
+                named = (each & rows[:, :, None]).any(1) & alive
+            whole = (rows | ~named).all(1)
+            may = (rows & whole[:, None]).reshape(-1)
+            waits = here & ~may
+            if may.any():
+                run(None if may.all() else may)
+            if not waits.any() and (may == mask).all():
+                return None
+            self.state[waits], self.pc[waits] = WARP, self.at
+            self.state[may], self.pc[may] = READY, self.at + 1
+            return "wait", waits
+
+        return held
+
+
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes) -> None:
+    """Run a launch."""
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters).run()
+
+
+from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions

@@ -1,0 +1,118 @@
+"""What addresses mean: global memory is the process's own, tensor by tensor; the other spaces are arrays.
+
+Every access must lie inside of one allocation and at a multiple of its size, as on a GPU; anything else is a Fault.
+"""
+
+import ctypes
+import gc
+
+import numpy as np
+import torch
+
+# Where generic addresses of the other spaces begin: no process has memory there.
+SHARED_WINDOW, PARAMETER_WINDOW, CONSTANT_WINDOW = 1 << 60, 1 << 61, 1 << 62
+REMOTE = 24  # from this bit on, an address of another block's shared memory: its rank in the cluster, plus 1
+POISON = 0xFF  # of shared memory that nobody has written: NaN in every format
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Fault(Exception):
+    """What would be an illegal access, or undefined, on a GPU."""
+
+
+class Region:
+    """Some contiguous bytes that may be accessed."""
+
+    def __init__(self, base: int, content: np.ndarray, name: str, writable: bool = True):
+        self.base, self.size, self.name, self.writable = base, content.size, name, writable
+        self.views = {w: content[: content.size // w * w].view(word) for w, word in WORDS.items()}
+
+
+def of_tensor(storage) -> Region | None:
+    size = storage.nbytes()
+    if not size or not storage.data_ptr():
+        return None
+    base = storage.data_ptr()
+    content = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
+    return Region(base, content, f"{size} bytes of a tensor")
+
+
+class Memory:
+    """The allocations of a launch: all tensors there are, and the launch's parameters and constants."""
+
+    def __init__(self, parameters: bytes, constants: bytes):
+        found = {}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+                try:
+                    storage = thing.untyped_storage()
+                except (NotImplementedError, RuntimeError):  # wrappers have none
+                    continue
+                if storage.data_ptr() not in found and (region := of_tensor(storage)):
+                    found[region.base] = region
+        for base, content, name in (
+            (PARAMETER_WINDOW, parameters, "the parameters"),
+            (CONSTANT_WINDOW, constants, "the constants"),
+        ):
+            if content:
+                padded = np.frombuffer(content.ljust(-(-len(content) // 16) * 16, b"\0"), np.uint8).copy()
+                found[base] = Region(base, padded, name, writable=False)
+        self.regions = [found[base] for base in sorted(found)]
+        self.bases = np.array([region.base for region in self.regions], np.uint64)
+
+    def places(self, addresses: np.ndarray, width: int):
+        """(region, which of the addresses lie in it, their index as words of `width` bytes), region by region."""
+        if not addresses.size:
+            return
+        if misaligned := (addresses % np.uint64(width)).any():
+            raise Fault(f"an address that is no multiple of {width}" * bool(misaligned))
+        which = np.searchsorted(self.bases, addresses, "right").astype(np.int64) - 1
+        for i in [which[0]] if (which == which[0]).all() else np.unique(which):
+            region = self.regions[i] if i >= 0 else None
+            mine = which == i
+            offsets = addresses[mine] - np.uint64(region.base if region else 0)
+            if region is None or int(offsets.max()) + width > region.size:
+                far = int(addresses[mine].max())
+                near = f"beyond {region.name} at {region.base:#x}" if region else "below everything"
+                raise Fault(f"address {far:#x} of {width} bytes: {near}")
+            yield region, mine, (offsets // np.uint64(width)).astype(np.int64)
+
+    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        out = np.empty(addresses.shape, WORDS[width])
+        for region, mine, index in self.places(addresses, width):
+            out[mine] = region.views[width][index]
+        return out
+
+    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        width = values.dtype.itemsize
+        for region, mine, index in self.places(addresses, width):
+            if not region.writable:
+                raise Fault(f"a store to {region.name}")
+            region.views[width][index] = values[mine]
+
+
+class Shared:
+    """The shared memory of all blocks, one row each."""
+
+    def __init__(self, blocks: int, size: int, cluster: int):
+        self.size, self.cluster = -(-size // 16) * 16, cluster
+        self.content = np.full(blocks * self.size, POISON, np.uint8)
+        self.views = {w: self.content.view(word) for w, word in WORDS.items()}
+
+    def index(self, blocks: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Of words of `width` bytes: `blocks` has the block that each access comes from."""
+        addresses = addresses.astype(np.int64)
+        remote = addresses >> REMOTE
+        offset = addresses & (1 << REMOTE) - 1
+        block = np.where(remote > 0, blocks // self.cluster * self.cluster + remote - 1, blocks)
+        if offset.size and (int(offset.max()) + width > self.size or (offset % width).any()):
+            raise Fault(f"shared address {int(offset.max()):#x} of {width} bytes in {self.size}")
+        if remote.size and int(remote.max()) > self.cluster:
+            raise Fault(f"a block of rank {int(remote.max()) - 1} in a cluster of {self.cluster}")
+        return (block * self.size + offset) // width
+
+    def load(self, blocks, addresses, width):
+        return self.views[width][self.index(blocks, addresses, width)]
+
+    def store(self, blocks, addresses, values):
+        self.views[values.dtype.itemsize][self.index(blocks, addresses, values.dtype.itemsize)] = values
