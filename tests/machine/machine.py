@@ -7,7 +7,7 @@ nobody can go on, the launch has a deadlock, and says so.
 
 import numpy as np
 
-from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_of_the_process
 from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
 
 WORDS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -34,7 +34,7 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes):
+    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -55,7 +55,7 @@ class Machine:
                 self.symbols[v.name] = CONSTANT_WINDOW + len(constants)
                 constants += v.content.ljust(v.size, b"\0")
         self.parameters = parameters
-        self.memory = Memory(parameters, constants)
+        self.memory = Memory(tensors, parameters, constants)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
         self.registers = {}
         self.at = 0  # the instruction that is executed
@@ -124,7 +124,7 @@ class Machine:
         size = np.dtype(dtype).itemsize
         if dtype is np.bool_:
             return np.array(bool(operand.value))
-        if operand.width == 0 and np.issubdtype(dtype, np.floating):
+        if operand.width == 0 and np.dtype(dtype).kind == "f":
             raise Fault("an integer where a floating-point constant belongs")
         bits = operand.value & (1 << 8 * size) - 1
         if operand.width == 8 and size == 4:  # fp64's form of an fp32 constant
@@ -153,7 +153,7 @@ class Machine:
             if value.dtype != word:
                 if size and value.dtype.itemsize == size:
                     value = value.view(word)
-                elif size and np.issubdtype(value.dtype, np.signedinteger):
+                elif size and value.dtype.kind == "i":
                     value = value.astype(f"i{size}").view(word)
                 else:
                     value = value.astype(word)
@@ -312,9 +312,10 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes) -> None:
-    """Run a launch."""
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters).run()
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None) -> None:
+    """Run a launch, which may touch these tensors, or all of the process."""
+    tensors = tensors_of_the_process() if tensors is None else tensors
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors).run()
 
 
 from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions
