@@ -63,9 +63,9 @@ def parsed(ptx: str, kernel: str):
     return parse(ptx, kernel)[kernel]
 
 
-def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes) -> None:
+def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes, seed=None) -> None:
     LAUNCHED.append(kernel)
-    execute(parsed(cuda_ptx(op, TARGETS[arch]), kernel), grid, threads, shared, parameters)
+    execute(parsed(cuda_ptx(op, TARGETS[arch]), kernel), grid, threads, shared, parameters, seed=seed)
 
 
 @functools.lru_cache

@@ -34,7 +34,7 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors):
+    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors, seed):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -62,6 +62,8 @@ class Machine:
         self.arrivals = np.zeros(self.lanes, np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.first = np.ones(self.lanes, bool)  # those that go before all others
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
         self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
@@ -226,8 +228,13 @@ class Machine:
         raise Fault(f"deadlock: {len(stuck)} threads wait for ever, at {', '.join(places)}")
 
     def go(self):
-        """The lowest lanes, until they branch, wait or reach a place where others may join."""
+        """The lowest lanes, until they branch, wait or reach a place where others may join. With a seed the lowest of one half
+        of the warps, until none of these can go on, then of another half."""
         ready = self.state == READY
+        if self.random is not None:
+            if not (ready & self.first).any():
+                self.first = np.repeat(self.random.random(self.lanes // 32) < 0.5, 32)
+            ready = ready & self.first if (ready & self.first).any() else ready
         at = int(self.pc[ready].min())
         mask = ready & (self.pc == at)
         whole = bool(mask.all())
@@ -314,10 +321,10 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None) -> None:
-    """Run a launch, which may touch these tensors, or all of the process."""
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, seed=None) -> None:
+    """Run a launch, which may touch these tensors, or all of the process; with a seed, warps in an order drawn with it."""
     tensors = tensors_of_the_process() if tensors is None else tensors
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors).run()
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, seed).run()
 
 
 from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions
