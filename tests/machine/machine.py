@@ -15,6 +15,7 @@ TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
 TYPES |= {f"{kind}{8 * size}": WORDS[size] for kind in "bu" for size in (1, 2, 4, 8)}
 TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f16": np.uint16, "bf16": np.uint16}
 TYPES |= {"f16x2": np.uint32, "bf16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "e2m1x2": np.uint8}
+TYPES |= {"s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64}
 TYPES |= {"ue8m0x2": np.uint16, "e2m1x4": np.uint16, "e4m3x4": np.uint32, "tf32": np.uint32}
 READY, BARRIER, WARP, WAIT, CLUSTER, DONE = range(6)
 
