@@ -42,7 +42,7 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
         return
     source, keywords, taken = specialized(arch, kernel, arguments, constants, options)
     compiled = triton.compile(source, **keywords)
-    found = parsed(compiled.asm["ptx"])[compiled.metadata.name]
+    found = parsed(compiled.asm["ptx"], compiled.metadata.name)
     LAUNCHED.append(found.name)
     parameters = b""
     # after the arguments come two pointers to scratch memory, which no kernel here has
@@ -59,15 +59,19 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
 
 
 @functools.lru_cache(256)
-def parsed(ptx: str):
-    return parse(ptx)
+def parsed(ptx: str, kernel: str):
+    return parse(ptx, kernel)[kernel]
 
 
 def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes) -> None:
     LAUNCHED.append(kernel)
-    execute(parsed(cuda_ptx(op, TARGETS[arch]))[kernel], grid, threads, shared, parameters)
+    execute(parsed(cuda_ptx(op, TARGETS[arch]), kernel), grid, threads, shared, parameters)
 
 
 @functools.lru_cache
 def cuda_ptx(op: str, target: str) -> str:
-    return _nvrtc.compile_source(op, target, ptx=True).decode()
+    """From the cache that has the cubins, if it is there: NVRTC takes its time."""
+    path = _nvrtc.folder() / f"{_nvrtc.key(op, target)}.ptx"
+    if not path.exists():
+        _nvrtc.write_whole(path, _nvrtc.compile_source(op, target, ptx=True))
+    return path.read_text()

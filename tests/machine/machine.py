@@ -71,7 +71,7 @@ class Machine:
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
         self.joins = {kernel.labels[name] for name in targets}
-        self.program = [self.made(i) for i in kernel.instructions]
+        self.program = [None] * len(kernel.instructions)  # what executes each, made when it is first reached
         self.names = [i.name for i in kernel.instructions]
 
     def specials(self):
@@ -234,6 +234,8 @@ class Machine:
         program, mask_given = self.program, None if whole else mask
         while True:
             self.at = at
+            if at < len(program) and program[at] is None:
+                program[at] = self.made(self.kernel.instructions[at])
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
             except Fault as error:

@@ -39,8 +39,12 @@ def of_tensor(storage) -> Region | None:
 
 def tensors_of_the_process():
     """All there are: of a kernel whose parameters are addresses nobody knows which it was meant for."""
+    kinds = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        kind = type(thing)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, torch.Tensor)
+        if kinds[kind] and thing.device.type == "cpu" and thing.layout == torch.strided:
             yield thing
 
 
