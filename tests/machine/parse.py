@@ -1,5 +1,6 @@
 """The text of a PTX module as kernels: parameters, variables, registers, instructions (PTX ISA, "Syntax", "Directives")."""
 
+import bisect
 import re
 import struct
 from dataclasses import dataclass, field
@@ -175,6 +176,7 @@ class Body:
         self.kernel, self.text, self.at, self.end = kernel, text, start, end
         self.scopes = [("", set())]  # (suffix, the names declared there)
         self.opened = 0
+        self.lines = [found.start() for found in re.finditer("\n", text)]
 
     def read(self):
         text = self.text
@@ -202,7 +204,7 @@ class Body:
                 self.at = label.end()
             else:
                 stop = text.index(";", self.at)
-                self.statement(text[self.at : stop].strip(), 1 + text.count("\n", 0, self.at))
+                self.statement(text[self.at : stop].strip(), 1 + bisect.bisect_left(self.lines, self.at))
                 self.at = stop + 1
         for instruction in self.kernel.instructions:  # labels may stand before they are declared
             instruction.operands = [
