@@ -15,7 +15,6 @@ def nothing(machine, i):
 
 # Everything is visible at once here, to everybody.
 instruction(
-    "fence",
     "membar",
     "griddepcontrol",
     "prefetch",
