@@ -64,7 +64,7 @@ class Machine:
         self.state = np.zeros(self.lanes, np.int8)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
-        self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
+        self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
         self.copy_groups = np.zeros(self.lanes, np.int64)
         self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
         self.asynchronous = {}  # by block: operations that have been issued and not yet happened
@@ -220,6 +220,7 @@ class Machine:
             if (self.state == DONE).all():
                 barriers.ended(self)
                 tensor_memory.ended(self)
+                wgmma.ended(self)
                 return True
             if not barriers.advance(self):
                 self.complain()
@@ -292,10 +293,10 @@ class Machine:
         """Let those who wait where they are look again."""
         self.state[self.state == why] = READY
 
-    def warpwide(self, members, run):
+    def warpwide(self, members, run, size=32):
         """A warp's instruction as one that waits until all that its member masks name are there.
 
-        members: a function that gives the mask, for each lane or for all; None of all 32.
+        members: a function that gives the mask, for each lane or for all; None of all `size`, which is 128 of a warpgroup.
         """
         bits = np.arange(32, dtype=np.uint32)
 
@@ -303,8 +304,8 @@ class Machine:
             if mask is None:
                 return run(None)
             here = mask | (self.state == WARP) & (self.pc == self.at)
-            rows = here.reshape(-1, 32)
-            alive = (self.state != DONE).reshape(-1, 32)
+            rows = here.reshape(-1, size)
+            alive = (self.state != DONE).reshape(-1, size)
             if members is None:
                 named = alive
             else:
@@ -331,4 +332,4 @@ def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, 
 
 
 # these register their instructions
-from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory  # noqa: E402, F401
+from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory, wgmma  # noqa: E402, F401
