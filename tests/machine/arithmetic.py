@@ -118,7 +118,7 @@ def high(a, b, kind):
         whole = wide(kind)
         return (a.astype(whole) * b.astype(whole) >> whole(bits)).astype(TYPES[kind])
     product = np.asarray(a).astype(object) * np.asarray(b).astype(object) >> 64
-    return product.astype(TYPES[kind])
+    return np.asarray(product).astype(TYPES[kind])
 
 
 def product(i, kind):

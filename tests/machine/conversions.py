@@ -49,7 +49,8 @@ def cvt(machine, i):
             wide = machine.reader(i.operands[1], source)
             return lambda mask: write(np.asarray(wide()).astype(np.float32), mask)
         flush = flushed if "ftz" in i.parts else lambda x: x
-        return lambda mask: write(flush(np.asarray(read()).astype(TYPES[to])), mask)
+        limit = (lambda x: np.fmin(np.fmax(x, 0.0), 1.0)) if "sat" in i.parts else lambda x: x  # NaN to 0
+        return lambda mask: write(flush(limit(np.asarray(read())).astype(TYPES[to])), mask)
     if to in INTEGERS and source in ("f32", "f16", "bf16", "f64"):
         return to_integer(machine, i, to, source, how, write)
     raise KeyError(i.name)

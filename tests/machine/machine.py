@@ -67,10 +67,12 @@ class Machine:
         self.first = np.ones(self.lanes, bool)  # those that go before all others
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
-        self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
+        self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
         self.copy_groups = np.zeros(self.lanes, np.int64)
-        self.barriers = {}  # (block, address): [pending, count, phase, transactions]
-        self.tensor_memory = {}
+        self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
+        self.asynchronous = {}  # by block: operations that have been issued and not yet happened
+        self.chance = np.random.default_rng(0)
+        self.tensor_memory = None  # once somebody allocates
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
         self.joins = {kernel.labels[name] for name in targets}
@@ -217,16 +219,25 @@ class Machine:
                 self.go()
 
     def finished(self):
-        ready = self.state == READY
-        if ready.any():
-            return False
-        if (self.state == DONE).all():
-            return True
+        while not (self.state == READY).any():
+            if (self.state == DONE).all():
+                barriers.ended(self)
+                tensor_memory.ended(self)
+                wgmma.ended(self)
+                return True
+            if not barriers.advance(self):
+                self.complain()
+        return False
+
+    def complain(self):
         stuck = np.flatnonzero(self.state != DONE)
         places = sorted(
             {f"{self.kernel.instructions[max(self.pc[k], 0)].name}" for k in stuck[:: max(1, len(stuck) // 64)]}
         )
         raise Fault(f"deadlock: {len(stuck)} threads wait for ever, at {', '.join(places)}")
+
+    def where(self) -> str:
+        return f"line {self.kernel.instructions[self.at].line}: {self.names[self.at]}"
 
     def go(self):
         """The lowest lanes, until they branch, wait or reach a place where others may join. With a seed the lowest of one half
@@ -247,7 +258,7 @@ class Machine:
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
             except Fault as error:
-                raise Fault(f"line {self.kernel.instructions[at].line}: {self.names[at]}: {error}") from error
+                raise Fault(f"{self.where()}: {error}") from error
             at += 1
             if control is not None:
                 break
@@ -290,10 +301,10 @@ class Machine:
         """Let those who wait where they are look again."""
         self.state[self.state == why] = READY
 
-    def warpwide(self, members, run):
+    def warpwide(self, members, run, size=32):
         """A warp's instruction as one that waits until all that its member masks name are there.
 
-        members: a function that gives the mask, for each lane or for all; None of all 32.
+        members: a function that gives the mask, for each lane or for all; None of all `size`, which is 128 of a warpgroup.
         """
         bits = np.arange(32, dtype=np.uint32)
 
@@ -301,8 +312,8 @@ class Machine:
             if mask is None:
                 return run(None)
             here = mask | (self.state == WARP) & (self.pc == self.at)
-            rows = here.reshape(-1, 32)
-            alive = (self.state != DONE).reshape(-1, 32)
+            rows = here.reshape(-1, size)
+            alive = (self.state != DONE).reshape(-1, size)
             if members is None:
                 named = alive
             else:
@@ -328,4 +339,5 @@ def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, 
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, seed).run()
 
 
-from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions
+# these register their instructions
+from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory, wgmma  # noqa: E402, F401

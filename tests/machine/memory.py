@@ -108,6 +108,9 @@ class Shared:
         self.size, self.cluster = -(-size // 16) * 16, cluster
         self.content = np.full(blocks * self.size, POISON, np.uint8)
         self.views = {w: self.content.view(word) for w, word in WORDS.items()}
+        # what threads have stored and no fence has shown to the asynchronous units
+        self.unshown = np.zeros(blocks * self.size, np.uint8)
+        self.unshown_views = {w: self.unshown.view(word) for w, word in WORDS.items()}
 
     def index(self, blocks: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
         """Of words of `width` bytes: `blocks` has the block that each access comes from."""
@@ -125,4 +128,15 @@ class Shared:
         return self.views[width][self.index(blocks, addresses, width)]
 
     def store(self, blocks, addresses, values):
-        self.views[values.dtype.itemsize][self.index(blocks, addresses, values.dtype.itemsize)] = values
+        width = values.dtype.itemsize
+        index = self.index(blocks, addresses, width)
+        self.views[width][index] = values
+        self.unshown_views[width][index] = 1
+
+    def show(self, blocks) -> None:
+        """To the asynchronous units, all that is in these blocks' memory."""
+        self.unshown.reshape(-1, self.size)[blocks] = 0
+
+    def hidden(self, blocks, addresses, width) -> bool:
+        """Whether anything there has not been shown."""
+        return bool(self.unshown_views[width][self.index(blocks, addresses, width)].any())
