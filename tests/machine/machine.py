@@ -7,7 +7,7 @@ nobody can go on, the launch has a deadlock, and says so.
 
 import numpy as np
 
-from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_of_the_process
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_at
 from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
 
 WORDS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -334,8 +334,9 @@ class Machine:
 
 
 def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, seed=None) -> None:
-    """Run a launch, which may touch these tensors, or all of the process; with a seed, warps in an order drawn with it."""
-    tensors = tensors_of_the_process() if tensors is None else tensors
+    """Run a launch, which may touch these tensors, or those that its parameters point to; with a seed, warps in an order
+    drawn with it."""
+    tensors = tensors_at(parameters) if tensors is None else tensors
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, seed).run()
 
 

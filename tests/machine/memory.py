@@ -37,8 +37,20 @@ def of_tensor(storage) -> Region | None:
     return Region(base, content, f"{size} bytes of a tensor")
 
 
+def tensors_at(parameters: bytes):
+    """Those that a word of the parameters points to, of all there are."""
+    words = np.frombuffer(parameters[: len(parameters) // 8 * 8], np.uint64)
+    for tensor in tensors_of_the_process():
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # wrappers have none
+            continue
+        base = storage.data_ptr()
+        if ((words >= base) & (words < base + storage.nbytes())).any():
+            yield tensor
+
+
 def tensors_of_the_process():
-    """All there are: of a kernel whose parameters are addresses nobody knows which it was meant for."""
     kinds = {}
     for thing in gc.get_objects():
         kind = type(thing)
