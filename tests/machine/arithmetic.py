@@ -11,6 +11,12 @@ def kind_of(i):
     return i.parts[-1]
 
 
+def only(i, modifiers: str):
+    """An instruction with any other modifiers than these before its type is not modelled."""
+    if unknown := set(i.parts[1:-1]) - set(modifiers.split()):
+        raise KeyError(".".join(sorted(unknown)))
+
+
 def unary(machine, i, compute, kind=None):
     kind = kind or kind_of(i)
     read, write = machine.reader(i.operands[1], kind), machine.writer(i.operands[0])
@@ -32,20 +38,31 @@ def flushed(x):
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
+def one_nan(x):
+    """Every NaN that fp32 arithmetic gives is the same: no payload survives (PTX ISA, "Floating Point Instructions")."""
+    bad = np.isnan(x)
+    return np.where(bad, NAN, x) if bad.any() else x
+
+
 def with_modifiers(i, compute):
-    """Of fp32: .ftz, which flushes what comes and what is given, and .sat."""
+    """Of fp32: .ftz, which flushes what comes and what is given, and .sat, whose zero has no sign and NaN is zero."""
     if "sat" in i.parts:
-        inner = compute
-        compute = lambda *given: np.fmin(np.fmax(inner(*given), np.float32(0)), np.float32(1))  # noqa: E731
+        inner = lambda *given: np.fmin(np.fmax(compute(*given), np.float32(0)) + np.float32(0), np.float32(1))  # noqa: E731
+    else:
+        inner = lambda *given: one_nan(compute(*given))  # noqa: E731
     if "ftz" in i.parts:
-        plain = compute
-        compute = lambda *given: flushed(plain(*map(flushed, given)))  # noqa: E731
-    return compute
+        return lambda *given: flushed(inner(*map(flushed, given)))
+    return inner
 
 
 def mode(i):
     """How an instruction rounds."""
-    return next((m for m in ("rn", "rz", "rm", "rp") if m in i.parts), "rn")
+    if "rm" in i.parts or "rp" in i.parts:
+        raise KeyError(i.name)
+    return "rz" if "rz" in i.parts else "rn"
 
 
 def packed(kind):
@@ -71,6 +88,14 @@ def on_halves(kind, compute):
 @instruction("add", "sub")
 def add(machine, i):
     kind, negative = kind_of(i), i.name.startswith("sub")
+    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat" if is_float(kind) else "sat")
+    if "sat" in i.parts and kind != "f32":
+        if kind != "s32":
+            raise KeyError(i.name)
+        whole = lambda a, b: a.astype(np.int64) - b if negative else a.astype(np.int64) + b  # noqa: E731
+        return nary(
+            machine, i, lambda a, b: np.clip(whole(a, b), -(1 << 31), (1 << 31) - 1).astype(np.int32), [kind] * 2
+        )
     if packed(kind):
         plain = on_halves(kind, (lambda a, b: odd_sum(a, -b)) if negative else odd_sum)
         return nary(machine, i, plain, [kind] * 2)
@@ -90,8 +115,7 @@ def high(a, b, kind):
     if bits < 64:
         whole = wide(kind)
         return (a.astype(whole) * b.astype(whole) >> whole(bits)).astype(TYPES[kind])
-    product = np.asarray(a).astype(object) * np.asarray(b).astype(object) >> 64
-    return product.astype(TYPES[kind])
+    return np.asarray(a.astype(object) * b.astype(object) >> 64).astype(TYPES[kind])
 
 
 def product(i, kind):
@@ -107,6 +131,7 @@ def product(i, kind):
 @instruction("mul")
 def mul(machine, i):
     kind = kind_of(i)
+    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat" if is_float(kind) else "lo hi wide")
     if packed(kind):
         return nary(machine, i, on_halves(kind, lambda a, b: a * b), [kind] * 2)
     if is_float(kind):
@@ -123,6 +148,7 @@ def mad(machine, i):
     kind = kind_of(i)
     if is_float(kind):
         return fma(machine, i)
+    only(i, "lo hi wide")
     multiply = product(i, kind)
     third = kind[0] + str(2 * int(kind[1:])) if "wide" in i.parts else kind
     return nary(machine, i, lambda a, b, c: multiply(a, b) + c, [kind, kind, third])
@@ -131,26 +157,33 @@ def mad(machine, i):
 @instruction("fma")
 def fma(machine, i):
     kind = kind_of(i)
+    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat")
     if packed(kind):
-        inner = on_halves(kind, fused)
-        if "relu" in i.parts:
-            raise KeyError("relu")
-        return nary(machine, i, inner, [kind] * 3)
+        return nary(machine, i, on_halves(kind, fused), [kind] * 3)
     if kind != "f32":
         raise KeyError(kind)
-    return nary(machine, i, with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c), mode(i))), [kind] * 3)
+    how = mode(i)
+    return nary(machine, i, with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c), how)), [kind] * 3)
 
 
 @instruction("div")
 def div(machine, i):
     kind = kind_of(i)
-    if is_float(kind):
-        if kind == "f32" and not {"rn", "full", "approx"} & set(i.parts):
-            raise KeyError(i.name)
-        return nary(
-            machine, i, with_modifiers(i, lambda a, b: a / b) if kind == "f32" else lambda a, b: a / b, [kind] * 2
-        )
-    return nary(machine, i, lambda a, b: truncated(a, b)[0], [kind] * 2)
+    only(i, {"f32": "rn full approx ftz", "f64": "rn"}.get(kind, ""))
+    if kind == "f64":
+        return nary(machine, i, lambda a, b: a / b, [kind] * 2)
+    if kind != "f32":
+        return nary(machine, i, lambda a, b: truncated(a, b)[0], [kind] * 2)
+    if not {"rn", "full", "approx"} & set(i.parts):
+        raise KeyError(i.name)
+
+    def compute(a, b):
+        quotient = a / b
+        if "approx" in i.parts:  # by a reciprocal that is zero where the divisor is beyond 2^126
+            quotient = np.where((np.abs(b) > np.float32(2.0**126)) & np.isfinite(b), a * np.float32(0), quotient)
+        return quotient
+
+    return nary(machine, i, with_modifiers(i, compute), [kind] * 2)
 
 
 @instruction("rem")
@@ -171,41 +204,36 @@ def truncated(a, b):
 @instruction("abs", "neg")
 def sign(machine, i):
     kind, negative = kind_of(i), i.name.startswith("neg")
+    only(i, "ftz" if kind == "f32" else "")
     if packed(kind):
         bits = np.uint32(0x80008000) if kind.endswith("x2") else np.uint16(0x8000)
         return unary(machine, i, (lambda a: a ^ bits) if negative else (lambda a: a & ~bits))
-    return unary(machine, i, (lambda a: -a) if negative else np.abs)
+    compute = (lambda a: -a) if negative else np.abs
+    return unary(machine, i, (lambda a: compute(flushed(a))) if "ftz" in i.parts else compute)
 
 
 @instruction("min", "max")
 def extreme(machine, i):
     kind, least = kind_of(i), i.name.startswith("min")
-    if "x2" in kind:
-        raise KeyError(kind)
-    if kind in ("f16", "bf16"):
-        pick = np.fmin if least else np.fmax
-        return nary(machine, i, on_halves(kind, pick), [kind] * 2)
+    # NaN gives way to a number, or to nothing with .NaN; -0 is below 0
+    pick = (np.minimum if least else np.maximum) if "NaN" in i.parts else (np.fmin if least else np.fmax)
+
+    def of_floats(a, b, *others):
+        zeros = (a == 0) & (b == 0)
+        signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
+        picked = np.where(zeros, np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), pick(a, b))
+        return of_floats(picked, *others) if others else picked
+
+    if packed(kind):
+        only(i, "NaN")
+        return nary(machine, i, on_halves(kind, of_floats), [kind] * 2)
     if is_float(kind):
-        # NaN gives way to a number, or to nothing with .NaN; -0 is below 0
-        pick = (np.minimum if least else np.maximum) if "NaN" in i.parts else (np.fmin if least else np.fmax)
-
-        def compute(*given):
-            a, b, *others = given
-            plain = pick(a, b)
-            zeros = (a == 0) & (b == 0)
-            signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
-            plain = np.where(zeros, np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), plain)
-            plain = np.where(np.isnan(plain), np.uint32(0x7FFFFFFF).view(np.float32), plain) if kind == "f32" else plain
-            return compute(plain, *others) if others else plain
-
-        if "xorsign" in i.parts:
-            raise KeyError(i.name)
-        return nary(
-            machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * (len(i.operands) - 1)
-        )
-    pick = np.minimum if least else np.maximum
-    compute = (lambda a, b: np.maximum(pick(a, b), 0).astype(a.dtype)) if "relu" in i.parts else pick
-    return nary(machine, i, compute, [kind] * 2)
+        only(i, "NaN ftz" if kind == "f32" else "")
+        compute = with_modifiers(i, of_floats) if kind == "f32" else of_floats
+        return nary(machine, i, compute, [kind] * (len(i.operands) - 1))
+    only(i, "relu" if kind == "s32" else "")
+    whole = np.minimum if least else np.maximum
+    return nary(machine, i, (lambda a, b: np.maximum(whole(a, b), 0)) if "relu" in i.parts else whole, [kind] * 2)
 
 
 def approximate(double):
@@ -221,6 +249,7 @@ FUNCTIONS = {
 
 @instruction(*FUNCTIONS)
 def function(machine, i):
+    only(i, "approx rn ftz" if i.parts[0] in ("rcp", "sqrt") else "approx ftz")
     if kind_of(i) != "f32":
         raise KeyError(i.name)
     return unary(machine, i, with_modifiers(i, approximate(FUNCTIONS[i.parts[0]])))
@@ -228,6 +257,7 @@ def function(machine, i):
 
 @instruction("and", "or", "xor")
 def logic(machine, i):
+    only(i, "")
     compute = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[i.parts[0]]
     return nary(machine, i, compute, [kind_of(i)] * 2)
 
@@ -241,6 +271,7 @@ def invert(machine, i):
 
 @instruction("shl", "shr")
 def shift(machine, i):
+    only(i, "")
     kind = kind_of(i)
     bits = int(kind[1:])
     left = i.parts[0] == "shl"
@@ -318,6 +349,7 @@ def insert(machine, i):
 
 @instruction("popc", "clz", "brev", "bfind")
 def counted(machine, i):
+    only(i, "shiftamt" if i.parts[0] == "bfind" else "")
     kind = kind_of(i)
     bits = int(kind[1:])
 
@@ -325,14 +357,17 @@ def counted(machine, i):
         return np.asarray(a).view(TYPES["u" + kind[1:]])[..., None] >> np.arange(bits, dtype=TYPES["u" + kind[1:]]) & 1
 
     def compute(a):
+        if kind[0] == "s":  # the first bit that is not the sign's
+            a = np.where(a < 0, ~a, a)
         ones = as_bits(a)
         if i.parts[0] == "popc":
             return ones.sum(-1).astype(np.uint32)
         highest = np.where(ones.any(-1), bits - 1 - ones[..., ::-1].argmax(-1), -1)
         if i.parts[0] == "clz":
             return (bits - 1 - highest).astype(np.uint32)
-        if i.parts[0] == "bfind" and kind[0] == "u":
-            return highest.astype(np.int64).astype(np.uint32)
+        if i.parts[0] == "bfind":
+            shift = "shiftamt" in i.parts
+            return np.where(shift & (highest >= 0), bits - 1 - highest, highest).astype(np.int64).astype(np.uint32)
         if i.parts[0] == "brev":
             places = np.arange(bits, dtype=TYPES["u" + kind[1:]])[::-1]
             return (ones << places).sum(-1).astype(TYPES["u" + kind[1:]])
@@ -393,6 +428,9 @@ UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "g
 def setp(machine, i):
     name, kind = i.parts[1], kind_of(i)
     form = kind if kind in ("f16", "bf16") else None
+    only(i, f"{name} and or xor" + " ftz" * (kind == "f32"))
+    if kind.endswith("x2"):
+        raise KeyError(i.name)
 
     def compare(a, b):
         if form:
@@ -418,9 +456,10 @@ def setp(machine, i):
     def run(mask):
         a, b = (read() for read in reads)
         held = compare(flushed(a), flushed(b)) if ftz else compare(a, b)
-        writes[0](held if combine is None else combine(held, other()), mask)
+        third = other() if join else None
+        writes[0](held if combine is None else combine(held, third), mask)
         if len(writes) > 1:
-            writes[1](~held if combine is None else combine(~held, other()), mask)
+            writes[1](~held if combine is None else combine(~held, third), mask)
 
     return run
 

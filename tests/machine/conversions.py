@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.machine.arithmetic import flushed
 from tests.machine.machine import TYPES, instruction
-from tests.machine.rounding import rounded, small_values, small_words, values16, words16
+from tests.machine.rounding import rounded, small_values, small_words, to_f32, values16, words16
 
 SMALL = {"e4m3x2": "e4m3", "e5m2x2": "e5m2", "e2m1x2": "e2m1"}
 INTEGERS = {f"{s}{b}" for s in "us" for b in (8, 16, 32, 64)}
@@ -40,9 +40,13 @@ def cvt(machine, i):
         if how in ("rni", "rzi", "rmi", "rpi"):
             whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how]
             return lambda mask: write(np.asarray(whole(read())).astype(TYPES[to]), mask)
-        if to == "f32" and source in ("s64", "u64", "f64"):
+        if to == "f32" and source in ("s64", "u64") and how == "rn":
             wide = machine.reader(i.operands[1], source)
             return lambda mask: write(np.asarray(wide()).astype(np.float32), mask)
+        if source in ("s64", "u64") or "sat" in i.parts:
+            raise KeyError(i.name)
+        if to == "f32" and how:
+            return lambda mask: write(to_f32(read(), how), mask)
         flush = flushed if "ftz" in i.parts else lambda x: x
         return lambda mask: write(flush(np.asarray(read()).astype(TYPES[to])), mask)
     if to in INTEGERS and source in ("f32", "f16", "bf16", "f64"):

@@ -34,7 +34,7 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes):
+    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors=None):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -55,7 +55,7 @@ class Machine:
                 self.symbols[v.name] = CONSTANT_WINDOW + len(constants)
                 constants += v.content.ljust(v.size, b"\0")
         self.parameters = parameters
-        self.memory = Memory(parameters, constants)
+        self.memory = Memory(parameters, constants, tensors)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
         self.registers = {}
         self.at = 0  # the instruction that is executed
@@ -236,7 +236,7 @@ class Machine:
             self.at = at
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
-            except Fault as error:
+            except (Fault, KeyError) as error:
                 raise Fault(f"line {self.kernel.instructions[at].line}: {self.names[at]}: {error}") from error
             at += 1
             if control is not None:
@@ -312,9 +312,9 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes) -> None:
-    """Run a launch."""
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters).run()
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None) -> None:
+    """Run a launch, which may access these tensors; of None all that there are."""
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors).run()
 
 
 from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions

@@ -38,11 +38,11 @@ def of_tensor(storage) -> Region | None:
 
 
 class Memory:
-    """The allocations of a launch: all tensors there are, and the launch's parameters and constants."""
+    """The allocations of a launch: all tensors there are, or those given, and the launch's parameters and constants."""
 
-    def __init__(self, parameters: bytes, constants: bytes):
+    def __init__(self, parameters: bytes, constants: bytes, tensors=None):
         found = {}
-        for thing in gc.get_objects():
+        for thing in gc.get_objects() if tensors is None else tensors:
             if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
                 try:
                     storage = thing.untyped_storage()
