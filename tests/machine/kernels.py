@@ -35,7 +35,7 @@ def launch(text: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, s
     """Run a kernel on arrays, which it may write."""
     tensors = [torch.from_numpy(a.reshape(-1).view(np.uint8)) for a in arrays]
     parameters = struct.pack(f"<{len(arrays)}Q", *(t.data_ptr() for t in tensors))
-    execute(parsed(text), (blocks,), threads, shared, parameters, tensors, **options)
+    execute(parsed(text), (blocks,), threads, shared, parameters, tensors=tensors, **options)
 
 
 def elementwise(instructions: str, dtype, *inputs, arch: str = "90a") -> np.ndarray:

@@ -20,6 +20,7 @@ from tests.machine.parse import parse
 
 TARGETS = {80: "80", 90: "90a", 100: "100a", 103: "103a", 120: "120f"}
 FORMATS = {"f32": "f", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "b8": "B", "b16": "H", "b32": "I", "b64": "Q"}
+OPTIONS: dict = {}  # of machine.execute
 LAUNCHED: list[str] = []  # the names of the kernels that ran
 
 
@@ -54,7 +55,7 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
         parameters = parameters.ljust(at, b"\0") + struct.pack("<" + FORMATS[kind], value)
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError(f"{found.name} wants scratch memory")
-    execute(found, grid, found.threads, compiled.metadata.shared, parameters)
+    execute(found, grid, found.threads, compiled.metadata.shared, parameters, **OPTIONS)
 
 
 @functools.lru_cache(256)
@@ -64,7 +65,7 @@ def parsed(ptx: str):
 
 def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes) -> None:
     LAUNCHED.append(kernel)
-    execute(parsed(cuda_ptx(op, TARGETS[arch]))[kernel], grid, threads, shared, parameters)
+    execute(parsed(cuda_ptx(op, TARGETS[arch]))[kernel], grid, threads, shared, parameters, **OPTIONS)
 
 
 @functools.lru_cache

@@ -88,7 +88,10 @@ class Memory:
         for region, mine, index in self.places(addresses, width):
             if not region.writable:
                 raise Fault(f"a store to {region.name}")
-            region.views[width][index] = values[mine]
+            view, mine = region.views[width], values[mine]
+            view[index] = mine
+            if (view[index] != mine).any():
+                raise Fault(f"a place in {region.name} that threads write different values to at once")
 
 
 class Shared:
@@ -98,6 +101,7 @@ class Shared:
         self.size, self.cluster = -(-size // 16) * 16, cluster
         self.content = np.full(blocks * self.size, POISON, np.uint8)
         self.views = {w: self.content.view(word) for w, word in WORDS.items()}
+        self.races = None
 
     def index(self, blocks: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
         """Of words of `width` bytes: `blocks` has the block that each access comes from."""
@@ -111,8 +115,28 @@ class Shared:
             raise Fault(f"a block of rank {int(remote.max()) - 1} in a cluster of {self.cluster}")
         return (block * self.size + offset) // width
 
-    def load(self, blocks, addresses, width):
-        return self.views[width][self.index(blocks, addresses, width)]
+    def load(self, blocks, addresses, width, lanes=None, lasting=True):
+        """What lies there; of accesses by lanes hazards are found, except of another block's memory. One that does not last
+        has no effect on what comes later."""
+        index = self.index(blocks, addresses, width)
+        if self.followed(addresses, lanes):
+            self.races.read(index.ravel() * width, width, np.broadcast_to(lanes, index.shape).ravel(), lasting)
+        return self.views[width][index]
 
-    def store(self, blocks, addresses, values):
-        self.views[values.dtype.itemsize][self.index(blocks, addresses, values.dtype.itemsize)] = values
+    def store(self, blocks, addresses, values, lanes=None):
+        width = values.dtype.itemsize
+        index, view = self.index(blocks, addresses, width), self.views[width]
+        if self.followed(addresses, lanes):
+            lanes = np.broadcast_to(lanes, index.shape).ravel()
+            self.races.write(index.ravel() * width, width, lanes, (view[index] != values).ravel())
+        view[index] = values
+        if (view[index] != values).any():
+            raise Fault("a place in shared memory that threads write different values to at once")
+
+    def change(self, blocks, addresses, width, lanes):
+        """Lanes are to load, or to store, as atomic instructions do."""
+        if self.followed(addresses, lanes):
+            self.races.change(self.index(blocks, addresses, width) * width, width, lanes)
+
+    def followed(self, addresses, lanes):
+        return self.races is not None and lanes is not None and not (addresses >> addresses.dtype.type(REMOTE)).any()

@@ -88,8 +88,9 @@ def address_size(i, space):
     return 4 if space == "shared" else 8
 
 
-def shared_or_global(machine, space, addresses, chosen, width, values=None):
-    """Load from addresses, or store values there; of generic addresses each to its own space."""
+def shared_or_global(machine, space, addresses, chosen, width, values=None, strong=False):
+    """Load from addresses, or store values there; of generic addresses each to its own space. strong: with an order of its own,
+    so that there is no hazard among such accesses."""
     if space is None:
         inside = (addresses >= np.uint64(SHARED_WINDOW)) & (addresses < np.uint64(PARAMETER_WINDOW))
         if inside.any() and not inside.all():
@@ -98,9 +99,12 @@ def shared_or_global(machine, space, addresses, chosen, width, values=None):
         if space == "shared":
             addresses = addresses - np.uint64(SHARED_WINDOW)
     if space == "shared":
+        lanes = None if strong else chosen
+        if strong and values is not None:
+            machine.shared.change(machine.block[chosen], addresses, width, chosen)
         if values is None:
-            return machine.shared.load(machine.block[chosen], addresses, width)
-        return machine.shared.store(machine.block[chosen], addresses, values)
+            return machine.shared.load(machine.block[chosen], addresses, width, lanes)
+        return machine.shared.store(machine.block[chosen], addresses, values, lanes)
     if values is None:
         return machine.memory.load(addresses, width)
     return machine.memory.store(addresses, values)
@@ -108,6 +112,10 @@ def shared_or_global(machine, space, addresses, chosen, width, values=None):
 
 def vector(i):
     return next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
+
+
+def is_strong(i):
+    return bool({"volatile", "relaxed", "acquire", "release", "mmio"} & set(i.parts))
 
 
 def check_alignment(addresses, width):
@@ -145,6 +153,7 @@ def load(machine, i):
         inner = machine.address(at, address_size(i, space))
     if space == "const":
         space = "global"
+    strong = is_strong(i)
 
     def run(mask):
         addresses = inner()
@@ -153,9 +162,8 @@ def load(machine, i):
         if count > 1:
             check_alignment(mine, width * count)
         for k, write in enumerate(writes):
-            values = shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width).view(
-                TYPES[kind]
-            )
+            at = mine + mine.dtype.type(k * width)
+            values = shared_or_global(machine, space, at, chosen, width, strong=strong).view(TYPES[kind])
             write(machine.spread(chosen, values), mask)
 
     return run
@@ -169,7 +177,7 @@ def store(machine, i):
     reads = [machine.reader(s, f"u{8 * width}") for s in sources]
     if len(reads) != count:
         raise KeyError(i.name)
-    space = space_of(i)
+    space, strong = space_of(i), is_strong(i)
     address = machine.address(i.operands[0], address_size(i, space))
 
     def run(mask):
@@ -179,7 +187,7 @@ def store(machine, i):
             check_alignment(mine, width * count)
         for k, read in enumerate(reads):
             values = machine.full(read())[chosen]
-            shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width, values)
+            shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width, values, strong)
 
     return run
 
@@ -211,13 +219,14 @@ def atomic(machine, i):
         before = np.empty(len(chosen), TYPES[kind])
         for k in range(len(chosen)):
             place, lane = addresses[k : k + 1], chosen[k : k + 1]
-            old = shared_or_global(machine, space, place, lane, width).view(TYPES[kind])
+            old = shared_or_global(machine, space, place, lane, width, strong=True).view(TYPES[kind])
             before[k] = old[0]
             if what == "cas":
                 new = given[1][k] if old[0] == given[0][k] else old[0]
             else:
                 new = ATOMICS[what](old[0], given[0][k])
-            shared_or_global(machine, space, place, lane, width, np.array([new], TYPES[kind]).view(WORDS[width]))
+            new = np.array([new], TYPES[kind]).view(WORDS[width])
+            shared_or_global(machine, space, place, lane, width, new, strong=True)
         if write:
             write(machine.spread(chosen, before), mask)
 
@@ -260,6 +269,9 @@ def copy(machine, i):
         if len(wanted) and (wanted.max() > size or wanted.min() < 0):
             raise Fault(f"cp.async of {wanted.max()} of {size} bytes")
         check_alignment(sources[wanted > 0], size)
+        if races := machine.shared.races:  # from now on it may be written
+            at = machine.shared.index(machine.block[chosen], targets, size) * size
+            races.write(at, size, chosen, lasting=False)
         machine.copies.append([chosen, machine.copy_groups[chosen].copy(), targets, sources, wanted, size])
 
     return run
@@ -293,7 +305,7 @@ def carry(machine, lanes, targets, sources, wanted, size):
                 values[part] |= np.uint32(
                     machine.memory.load(sources[part : part + 1] + np.uint64(at + k), 1)[0]
                 ) << np.uint32(8 * k)
-        machine.shared.store(machine.block[lanes], targets + np.uint32(at), values)
+        machine.shared.store(machine.block[lanes], targets + np.uint32(at), values, lanes)
 
 
 @instruction("ldmatrix")
@@ -315,7 +327,7 @@ def ldmatrix(machine, i):
             check_alignment(first, 16)
             at = first[:, :, None] + np.arange(0, 16, 2, dtype=np.uint32)
             blocks = np.broadcast_to(machine.block[warps[:, :1, None]], at.shape)
-            matrix = machine.shared.load(blocks, at, 2).astype(np.uint32)  # [warp, row, column]
+            matrix = machine.shared.load(blocks, at, 2, warps[:, :1, None]).astype(np.uint32)  # [warp, row, column]
             if transposed:
                 matrix = matrix.swapaxes(1, 2)
             words = matrix[:, :, 0::2] | matrix[:, :, 1::2] << np.uint32(16)
@@ -350,7 +362,10 @@ def stmatrix(machine, i):
                 matrix = matrix.swapaxes(1, 2)
             at = first[:, :, None] + np.arange(0, 16, 2, dtype=np.uint32)
             machine.shared.store(
-                np.broadcast_to(machine.block[warps[:, :1, None]], at.shape), at, np.ascontiguousarray(matrix)
+                np.broadcast_to(machine.block[warps[:, :1, None]], at.shape),
+                at,
+                np.ascontiguousarray(matrix),
+                warps[:, :1, None],
             )
 
     return machine.warpwide(None, run)
@@ -525,7 +540,7 @@ def bar(machine, i):
     if "cluster" in i.parts:
         return cluster_barrier(machine, i)
     if i.parts[1] == "warp":
-        return machine.warpwide(machine.reader(i.operands[0], "u32"), lambda mask: None)
+        return machine.warpwide(machine.reader(i.operands[0], "u32"), lambda mask: warps_met(machine, mask))
     if i.parts[1] not in ("sync", "cta") or "red" in i.parts or "arrive" in i.parts:
         raise KeyError(i.name)
     number = machine.reader(i.operands[0], "u32")
@@ -534,6 +549,8 @@ def bar(machine, i):
     def run(mask):
         numbers, counts = machine.full(number()), machine.full(count())
         if mask is None and (numbers == numbers[0]).all() and ((counts == 0) | (counts == machine.threads)).all():
+            if machine.shared.races:
+                machine.shared.races.all_met()
             return None
         chosen = machine.chosen(mask)
         machine.state[chosen] = BARRIER
@@ -542,6 +559,11 @@ def bar(machine, i):
         return "barrier", None
 
     return run
+
+
+def warps_met(machine, mask):
+    if machine.shared.races:
+        machine.shared.races.met_in_warps(machine.chosen(mask))
 
 
 def cluster_barrier(machine, i):
@@ -562,6 +584,8 @@ def cluster_barrier(machine, i):
         ready = np.repeat(seen.reshape(-1, lanes).min(1), lanes) >= machine.arrivals
         here = np.ones(machine.lanes, bool) if mask is None else mask
         stay = here & ~ready
+        if machine.shared.races:
+            machine.shared.races.came_after_all(np.flatnonzero(here & ready))
         if not stay.any():
             return None
         machine.state[stay] = CLUSTER

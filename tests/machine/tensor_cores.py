@@ -261,7 +261,7 @@ def matrix(machine, lanes, descriptors, rows, k, size, form, turned):
     if span > 16:  # bits 4.. are mixed with those from bit 7 on
         at = at ^ (at >> 7 & span // 16 - 1) << 4
     blocks = np.broadcast_to(machine.block[lanes].reshape(shape), at.shape)
-    words = machine.shared.load(blocks, at, size)
+    words = machine.shared.load(blocks, at, size, lanes.reshape(shape))
     if size == 2:
         return values16(words, form)
     if size == 4:
