@@ -55,7 +55,8 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
         parameters = parameters.ljust(at, b"\0") + struct.pack("<" + FORMATS[kind], value)
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError(f"{found.name} wants scratch memory")
-    execute(found, grid, found.threads, compiled.metadata.shared, parameters, **OPTIONS)
+    tensors = [value for value in taken if isinstance(value, torch.Tensor)]
+    execute(found, grid, found.threads, compiled.metadata.shared, parameters, tensors, **OPTIONS)
 
 
 @functools.lru_cache(256)

@@ -7,7 +7,7 @@ nobody can go on, the launch has a deadlock, and says so.
 
 import numpy as np
 
-from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_of_the_process
 from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
 from tests.machine.races import Races
 
@@ -42,7 +42,7 @@ class Machine:
         threads: int,
         dynamic_shared: int,
         parameters: bytes,
-        tensors=None,
+        tensors,
         races=True,
         order=None,
     ):
@@ -66,7 +66,7 @@ class Machine:
                 self.symbols[v.name] = CONSTANT_WINDOW + len(constants)
                 constants += v.content.ljust(v.size, b"\0")
         self.parameters = parameters
-        self.memory = Memory(parameters, constants, tensors)
+        self.memory = Memory(tensors, parameters, constants)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
         if races and self.shared.size:
             self.shared.races = Races(self, self.shared.content.size, narrowest(kernel))
@@ -139,7 +139,7 @@ class Machine:
         size = np.dtype(dtype).itemsize
         if dtype is np.bool_:
             return np.array(bool(operand.value))
-        if operand.width == 0 and np.issubdtype(dtype, np.floating):
+        if operand.width == 0 and np.dtype(dtype).kind == "f":
             raise Fault("an integer where a floating-point constant belongs")
         bits = operand.value & (1 << 8 * size) - 1
         if operand.width == 8 and size == 4:  # fp64's form of an fp32 constant
@@ -168,7 +168,7 @@ class Machine:
             if value.dtype != word:
                 if size and value.dtype.itemsize == size:
                     value = value.view(word)
-                elif size and np.issubdtype(value.dtype, np.signedinteger):
+                elif size and value.dtype.kind == "i":
                     value = value.astype(f"i{size}").view(word)
                 else:
                     value = value.astype(word)
@@ -372,10 +372,11 @@ def narrowest(kernel):
     return min(widths)
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, **options) -> None:
-    """Run a launch. tensors: those that it may access, of None all there are; races: whether to look for hazards in shared
-    memory (races.py); order: in which lanes go on that parted ways (Machine.next)."""
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, **options).run()
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
+    """Run a launch, which may touch these tensors, or all of the process. races: whether to look for hazards in shared memory
+    (races.py); order: in which those go on that parted ways (Machine.next)."""
+    tensors = tensors_of_the_process() if tensors is None else tensors
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 
 
 from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions

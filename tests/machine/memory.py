@@ -37,19 +37,25 @@ def of_tensor(storage) -> Region | None:
     return Region(base, content, f"{size} bytes of a tensor")
 
 
-class Memory:
-    """The allocations of a launch: all tensors there are, or those given, and the launch's parameters and constants."""
+def tensors_of_the_process():
+    """All there are: of a kernel whose parameters are addresses nobody knows which it was meant for."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            yield thing
 
-    def __init__(self, parameters: bytes, constants: bytes, tensors=None):
+
+class Memory:
+    """What a launch may touch: tensors, its parameters and constants."""
+
+    def __init__(self, tensors, parameters: bytes, constants: bytes):
         found = {}
-        for thing in gc.get_objects() if tensors is None else tensors:
-            if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
-                try:
-                    storage = thing.untyped_storage()
-                except (NotImplementedError, RuntimeError):  # wrappers have none
-                    continue
-                if storage.data_ptr() not in found and (region := of_tensor(storage)):
-                    found[region.base] = region
+        for tensor in tensors:
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # wrappers have none
+                continue
+            if storage.data_ptr() not in found and (region := of_tensor(storage)):
+                found[region.base] = region
         for base, content, name in (
             (PARAMETER_WINDOW, parameters, "the parameters"),
             (CONSTANT_WINDOW, constants, "the constants"),
