@@ -348,6 +348,8 @@ class Machine:
                 named = alive
             else:
                 each = self.full(members()).reshape(-1, 32, 1) >> bits & np.uint32(1) != 0
+                if not each[:, range(32), range(32)][rows].all():
+                    raise Fault("a lane that its own member mask leaves out")
                 named = (each & rows[:, :, None]).any(1) & alive
             whole = (rows | ~named).all(1)
             may = (rows & whole[:, None]).reshape(-1)

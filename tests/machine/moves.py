@@ -6,6 +6,7 @@ from tests.machine.machine import BARRIER, CLUSTER, TYPES, WORDS, instruction
 from tests.machine.memory import PARAMETER_WINDOW, SHARED_WINDOW, Fault
 from tests.machine.parse import Register, Symbol, Vector
 
+UNDEFINED = np.uint32(0xBADC0DE5)
 SPACES = ("global", "shared", "param", "local", "const")
 
 
@@ -175,7 +176,7 @@ def store(machine, i):
     width = np.dtype(TYPES[kind]).itemsize
     sources = i.operands[1].parts if isinstance(i.operands[1], Vector) else (i.operands[1],)
     reads = [machine.reader(s, f"u{8 * width}") for s in sources]
-    if len(reads) != count:
+    if len(reads) != count or {"async", "bulk"} & set(i.parts):
         raise KeyError(i.name)
     space, strong = space_of(i), is_strong(i)
     address = machine.address(i.operands[0], address_size(i, space))
@@ -195,6 +196,8 @@ def store(machine, i):
 ATOMICS = {
     "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x, "or": lambda old, x: old | x,
     "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
+    "inc": lambda old, x: old * 0 if old >= x else old + old.dtype.type(1),
+    "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
 }  # fmt: skip
 
 
@@ -203,8 +206,8 @@ def atomic(machine, i):
     """One lane after the other."""
     kind, gives = i.parts[-1], i.parts[0] == "atom"
     width = np.dtype(TYPES[kind]).itemsize
-    what = next(p for p in i.parts[1:] if p in (*ATOMICS, "cas"))
-    if kind in ("f16", "bf16", "f16x2", "bf16x2") or vector(i) > 1:
+    what = next((p for p in i.parts[1:] if p in (*ATOMICS, "cas")), None)
+    if what is None or {"async", "bulk"} & set(i.parts) or kind in ("f16", "bf16", "f16x2", "bf16x2") or vector(i) > 1:
         raise KeyError(i.name)
     operands = list(i.operands)
     write = machine.writer(operands.pop(0)) if gives else None
@@ -251,7 +254,7 @@ def copy(machine, i):
         return bulk(machine, i)
     to, source = machine.address(i.operands[0], 4), machine.address(i.operands[1])
     size = i.operands[2].value
-    rest = i.operands[3:]
+    rest = i.operands[3 : -1 if "L2::cache_hint" in i.parts else None]
     ignore = (
         machine.reader(rest[0], "pred")
         if rest and isinstance(rest[0], Register) and machine.width(rest[0].name) == 0
@@ -316,7 +319,8 @@ def ldmatrix(machine, i):
     if "m8n8" not in i.parts or i.parts[-1] != "b16":
         raise KeyError(i.name)
     address = machine.address(i.operands[1], 4)
-    writes = [machine.writer(p) for p in i.operands[0].parts]
+    target = i.operands[0]
+    writes = [machine.writer(p) for p in (target.parts if isinstance(target, Vector) else (target,))]
 
     def run(mask):
         chosen = machine.chosen(mask)
@@ -377,6 +381,8 @@ def stmatrix(machine, i):
 @instruction("shfl")
 def shuffle(machine, i):
     how = i.parts[2]
+    if how not in ("up", "down", "bfly", "idx") or i.parts[-1] != "b32":
+        raise KeyError(i.name)
     source, amount, clamp = (machine.reader(o, "u32") for o in i.operands[1:4])
     members = machine.reader(i.operands[4], "u32")
     target = i.operands[0]
@@ -399,14 +405,13 @@ def shuffle(machine, i):
         elif how == "bfly":
             at = lane ^ b
             inside = at <= most
-        elif how == "idx":
+        else:
             at = least | b & ~segment
             inside = at <= most
-        else:
-            raise KeyError(how)
         at = np.where(inside, at, lane)
-        values = machine.full(source())
-        writes[0](values[machine.lane - lane + at], mask)
+        # of a lane that is not here, or no member, comes nothing that is defined
+        given = ballot(machine, np.ones(machine.lanes, bool), mask, members()) >> at.astype(np.uint32) & 1 != 0
+        writes[0](np.where(given, machine.full(source())[machine.lane - lane + at], UNDEFINED), mask)
         if len(writes) > 1:
             writes[1](inside, mask)
 
@@ -444,28 +449,26 @@ def redux(machine, i):
     return machine.warpwide(members, run)
 
 
-@instruction("vote", "match")
+def ballot(machine, held, mask, members):
+    """The bits of a warp's lanes that are here, hold and are among the members that each lane names."""
+    here = np.zeros(machine.lanes, bool)
+    here[machine.chosen(mask)] = True
+    bits = ((held & here).reshape(-1, 32).astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
+    return np.repeat(bits, 32) & members
+
+
+@instruction("vote")
 def vote(machine, i):
-    if i.parts[0] == "match":
+    how = i.parts[2]
+    if how not in ("ballot", "any", "all"):
         raise KeyError(i.name)
-    how, negated = i.parts[2], False
     read, write = machine.reader(i.operands[1], "pred"), machine.writer(i.operands[0])
     members = machine.reader(i.operands[2], "u32")
-    del negated
 
     def run(mask):
-        here = np.zeros(machine.lanes, bool)
-        here[machine.chosen(mask)] = True
-        held = (machine.full(read()) & here).reshape(-1, 32)
-        if how == "ballot":
-            bits = (held.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
-            write(np.repeat(bits, 32), mask)
-        elif how == "any":
-            write(np.repeat(held.any(1), 32), mask)
-        elif how == "all":
-            write(np.repeat((held | ~here.reshape(-1, 32)).all(1), 32), mask)
-        else:
-            raise KeyError(how)
+        held = machine.full(read())
+        bits = ballot(machine, held ^ (how == "all"), mask, members())  # all hold of whom none does not
+        write(bits if how == "ballot" else (bits != 0) ^ (how == "all"), mask)
 
     return machine.warpwide(members, run)
 
@@ -476,11 +479,11 @@ def elect(machine, i):
     members = machine.reader(i.operands[1], "u32")
 
     def run(mask):
-        here = np.zeros(machine.lanes, bool)
-        here[machine.chosen(mask)] = True
-        first = here.reshape(-1, 32).argmax(1)
-        write[0](np.repeat(first, 32).astype(np.uint32), mask)
-        write[1]((machine.lane % 32 == np.repeat(first, 32)) & here, mask)
+        bits = ballot(machine, np.ones(machine.lanes, bool), mask, members())
+        lowest = bits & -bits
+        first = np.log2(np.maximum(lowest, 1)).astype(np.uint32)
+        write[0](first, mask)
+        write[1](machine.lane % 32 == first, mask)
 
     return machine.warpwide(members, run)
 

@@ -1,17 +1,19 @@
 """Hazards in shared memory: two threads of a block touch a place, one of them writes, and nothing orders the two.
 
-Time is a number that every barrier raises. For each word there is who wrote last and when, and the last two warps that read it;
-for each warp there is how much of every other warp's time it has come after (a vector clock), which the barriers raise:
-bar.sync joins those who took part, bar.warp.sync the lanes of a warp. Waits on an mbarrier or for a cluster order whoever waited
-after everything so far, so that nothing is reported that may be right. Writes of what is there already harm nobody.
-Accesses of other blocks of a cluster, and of units that are no thread, are not followed.
+Time is a number that every barrier raises. For each word there is who wrote last and when, and the last two warps that read
+it; for each warp there is how much of every other warp's time it has come after (a vector clock), which the barriers raise:
+bar.sync joins those who took part, bar.warp.sync the lanes of a warp. Who waits at an mbarrier or for a cluster comes after
+everything so far, so that nothing is reported that may be right. Writes of what is there already harm nobody. Accesses to
+other blocks of a cluster, and of units that are no thread, are not followed.
 """
 
 import numpy as np
 
 from tests.machine.memory import Fault
 
-THREAD = 10  # bits of an access's record below its time: the thread in its block
+# An access's record: its time, whether other lanes of its warp did the same at once, the thread in its block
+THREAD, TOGETHER, TIME = (1 << 10) - 1, 1 << 10, 11
+LAST = 1 << 20
 
 
 class Races:
@@ -24,22 +26,30 @@ class Races:
             (machine.blocks * warps, warps), np.int32
         )  # what a warp has come after of each in its block
         self.synced = np.ones(lanes, np.int32)  # when a lane last met the others of its warp
-        self.floor = np.full(lanes, 1 << THREAD, np.int32)  # all before this a lane has come after
+        self.floor = np.full(lanes, 1 << TIME, np.int32)  # all before this a lane has come after
         self.writes, self.reads, self.others, self.atomics = (np.zeros(size // word, np.int32) for _ in range(4))
         self.atomic = False
 
     # Order
 
+    def later(self):
+        self.now += 1
+        if self.now == LAST:  # what is known does not fit any longer
+            for records in (self.writes, self.reads, self.others, self.atomics):
+                records[:] = 0
+            self.now = 1
+            self.all_met()
+
     def all_met(self):
         """A barrier of all threads of every block."""
-        self.now += 1
+        self.later()
         self.seen[:] = self.synced[:] = self.now
-        self.floor[:] = self.now << THREAD
+        self.floor[:] = self.now << TIME
 
     def met(self, lanes):
         """A barrier that some lanes took part in, the blocks each for themselves."""
         m = self.machine
-        self.now += 1
+        self.later()
         took = lanes.reshape(-1, 32).any(1).reshape(m.blocks, -1)
         which = took.any(1)
         took = took[which]
@@ -48,19 +58,22 @@ class Races:
         joined = np.where(took, self.now, joined)
         seen[which] = np.where(took[:, :, None], joined[:, None, :], seen[which])
         self.synced[lanes] = self.now
-        self.floor[:] = np.repeat(self.seen.min(1), 32) << THREAD
+        self.floor[:] = np.repeat(self.seen.min(1), 32) << TIME
 
     def met_in_warps(self, lanes):
-        self.now += 1
+        self.later()
         self.synced[lanes] = self.now
 
     def came_after_all(self, lanes):
-        self.now += 1
+        self.later()
         self.synced[lanes] = self.now
         self.seen[np.unique(lanes // 32)] = self.now
-        self.floor[lanes] = self.now << THREAD
+        self.floor[lanes] = self.now << TIME
 
     # Accesses
+
+    def records(self, lanes):
+        return self.thread[lanes] + np.int32(self.now << TIME)
 
     def words(self, at, width, lanes):
         """The words of accesses at these bytes, and the lane of each."""
@@ -70,16 +83,16 @@ class Races:
         return (at[:, None] // self.word + parts).ravel(), np.repeat(lanes, len(parts))
 
     def check(self, records, words, lanes, what, among=None):
-        suspect = (records >= self.floor[lanes]) & ((records ^ self.thread[lanes]) & (1 << THREAD) - 1 != 0)
+        suspect = (records >= self.floor[lanes]) & ((records ^ self.thread[lanes]) & THREAD != 0)
         if among is not None:
             suspect &= among
         if not suspect.any():
             return
         k = np.flatnonzero(suspect)
-        time, other, lane = records[k] >> THREAD, records[k] & (1 << THREAD) - 1, lanes[k]
+        time, other, lane = records[k] >> TIME, records[k] & THREAD, lanes[k]
         inside = other >> 5 == self.thread[lane] >> 5
         after = np.where(inside, self.synced[lane], self.seen[lane // 32, other >> 5])
-        if (bad := np.flatnonzero(time >= after)).size:
+        if (bad := np.flatnonzero((time >= after) & ~(inside & (records[k] & TOGETHER != 0)))).size:
             n = bad[0]
             address = int(words[k[n]]) * self.word % self.machine.shared.size
             raise Fault(
@@ -94,15 +107,13 @@ class Races:
             self.check(self.atomics[words], words, lanes, "reads what was changed")
         if not lasting:
             return
-        records = self.thread[lanes] + np.int32(self.now << THREAD)
-        old = self.reads[words]
-        # another warp's that still counts
-        moved = ((old ^ records) & (1 << THREAD) - 1) >> 5 != 0
-        moved &= old >= self.floor[lanes]
+        records, old = self.records(lanes), self.reads[words]
+        moved = ((old ^ records) & THREAD) >> 5 != 0  # another warp's
+        moved &= old >= self.floor[lanes]  # that still counts
         if moved.any():
             self.others[words[moved]] = old[moved]
         self.reads[words] = records
-        lost = ((self.reads[words] ^ records) & (1 << THREAD) - 1) >> 5 != 0
+        lost = ((self.reads[words] ^ records) & THREAD) >> 5 != 0  # to another warp that reads it just now
         if lost.any():
             self.others[words[lost]] = records[lost]
 
@@ -119,9 +130,12 @@ class Races:
         if not lasting:
             return
         if changed is not None and not changed.all():  # a value that is there already remains the first writer's
-            mine = changed | (self.writes[words] < self.floor[lanes])
-            words, lanes = words[mine], lanes[mine]
-        self.writes[words] = self.thread[lanes] + np.int32(self.now << THREAD)
+            words, lanes = words[changed], lanes[changed]
+        records = self.records(lanes)
+        self.writes[words] = records
+        lost = self.writes[words] != records
+        if lost.any():
+            self.writes[words[lost]] |= TOGETHER
 
     def change(self, at, width, lanes):
         """An atomic instruction, or a load or store that is: among them there is no hazard."""
@@ -130,4 +144,4 @@ class Races:
         self.check(self.writes[words], words, lanes, "changes what was written")
         self.check(self.reads[words], words, lanes, "changes what was read")
         self.check(self.others[words], words, lanes, "changes what was read")
-        self.atomics[words] = self.thread[lanes] + np.int32(self.now << THREAD)
+        self.atomics[words] = self.records(lanes)

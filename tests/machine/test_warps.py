@@ -16,10 +16,10 @@ def test_shuffles(mode, width):
     """As CUDA words them: segments of `width` lanes, and a lane that would read beyond its segment reads itself."""
     values = NOISE.integers(0, 1 << 32, 128, np.uint32)
     clamp = (32 - width) << 8 | (0 if mode == "up" else 31)
-    for amount in (0, 1, 2, 3, 7, 15, 16, 31, 33):
-        text = f"shfl.sync.{mode}.b32 d|%p1, a, {amount}, {clamp}, 0xffffffff;"
-        got = elementwise(text, np.uint32, values)
-        inside = elementwise(f"{text} selp.b32 d, 1, 0, %p1;", np.uint32, values)
+    for amount in (0, 1, 3, 16, 31, 33):
+        text = f"shfl.sync.{mode}.b32 %r9|%p1, a, {amount}, {clamp}, 0xffffffff; selp.b32 %r8, 1, 0, %p1;"
+        both = elementwise(f"{text} mov.b64 d, {{%r9, %r8}};", np.uint64, values)
+        got, inside = both & 0xFFFFFFFF, both >> 32
         for lane in range(128):
             n = amount & 31
             start = lane // width * width
@@ -66,9 +66,10 @@ def test_votes():
         ):
             text = f"setp.ne.u32 %p1, a, 0; vote.sync.{name}.pred %p2, %p1, b; selp.b32 d, 1, 0, %p2;"
             assert elementwise(text, np.uint32, a, members).tolist() == held
-        ones = np.where(LANE % 16 == 3, 0, 1).astype(np.uint32) * 0 + (LANE >= 64)  # of two warps all
         text = "setp.ne.u32 %p1, a, 0; vote.sync.all.pred %p2, !%p1, b; selp.b32 d, 1, 0, %p2;"
-        assert elementwise(text, np.uint32, ones.astype(np.uint32), members).tolist() == (LANE < 64).tolist()
+        last = (LANE // 16 == 7).astype(np.uint32)
+        none = np.where(members == 0xFFFFFFFF, LANE < 96, LANE // 16 < 7)
+        assert elementwise(text, np.uint32, last, members).tolist() == none.tolist()
         elected = elementwise("elect.sync d|%p1, b; @!%p1 mov.b32 d, 99;", np.uint32, a, members)
         first = np.where(members == 0xFFFFFFFF, 0, np.where(LANE % 32 < 16, 0, 16))
         assert elected.tolist() == np.where(LANE % 32 == first, first, 99).tolist()
@@ -133,9 +134,8 @@ def test_ldmatrix_and_stmatrix(count, turned):
             assert words[lane, k] == int(low) | int(high) << 16
 
 
-# name: (k, bits of an element, torch's type, rows and columns of element i of A in lane (g, t), of B, as the ISA's figures have them)
 def a_place(per, g, t, i):
-    """Element i of a lane's A: rows g and g + 8 by turns of a register, columns of the upper half from the third register on."""
+    """Element i of A in lane 4g + t: rows g and g + 8 by turns, columns of the upper half from the third register on."""
     return g + 8 * (i // per % 2), per * t + i % per + 4 * per * (i // per // 2)
 
 
@@ -209,7 +209,7 @@ def products(name, left, right, sums, scales=(), arch="90a", selectors=()):
 
 @pytest.mark.parametrize("pair", (0, 1))
 def test_mma_of_fp4_with_scales(pair):
-    """NVFP4: 16 elements a scale; the scales of rows g and g + 8 in lanes 2 pair and 2 pair + 1 of the quad, of column g in one."""
+    """NVFP4, 16 elements a scale: those of rows g and g + 8 in lanes 2 pair and 2 pair + 1 of the quad, of column g in one."""
     table = np.float64([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
     a, b = NOISE.integers(0, 16, (16, 64)), NOISE.integers(0, 16, (64, 8))
     a_scale, b_scale = NOISE.integers(0x30, 0x50, (16, 4)), NOISE.integers(0x30, 0x50, (4, 8))
