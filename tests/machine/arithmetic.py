@@ -11,12 +11,6 @@ def kind_of(i):
     return i.parts[-1]
 
 
-def only(i, modifiers: str):
-    """An instruction with any other modifiers than these before its type is not modelled."""
-    if unknown := set(i.parts[1:-1]) - set(modifiers.split()):
-        raise KeyError(".".join(sorted(unknown)))
-
-
 def unary(machine, i, compute, kind=None):
     kind = kind or kind_of(i)
     read, write = machine.reader(i.operands[1], kind), machine.writer(i.operands[0])
@@ -60,9 +54,7 @@ def with_modifiers(i, compute):
 
 def mode(i):
     """How an instruction rounds."""
-    if "rm" in i.parts or "rp" in i.parts:
-        raise KeyError(i.name)
-    return "rz" if "rz" in i.parts else "rn"
+    return next((m for m in ("rn", "rz", "rm", "rp") if m in i.parts), "rn")
 
 
 def packed(kind):
@@ -85,22 +77,59 @@ def on_halves(kind, compute):
     return run
 
 
+def pairs(kind, compute):
+    """Two integers of 16 bits in a word, or two fp32 in a double word, each by itself ("s16x2", "f32x2")."""
+    one, word = TYPES[kind.removesuffix("x2")], TYPES[kind]
+
+    def run(*words):
+        both = [np.asarray(w, word)[..., None].view(one) for w in words]
+        result = [np.asarray(compute(*(part[..., k] for part in both)), one) for k in (0, 1)]
+        return np.ascontiguousarray(np.stack(np.broadcast_arrays(*result), -1)).view(word)[..., 0]
+
+    return run
+
+
+def in_pairs(kind):
+    return kind in ("s16x2", "u16x2", "f32x2")
+
+
+def allowed(i, *modifiers):
+    """Fault on a modifier that is not among these: what stands between the name and the type."""
+    if unknown := set(i.parts[1:-1]) - set(modifiers):
+        raise KeyError(f"{i.name}: {', '.join(sorted(unknown))}")
+
+
+def zero_down(i, a, b, total):
+    """a + b, which is -0 and not 0 of numbers that cancel where it is rounded down (IEEE 754)."""
+    if mode(i) != "rm":
+        return total
+    return np.where((total == 0) & (np.signbit(a) != np.signbit(b)), -0.0, total)
+
+
 @instruction("add", "sub")
 def add(machine, i):
     kind, negative = kind_of(i), i.name.startswith("sub")
-    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat" if is_float(kind) else "sat")
-    if "sat" in i.parts and kind != "f32":
-        if kind != "s32":
-            raise KeyError(i.name)
+    if in_pairs(kind):
+        allowed(i, *(["rn", "ftz"] if kind == "f32x2" else []))
+        plain = (lambda a, b: a - b) if negative else (lambda a, b: a + b)
+        return nary(machine, i, pairs(kind, with_modifiers(i, plain) if kind == "f32x2" else plain), [kind] * 2)
+    if kind == "s32" and i.parts[1:-1] == ["sat"]:
         whole = lambda a, b: a.astype(np.int64) - b if negative else a.astype(np.int64) + b  # noqa: E731
-        return nary(
-            machine, i, lambda a, b: np.clip(whole(a, b), -(1 << 31), (1 << 31) - 1).astype(np.int32), [kind] * 2
-        )
+        limited = lambda a, b: np.clip(whole(a, b), -(1 << 31), (1 << 31) - 1).astype(np.int32)  # noqa: E731
+        return nary(machine, i, limited, [kind] * 2)
+    allowed(
+        i, *{"f32": ["rn", "rz", "rm", "rp", "ftz", "sat"], "f64": ["rn"]}.get(kind, ["rn"] if packed(kind) else [])
+    )
     if packed(kind):
         plain = on_halves(kind, (lambda a, b: odd_sum(a, -b)) if negative else odd_sum)
         return nary(machine, i, plain, [kind] * 2)
     if kind == "f32" and mode(i) != "rn":
-        exact = lambda a, b: to_f32(odd_sum(a.astype(np.float64), (-b if negative else b).astype(np.float64)), mode(i))  # noqa: E731
+
+
+        def exact(a, b):
+            a, b = a.astype(np.float64), (-b if negative else b).astype(np.float64)
+            return to_f32(zero_down(i, a, b, odd_sum(a, b)), mode(i))
+
         return nary(machine, i, with_modifiers(i, exact), [kind] * 2)
     compute = (lambda a, b: a - b) if negative else (lambda a, b: a + b)
     return nary(machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * 2)
@@ -115,7 +144,8 @@ def high(a, b, kind):
     if bits < 64:
         whole = wide(kind)
         return (a.astype(whole) * b.astype(whole) >> whole(bits)).astype(TYPES[kind])
-    return np.asarray(a.astype(object) * b.astype(object) >> 64).astype(TYPES[kind])
+    product = np.asarray(a).astype(object) * np.asarray(b).astype(object) >> 64
+    return np.asarray(product).astype(TYPES[kind])
 
 
 def product(i, kind):
@@ -131,7 +161,19 @@ def product(i, kind):
 @instruction("mul")
 def mul(machine, i):
     kind = kind_of(i)
-    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat" if is_float(kind) else "lo hi wide")
+    if kind == "f32x2":
+        allowed(i, "rn", "ftz")
+        return nary(machine, i, pairs(kind, with_modifiers(i, lambda a, b: a * b)), [kind] * 2)
+    allowed(
+        i,
+        *(
+            ["rn"]
+            if packed(kind)
+            else ["rn", "rz", "rm", "rp", "ftz", "sat"]
+            if is_float(kind)
+            else ["lo", "hi", "wide"]
+        ),
+    )
     if packed(kind):
         return nary(machine, i, on_halves(kind, lambda a, b: a * b), [kind] * 2)
     if is_float(kind):
@@ -148,7 +190,7 @@ def mad(machine, i):
     kind = kind_of(i)
     if is_float(kind):
         return fma(machine, i)
-    only(i, "lo hi wide")
+    allowed(i, "lo", "hi", "wide")
     multiply = product(i, kind)
     third = kind[0] + str(2 * int(kind[1:])) if "wide" in i.parts else kind
     return nary(machine, i, lambda a, b, c: multiply(a, b) + c, [kind, kind, third])
@@ -157,33 +199,51 @@ def mad(machine, i):
 @instruction("fma")
 def fma(machine, i):
     kind = kind_of(i)
-    only(i, "rn" if packed(kind) else "rn rz rm rp ftz sat")
     if packed(kind):
+        allowed(i, "rn")
         return nary(machine, i, on_halves(kind, fused), [kind] * 3)
+    if kind == "f32x2":
+        allowed(i, "rn", "ftz")
+        once = with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c)))
+        return nary(machine, i, pairs(kind, once), [kind] * 3)
     if kind != "f32":
         raise KeyError(kind)
-    how = mode(i)
-    return nary(machine, i, with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c), how)), [kind] * 3)
+    allowed(i, "rn", "rz", "rm", "rp", "ftz", "sat")
+
+    def compute(a, b, c):
+        return to_f32(zero_down(i, np.asarray(a, np.float64) * b, c, fused(a, b, c)), mode(i))
+
+    return nary(machine, i, with_modifiers(i, compute), [kind] * 3)
 
 
 @instruction("div")
 def div(machine, i):
     kind = kind_of(i)
-    only(i, {"f32": "rn full approx ftz", "f64": "rn"}.get(kind, ""))
-    if kind == "f64":
-        return nary(machine, i, lambda a, b: a / b, [kind] * 2)
-    if kind != "f32":
-        return nary(machine, i, lambda a, b: truncated(a, b)[0], [kind] * 2)
-    if not {"rn", "full", "approx"} & set(i.parts):
-        raise KeyError(i.name)
+    allowed(i, *{"f32": ["rn", "full", "approx", "ftz"], "f64": ["rn"]}.get(kind, []))
+    if is_float(kind):
+        if "rn" in i.parts:
+            compute = lambda a, b: a / b  # noqa: E731
+        elif kind == "f32" and {"full", "approx"} & set(i.parts):
+            compute = quotient(small="approx" in i.parts)
+        else:
+            raise KeyError(i.name)
+        return nary(machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * 2)
+    return nary(machine, i, lambda a, b: truncated(a, b)[0], [kind] * 2)
+
+
+def quotient(small):
+    """Of two fp32 to within a few units, as all approximations; small: with div.approx's bounds on the divisor."""
 
     def compute(a, b):
-        quotient = a / b
-        if "approx" in i.parts:  # by a reciprocal that is zero where the divisor is beyond 2^126
-            quotient = np.where((np.abs(b) > np.float32(2.0**126)) & np.isfinite(b), a * np.float32(0), quotient)
-        return quotient
+        wide = np.asarray(a, np.float64) / np.asarray(b, np.float64)
+        result = nudged(wide)
+        if small:
+            beyond = np.abs(b) > np.float32(2.0**126)
+            lost = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), result))
+            result = np.where(beyond & np.isfinite(b), lost, result)
+        return result
 
-    return nary(machine, i, with_modifiers(i, compute), [kind] * 2)
+    return compute
 
 
 @instruction("rem")
@@ -204,7 +264,7 @@ def truncated(a, b):
 @instruction("abs", "neg")
 def sign(machine, i):
     kind, negative = kind_of(i), i.name.startswith("neg")
-    only(i, "ftz" if kind == "f32" else "")
+    allowed(i, *["ftz"] * (kind == "f32"))
     if packed(kind):
         bits = np.uint32(0x80008000) if kind.endswith("x2") else np.uint16(0x8000)
         return unary(machine, i, (lambda a: a ^ bits) if negative else (lambda a: a & ~bits))
@@ -212,32 +272,65 @@ def sign(machine, i):
     return unary(machine, i, (lambda a: compute(flushed(a))) if "ftz" in i.parts else compute)
 
 
+def extreme_of(least, with_nan):
+    """The smaller or larger of two: NaN gives way to a number, or to nothing with .NaN; -0 is below 0."""
+    pick = (np.minimum if least else np.maximum) if with_nan else (np.fmin if least else np.fmax)
+
+    def compute(a, b):
+        signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
+        return np.where((a == 0) & (b == 0), np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), pick(a, b))
+
+    return compute
+
+
 @instruction("min", "max")
 def extreme(machine, i):
     kind, least = kind_of(i), i.name.startswith("min")
-    # NaN gives way to a number, or to nothing with .NaN; -0 is below 0
-    pick = (np.minimum if least else np.maximum) if "NaN" in i.parts else (np.fmin if least else np.fmax)
-
-    def of_floats(a, b, *others):
-        zeros = (a == 0) & (b == 0)
-        signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
-        picked = np.where(zeros, np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), pick(a, b))
-        return of_floats(picked, *others) if others else picked
-
+    if kind in ("s16x2", "u16x2"):
+        allowed(i, "relu")
+        pick = np.minimum if least else np.maximum
+        clipped = (lambda a, b: np.maximum(pick(a, b), a.dtype.type(0))) if "relu" in i.parts else pick
+        return nary(machine, i, pairs(kind, clipped), [kind] * 2)
     if packed(kind):
-        only(i, "NaN")
-        return nary(machine, i, on_halves(kind, of_floats), [kind] * 2)
+        allowed(i, "NaN")
+        return nary(machine, i, on_halves(kind, extreme_of(least, "NaN" in i.parts)), [kind] * 2)
     if is_float(kind):
-        only(i, "NaN ftz" if kind == "f32" else "")
-        compute = with_modifiers(i, of_floats) if kind == "f32" else of_floats
-        return nary(machine, i, compute, [kind] * (len(i.operands) - 1))
-    only(i, "relu" if kind == "s32" else "")
-    whole = np.minimum if least else np.maximum
-    return nary(machine, i, (lambda a, b: np.maximum(whole(a, b), 0)) if "relu" in i.parts else whole, [kind] * 2)
+        allowed(i, "NaN", "ftz")
+        of_two = extreme_of(least, "NaN" in i.parts)
+
+        def compute(*given):
+            a, b, *others = given
+            plain = of_two(a, b)
+            return compute(plain, *others) if others else plain
+
+        return nary(
+            machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * (len(i.operands) - 1)
+        )
+    allowed(i, *["relu"] * (kind == "s32"))
+    pick = np.minimum if least else np.maximum
+    compute = (lambda a, b: np.maximum(pick(a, b), 0).astype(a.dtype)) if "relu" in i.parts else pick
+    return nary(machine, i, compute, [kind] * 2)
+
+
+def nudged(x):
+    """fp64 as an approximation in fp32 that has it: where fp32 does not hold x, one of its neighbours, or the next beyond. What
+    is exact stays exact, as chips have it. No kernel may depend on more (PTX ISA: 2 units for div.full, 1 for rcp.approx, a
+    relative error of 2^-22 and so on for the others)."""
+    nearest = np.asarray(x).astype(np.float32)
+    bits = nearest.view(np.uint32)
+    apart = (bits * np.uint32(0x9E3779B1) >> np.uint32(30)).astype(np.int64) - 1  # -1, 0, 1, 2: of some bits of it
+    step = np.where(apart == 2, 0, apart)
+    moved = (bits.astype(np.int64) + step).astype(np.uint32).view(np.float32)
+    moves = (nearest.astype(np.float64) != x) & np.isfinite(nearest) & (nearest != 0) & np.isfinite(moved)
+    return np.where(moves, moved, nearest)
 
 
 def approximate(double):
-    """In fp64, then rounded once: nearer than what the instruction promises."""
+    return lambda x: nudged(double(np.asarray(x).astype(np.float64)))
+
+
+def exactly(double):
+    """In fp64, then rounded once: of a square root and a reciprocal that is the one rounding there is."""
     return lambda x: np.asarray(double(np.asarray(x).astype(np.float64))).astype(np.float32)
 
 
@@ -249,15 +342,18 @@ FUNCTIONS = {
 
 @instruction(*FUNCTIONS)
 def function(machine, i):
-    only(i, "approx rn ftz" if i.parts[0] in ("rcp", "sqrt") else "approx ftz")
-    if kind_of(i) != "f32":
+    name, kind = i.parts[0], kind_of(i)
+    if kind != "f32":
         raise KeyError(i.name)
-    return unary(machine, i, with_modifiers(i, approximate(FUNCTIONS[i.parts[0]])))
+    allowed(i, "approx", "ftz", "rn")
+    if "rn" in i.parts and name not in ("rcp", "sqrt"):
+        raise KeyError(i.name)
+    return unary(machine, i, with_modifiers(i, (exactly if "rn" in i.parts else approximate)(FUNCTIONS[name])))
 
 
 @instruction("and", "or", "xor")
 def logic(machine, i):
-    only(i, "")
+    allowed(i)
     compute = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[i.parts[0]]
     return nary(machine, i, compute, [kind_of(i)] * 2)
 
@@ -271,10 +367,10 @@ def invert(machine, i):
 
 @instruction("shl", "shr")
 def shift(machine, i):
-    only(i, "")
     kind = kind_of(i)
     bits = int(kind[1:])
     left = i.parts[0] == "shl"
+    allowed(i)
 
     def compute(a, n):
         """What is shifted by all bits or more is gone; of a signed number the sign stays."""
@@ -349,7 +445,7 @@ def insert(machine, i):
 
 @instruction("popc", "clz", "brev", "bfind")
 def counted(machine, i):
-    only(i, "shiftamt" if i.parts[0] == "bfind" else "")
+    allowed(i, *["shiftamt"] * (i.parts[0] == "bfind"))
     kind = kind_of(i)
     bits = int(kind[1:])
 
@@ -427,14 +523,12 @@ UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "g
 @instruction("setp")
 def setp(machine, i):
     name, kind = i.parts[1], kind_of(i)
-    form = kind if kind in ("f16", "bf16") else None
-    only(i, f"{name} and or xor" + " ftz" * (kind == "f32"))
-    if kind.endswith("x2"):
+    if kind not in TYPES or kind in ("s16x2", "u16x2", "f32x2"):
         raise KeyError(i.name)
+    allowed(i, name, "and", "or", "xor", *["ftz"] * (kind == "f32"))
+    form = kind.removesuffix("x2") if packed(kind) else None
 
     def compare(a, b):
-        if form:
-            a, b = values16(a, form), values16(b, form)
         if name in ("nan", "num"):
             found = np.isnan(a) | np.isnan(b)
             return found if name == "nan" else ~found
@@ -452,14 +546,24 @@ def setp(machine, i):
     target = i.operands[0]
     writes = [machine.writer(part) for part in (target.parts if hasattr(target, "parts") else (target,))]
     ftz = "ftz" in i.parts
+    if ftz and form:
+        raise KeyError(i.name)
 
     def run(mask):
         a, b = (read() for read in reads)
-        held = compare(flushed(a), flushed(b)) if ftz else compare(a, b)
+        if kind.endswith("x2"):  # the lower halves to the first predicate, the upper ones to the second
+            held, second = (
+                compare(*(values16((np.asarray(w) >> np.uint32(at)).astype(np.uint16), form) for w in (a, b)))
+                for at in (0, 16)
+            )
+        else:
+            a, b = (values16(a, form), values16(b, form)) if form else (flushed(a), flushed(b)) if ftz else (a, b)
+            held = compare(a, b)
+            second = ~held
         third = other() if join else None
         writes[0](held if combine is None else combine(held, third), mask)
         if len(writes) > 1:
-            writes[1](~held if combine is None else combine(~held, third), mask)
+            writes[1](second if combine is None else combine(second, third), mask)
 
     return run
 

@@ -16,6 +16,7 @@ TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
 TYPES |= {f"{kind}{8 * size}": WORDS[size] for kind in "bu" for size in (1, 2, 4, 8)}
 TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f16": np.uint16, "bf16": np.uint16}
 TYPES |= {"f16x2": np.uint32, "bf16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "e2m1x2": np.uint8}
+TYPES |= {"s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64}
 TYPES |= {"ue8m0x2": np.uint16, "e2m1x4": np.uint16, "e4m3x4": np.uint32, "tf32": np.uint32}
 READY, BARRIER, WARP, WAIT, CLUSTER, DONE = range(6)
 
@@ -79,14 +80,16 @@ class Machine:
         self.state = np.zeros(self.lanes, np.int8)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
-        self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
+        self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
         self.copy_groups = np.zeros(self.lanes, np.int64)
-        self.barriers = {}  # (block, address): [pending, count, phase, transactions]
-        self.tensor_memory = {}
+        self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
+        self.asynchronous = {}  # by block: operations that have been issued and not yet happened
+        self.chance = np.random.default_rng(0)
+        self.tensor_memory = None  # once somebody allocates
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
         self.joins = {kernel.labels[name] for name in targets}
-        self.program = [self.made(i) for i in kernel.instructions]
+        self.program = [None] * len(kernel.instructions)  # what executes each, made when it is first reached
         self.names = [i.name for i in kernel.instructions]
 
     def specials(self):
@@ -240,16 +243,25 @@ class Machine:
                 self.go()
 
     def finished(self):
-        ready = self.state == READY
-        if ready.any():
-            return False
-        if (self.state == DONE).all():
-            return True
+        while not (self.state == READY).any():
+            if (self.state == DONE).all():
+                barriers.ended(self)
+                tensor_memory.ended(self)
+                wgmma.ended(self)
+                return True
+            if not barriers.advance(self):
+                self.complain()
+        return False
+
+    def complain(self):
         stuck = np.flatnonzero(self.state != DONE)
         places = sorted(
             {f"{self.kernel.instructions[max(self.pc[k], 0)].name}" for k in stuck[:: max(1, len(stuck) // 64)]}
         )
         raise Fault(f"deadlock: {len(stuck)} threads wait for ever, at {', '.join(places)}")
+
+    def where(self) -> str:
+        return f"line {self.kernel.instructions[self.at].line}: {self.names[self.at]}"
 
     def go(self):
         """Lanes at one place, until they branch, wait or reach a place where others may join."""
@@ -258,10 +270,12 @@ class Machine:
         program, mask_given = self.program, None if whole else mask
         while True:
             self.at = at
+            if at < len(program) and program[at] is None:
+                program[at] = self.made(self.kernel.instructions[at])
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
             except (Fault, KeyError) as error:
-                raise Fault(f"line {self.kernel.instructions[at].line}: {self.names[at]}: {error}") from error
+                raise Fault(f"{self.where()}: {error}") from error
             at += 1
             if control is not None:
                 break
@@ -331,10 +345,10 @@ class Machine:
         """Let those who wait where they are look again."""
         self.state[self.state == why] = READY
 
-    def warpwide(self, members, run):
+    def warpwide(self, members, run, size=32):
         """A warp's instruction as one that waits until all that its member masks name are there.
 
-        members: a function that gives the mask, for each lane or for all; None of all 32.
+        members: a function that gives the mask, for each lane or for all; None of all `size`, which is 128 of a warpgroup.
         """
         bits = np.arange(32, dtype=np.uint32)
 
@@ -342,8 +356,8 @@ class Machine:
             if mask is None:
                 return run(None)
             here = mask | (self.state == WARP) & (self.pc == self.at)
-            rows = here.reshape(-1, 32)
-            alive = (self.state != DONE).reshape(-1, 32)
+            rows = here.reshape(-1, size)
+            alive = (self.state != DONE).reshape(-1, size)
             if members is None:
                 named = alive
             else:
@@ -381,4 +395,5 @@ def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, 
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 
 
-from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions
+# these register their instructions
+from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory, wgmma  # noqa: E402, F401

@@ -39,8 +39,12 @@ def of_tensor(storage) -> Region | None:
 
 def tensors_of_the_process():
     """All there are: of a kernel whose parameters are addresses nobody knows which it was meant for."""
+    kinds = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        kind = type(thing)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, torch.Tensor)
+        if kinds[kind] and thing.device.type == "cpu" and thing.layout == torch.strided:
             yield thing
 
 
@@ -108,6 +112,9 @@ class Shared:
         self.content = np.full(blocks * self.size, POISON, np.uint8)
         self.views = {w: self.content.view(word) for w, word in WORDS.items()}
         self.races = None
+        # what threads have stored and no fence has shown to the asynchronous units
+        self.unshown = np.zeros(blocks * self.size, np.uint8)
+        self.unshown_views = {w: self.unshown.view(word) for w, word in WORDS.items()}
 
     def index(self, blocks: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
         """Of words of `width` bytes: `blocks` has the block that each access comes from."""
@@ -121,12 +128,11 @@ class Shared:
             raise Fault(f"a block of rank {int(remote.max()) - 1} in a cluster of {self.cluster}")
         return (block * self.size + offset) // width
 
-    def load(self, blocks, addresses, width, lanes=None, lasting=True):
-        """What lies there; of accesses by lanes hazards are found, except of another block's memory. One that does not last
-        has no effect on what comes later."""
+    def load(self, blocks, addresses, width, lanes=None):
+        """What lies there; of accesses by lanes hazards are found, except of another block's memory."""
         index = self.index(blocks, addresses, width)
         if self.followed(addresses, lanes):
-            self.races.read(index.ravel() * width, width, np.broadcast_to(lanes, index.shape).ravel(), lasting)
+            self.races.read(index.ravel() * width, width, np.broadcast_to(lanes, index.shape).ravel())
         return self.views[width][index]
 
     def store(self, blocks, addresses, values, lanes=None):
@@ -136,8 +142,21 @@ class Shared:
             lanes = np.broadcast_to(lanes, index.shape).ravel()
             self.races.write(index.ravel() * width, width, lanes, (view[index] != values).ravel())
         view[index] = values
+        self.unshown_views[width][index] = 1
         if (view[index] != values).any():
             raise Fault("a place in shared memory that threads write different values to at once")
+
+    def reads(self, blocks, addresses, width, lanes):
+        """Something reads there for these lanes."""
+        if self.followed(addresses, lanes):
+            at = self.index(blocks, addresses, width) * width
+            self.races.read(at.ravel(), width, np.broadcast_to(lanes, at.shape).ravel())
+
+    def will_be_written(self, blocks, addresses, width, lanes):
+        """Something asynchronous may write there for these lanes from now on."""
+        if self.followed(addresses, lanes):
+            at = self.index(blocks, addresses, width) * width
+            self.races.write(at, width, np.broadcast_to(lanes, at.shape), lasting=False)
 
     def change(self, blocks, addresses, width, lanes):
         """Lanes are to load, or to store, as atomic instructions do."""
@@ -146,3 +165,11 @@ class Shared:
 
     def followed(self, addresses, lanes):
         return self.races is not None and lanes is not None and not (addresses >> addresses.dtype.type(REMOTE)).any()
+
+    def show(self, blocks) -> None:
+        """To the asynchronous units, all that is in these blocks' memory."""
+        self.unshown.reshape(-1, self.size)[blocks] = 0
+
+    def hidden(self, blocks, addresses, width) -> bool:
+        """Whether anything there has not been shown."""
+        return bool(self.unshown_views[width][self.index(blocks, addresses, width)].any())

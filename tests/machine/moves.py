@@ -7,6 +7,7 @@ from tests.machine.memory import PARAMETER_WINDOW, SHARED_WINDOW, Fault
 from tests.machine.parse import Register, Symbol, Vector
 
 UNDEFINED = np.uint32(0xBADC0DE5)
+SPOILT = np.uint32(0xFFFFFFFF)  # NaN in every format
 SPACES = ("global", "shared", "param", "local", "const")
 
 
@@ -16,7 +17,6 @@ def nothing(machine, i):
 
 # Everything is visible at once here, to everybody.
 instruction(
-    "fence",
     "membar",
     "griddepcontrol",
     "prefetch",
@@ -272,9 +272,9 @@ def copy(machine, i):
         if len(wanted) and (wanted.max() > size or wanted.min() < 0):
             raise Fault(f"cp.async of {wanted.max()} of {size} bytes")
         check_alignment(sources[wanted > 0], size)
-        if races := machine.shared.races:  # from now on it may be written
-            at = machine.shared.index(machine.block[chosen], targets, size) * size
-            races.write(at, size, chosen, lasting=False)
+        machine.shared.will_be_written(machine.block[chosen], targets, size, chosen)
+        for at in range(0, size, 4):  # from now on until the wait nobody knows what is there
+            machine.shared.store(machine.block[chosen], targets + np.uint32(at), np.full(len(chosen), SPOILT))
         machine.copies.append([chosen, machine.copy_groups[chosen].copy(), targets, sources, wanted, size])
 
     return run

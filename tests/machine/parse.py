@@ -1,5 +1,6 @@
 """The text of a PTX module as kernels: parameters, variables, registers, instructions (PTX ISA, "Syntax", "Directives")."""
 
+import bisect
 import re
 import struct
 from dataclasses import dataclass, field
@@ -90,8 +91,8 @@ class Kernel:
     cluster: int = 1
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a module by name, each with the module's variables."""
+def parse(text: str, only: str | None = None) -> dict[str, Kernel]:
+    """The kernels of a module by name, or only one of them, each with the module's variables."""
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     kernels, shared = {}, []
@@ -100,6 +101,8 @@ def parse(text: str) -> dict[str, Kernel]:
     for found in bodies.finditer(text):
         end = closing(text, found.end() - 1)
         spans.append((found.start(), end))
+        if only not in (None, found[1]):
+            continue
         kernel = Kernel(found[1])
         declare_parameters(kernel, found[2])
         if threads := re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", found[3]):
@@ -175,6 +178,7 @@ class Body:
         self.kernel, self.text, self.at, self.end = kernel, text, start, end
         self.scopes = [("", set())]  # (suffix, the names declared there)
         self.opened = 0
+        self.lines = [m.start() for m in re.finditer("\n", text)]
 
     def read(self):
         text = self.text
@@ -202,7 +206,7 @@ class Body:
                 self.at = label.end()
             else:
                 stop = text.index(";", self.at)
-                self.statement(text[self.at : stop].strip(), 1 + text.count("\n", 0, self.at))
+                self.statement(text[self.at : stop].strip(), 1 + bisect.bisect_left(self.lines, self.at))
                 self.at = stop + 1
         for instruction in self.kernel.instructions:  # labels may stand before they are declared
             instruction.operands = [

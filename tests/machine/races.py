@@ -100,13 +100,11 @@ class Races:
                 f" at shared address {address:#x}, and no barrier between"
             )
 
-    def read(self, at, width, lanes, lasting=True):
+    def read(self, at, width, lanes):
         words, lanes = self.words(at, width, lanes)
         self.check(self.writes[words], words, lanes, "reads what was written")
         if self.atomic:
             self.check(self.atomics[words], words, lanes, "reads what was changed")
-        if not lasting:
-            return
         records, old = self.records(lanes), self.reads[words]
         moved = ((old ^ records) & THREAD) >> 5 != 0  # another warp's
         moved &= old >= self.floor[lanes]  # that still counts
