@@ -125,7 +125,6 @@ def add(machine, i):
         return nary(machine, i, plain, [kind] * 2)
     if kind == "f32" and mode(i) != "rn":
 
-
         def exact(a, b):
             a, b = a.astype(np.float64), (-b if negative else b).astype(np.float64)
             return to_f32(zero_down(i, a, b, odd_sum(a, b)), mode(i))
@@ -239,7 +238,7 @@ def quotient(small):
         result = nudged(wide)
         if small:
             beyond = np.abs(b) > np.float32(2.0**126)
-            lost = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), result))
+            lost = np.where(np.isfinite(a), np.copysign(np.float32(0), result), np.float32(np.nan))
             result = np.where(beyond & np.isfinite(b), lost, result)
         return result
 

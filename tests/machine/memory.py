@@ -130,10 +130,8 @@ class Shared:
 
     def load(self, blocks, addresses, width, lanes=None):
         """What lies there; of accesses by lanes hazards are found, except of another block's memory."""
-        index = self.index(blocks, addresses, width)
-        if self.followed(addresses, lanes):
-            self.races.read(index.ravel() * width, width, np.broadcast_to(lanes, index.shape).ravel())
-        return self.views[width][index]
+        self.reads(blocks, addresses, width, lanes)
+        return self.views[width][self.index(blocks, addresses, width)]
 
     def store(self, blocks, addresses, values, lanes=None):
         width = values.dtype.itemsize
@@ -146,11 +144,11 @@ class Shared:
         if (view[index] != values).any():
             raise Fault("a place in shared memory that threads write different values to at once")
 
-    def reads(self, blocks, addresses, width, lanes):
-        """Something reads there for these lanes."""
+    def reads(self, blocks, addresses, width, lanes, together=False):
+        """These lanes read there, or all of their warps together."""
         if self.followed(addresses, lanes):
             at = self.index(blocks, addresses, width) * width
-            self.races.read(at.ravel(), width, np.broadcast_to(lanes, at.shape).ravel())
+            self.races.read(at.ravel(), width, np.broadcast_to(lanes, at.shape).ravel(), together)
 
     def will_be_written(self, blocks, addresses, width, lanes):
         """Something asynchronous may write there for these lanes from now on."""

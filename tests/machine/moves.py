@@ -331,7 +331,8 @@ def ldmatrix(machine, i):
             check_alignment(first, 16)
             at = first[:, :, None] + np.arange(0, 16, 2, dtype=np.uint32)
             blocks = np.broadcast_to(machine.block[warps[:, :1, None]], at.shape)
-            matrix = machine.shared.load(blocks, at, 2, warps[:, :1, None]).astype(np.uint32)  # [warp, row, column]
+            machine.shared.reads(blocks[:, :, ::2], at[:, :, ::2], 4, warps[:, :1, None], together=True)
+            matrix = machine.shared.load(blocks, at, 2).astype(np.uint32)  # [warp, row, column]
             if transposed:
                 matrix = matrix.swapaxes(1, 2)
             words = matrix[:, :, 0::2] | matrix[:, :, 1::2] << np.uint32(16)

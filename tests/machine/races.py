@@ -100,12 +100,12 @@ class Races:
                 f" at shared address {address:#x}, and no barrier between"
             )
 
-    def read(self, at, width, lanes):
+    def read(self, at, width, lanes, together=False):
         words, lanes = self.words(at, width, lanes)
         self.check(self.writes[words], words, lanes, "reads what was written")
         if self.atomic:
             self.check(self.atomics[words], words, lanes, "reads what was changed")
-        records, old = self.records(lanes), self.reads[words]
+        records, old = self.records(lanes) | TOGETHER * together, self.reads[words]
         moved = ((old ^ records) & THREAD) >> 5 != 0  # another warp's
         moved &= old >= self.floor[lanes]  # that still counts
         if moved.any():

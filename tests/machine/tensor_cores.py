@@ -113,7 +113,7 @@ def machine_parts(operand):
     return operand.parts if hasattr(operand, "parts") else (operand,)
 
 
-# (kind, scales of a row, their type, shape): what there is (PTX ISA, mma, "Valid combinations of .kind, .stype and .scale_vec_size")
+# (kind, scales of a row, their type, shape): what there is (PTX ISA, "Valid combinations of .kind, .stype and .scale_vec_size")
 BLOCK_SCALES = {
     ("kind::mxf8f6f4", 1, "ue8m0", 32), ("kind::mxf4", 2, "ue8m0", 64), ("kind::mxf4nvf4", 2, "ue8m0", 64),
     ("kind::mxf4nvf4", 4, "ue8m0", 64), ("kind::mxf4nvf4", 4, "ue4m3", 64),
@@ -124,7 +124,8 @@ def block_scales(machine, i, k, modifiers):
     """A function that gives the factors of A's elements and of B's (PTX ISA, "Block Scaling for mma.sync").
 
     The thread of a selector {byte, thread} says which lanes of a quad bring A's scales, 0 the lower two, 1 the upper two, the
-    first of the two row g's, the other row g + 8's; and which one brings those of B's column g. Its byte is the lowest of theirs.
+    first of the two row g's, the other row g + 8's; and which one brings those of B's column g. Its byte is the lowest of
+    theirs.
     """
     kind = next(p for p in modifiers if p.startswith("kind::"))
     count = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}[

@@ -213,7 +213,7 @@ class Multiply:
         if first:
             check_shown(machine, blocks, at, self.size)
         words = at[:, :: 4 // self.size] if turned else at[:, :, :: 4 // self.size]
-        machine.shared.reads(blocks[:, :1, :1], words, 4, 128 * groups.reshape(-1, 1, 1))
+        machine.shared.reads(blocks[:, :1, :1], words, 4, 128 * groups.reshape(-1, 1, 1), together=True)
         return machine.shared.load(blocks, at, self.size)
 
     def complete(self, groups, of):
