@@ -22,6 +22,7 @@ from tests.machine.parse import parse
 
 TARGETS = {80: "80", 90: "90a", 100: "100a", 103: "103a", 120: "120f"}
 FORMATS = {"f32": "f", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "b8": "B", "b16": "H", "b32": "I", "b64": "Q"}
+OPTIONS: dict = {}  # of machine.execute
 LAUNCHED: list[str] = []  # the names of the kernels that ran
 
 
@@ -60,7 +61,7 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError(f"{found.name} wants scratch memory")
     tensors = [value for value in taken if isinstance(value, torch.Tensor)]
-    execute(found, grid, found.threads, compiled.metadata.shared, parameters, tensors)
+    execute(found, grid, found.threads, compiled.metadata.shared, parameters, tensors, **OPTIONS)
 
 
 def to_ptx(backend=None, stages=None, *rest):
@@ -78,7 +79,8 @@ def parsed(ptx: str, kernel: str):
 def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes, seed=None) -> None:
     LAUNCHED.append(kernel)
     found = parsed(cuda_ptx(op, TARGETS[arch], kernel), kernel)
-    execute(found, grid, threads, shared, parameters, seed=seed)
+    options = OPTIONS if seed is None else OPTIONS | {"order": seed}
+    execute(found, grid, threads, shared, parameters, **options)
 
 
 def exists(arch: int, op: str, kernel: str) -> bool:
@@ -100,7 +102,8 @@ ALONE = """#include "arch/kernel.cuh"
 #define NVFP4_KERNEL(name, threads, blocks, Parameters) \
     JOIN(KERNEL_, IS_WANTED(WANTED_##name))(name, __launch_bounds__(threads, blocks), Parameters)
 #define NVFP4_CLUSTER_KERNEL(name, threads, blocks, cluster, Parameters) \
-    JOIN(KERNEL_, IS_WANTED(WANTED_##name))(name, __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks), Parameters)
+    JOIN(KERNEL_, IS_WANTED(WANTED_##name))( \
+        name, __cluster_dims__(cluster, 1, 1) __launch_bounds__(threads, blocks), Parameters)
 #line 1
 """
 
