@@ -89,7 +89,7 @@ def address_size(i, space):
 
 
 def check_remote(machine, addresses, chosen):
-    """The memory of another block is there once all of its threads have met the cluster's barrier, until they have all ended."""
+    """Another block's memory is there once all of its threads have met the cluster's barrier, until all have ended."""
     rank = np.asarray(addresses).astype(np.int64) >> REMOTE
     if machine.kernel.cluster == 1 or not rank.any() or rank.max() > machine.kernel.cluster:  # the last is not even a place
         return
