@@ -5,3 +5,7 @@ compiler made of it, nor the text of inline assembly. This reads the PTX itself.
 reads the text, machine.py keeps lanes and blocks, and the files of instructions say what each does on arrays, one element a
 lane. launch.py puts it in the place of Triton's launcher and of the CUDA driver.
 """
+
+import os
+
+ON = "NVFP4_MACHINE" in os.environ  # whether the tests of this process run on it (plugin.py)

@@ -68,10 +68,37 @@ def on_halves(kind, compute):
     return run
 
 
+def pairs(kind, compute):
+    """Two integers of 16 bits in a word, or two fp32 in a double word, each by itself ("s16x2", "f32x2")."""
+    one, word = TYPES[kind.removesuffix("x2")], TYPES[kind]
+
+    def run(*words):
+        both = [np.asarray(w, word)[..., None].view(one) for w in words]
+        result = [np.asarray(compute(*(part[..., k] for part in both)), one) for k in (0, 1)]
+        return np.ascontiguousarray(np.stack(np.broadcast_arrays(*result), -1)).view(word)[..., 0]
+
+    return run
+
+
+def in_pairs(kind):
+    return kind in ("s16x2", "u16x2", "f32x2")
+
+
+def allowed(i, *modifiers):
+    """Fault on a modifier that is not among these: what stands between the name and the type."""
+    if unknown := set(i.parts[1:-1]) - set(modifiers):
+        raise KeyError(f"{i.name}: {', '.join(sorted(unknown))}")
+
+
 @instruction("add", "sub")
 def add(machine, i):
     kind, negative = kind_of(i), i.name.startswith("sub")
+    if in_pairs(kind):
+        allowed(i, *(["rn", "ftz"] if kind == "f32x2" else []))
+        plain = (lambda a, b: a - b) if negative else (lambda a, b: a + b)
+        return nary(machine, i, pairs(kind, with_modifiers(i, plain) if kind == "f32x2" else plain), [kind] * 2)
     if packed(kind):
+        allowed(i, "rn")
         plain = on_halves(kind, (lambda a, b: odd_sum(a, -b)) if negative else odd_sum)
         return nary(machine, i, plain, [kind] * 2)
     if kind == "f32" and mode(i) != "rn":
@@ -107,7 +134,11 @@ def product(i, kind):
 @instruction("mul")
 def mul(machine, i):
     kind = kind_of(i)
+    if kind == "f32x2":
+        allowed(i, "rn", "ftz")
+        return nary(machine, i, pairs(kind, with_modifiers(i, lambda a, b: a * b)), [kind] * 2)
     if packed(kind):
+        allowed(i, "rn")
         return nary(machine, i, on_halves(kind, lambda a, b: a * b), [kind] * 2)
     if is_float(kind):
         if mode(i) != "rn":
@@ -132,10 +163,12 @@ def mad(machine, i):
 def fma(machine, i):
     kind = kind_of(i)
     if packed(kind):
-        inner = on_halves(kind, fused)
-        if "relu" in i.parts:
-            raise KeyError("relu")
-        return nary(machine, i, inner, [kind] * 3)
+        allowed(i, "rn")
+        return nary(machine, i, on_halves(kind, fused), [kind] * 3)
+    if kind == "f32x2":
+        allowed(i, "rn", "ftz")
+        once = with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c)))
+        return nary(machine, i, pairs(kind, once), [kind] * 3)
     if kind != "f32":
         raise KeyError(kind)
     return nary(machine, i, with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c), mode(i))), [kind] * 3)
@@ -145,12 +178,29 @@ def fma(machine, i):
 def div(machine, i):
     kind = kind_of(i)
     if is_float(kind):
-        if kind == "f32" and not {"rn", "full", "approx"} & set(i.parts):
+        if "rn" in i.parts:
+            compute = lambda a, b: a / b  # noqa: E731
+        elif kind == "f32" and {"full", "approx"} & set(i.parts):
+            compute = quotient(small="approx" in i.parts)
+        else:
             raise KeyError(i.name)
-        return nary(
-            machine, i, with_modifiers(i, lambda a, b: a / b) if kind == "f32" else lambda a, b: a / b, [kind] * 2
-        )
+        return nary(machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * 2)
     return nary(machine, i, lambda a, b: truncated(a, b)[0], [kind] * 2)
+
+
+def quotient(small):
+    """Of two fp32 to within a few units, as all approximations; small: with div.approx's bounds on the divisor."""
+
+    def compute(a, b):
+        wide = np.asarray(a, np.float64) / np.asarray(b, np.float64)
+        result = nudged(wide)
+        if small:
+            beyond = np.abs(b) > np.float32(2.0**126)
+            lost = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), result))
+            result = np.where(beyond & np.isfinite(b), lost, result)
+        return result
+
+    return compute
 
 
 @instruction("rem")
@@ -177,29 +227,38 @@ def sign(machine, i):
     return unary(machine, i, (lambda a: -a) if negative else np.abs)
 
 
+def extreme_of(least, with_nan):
+    """The smaller or larger of two: NaN gives way to a number, or to nothing with .NaN; -0 is below 0."""
+    pick = (np.minimum if least else np.maximum) if with_nan else (np.fmin if least else np.fmax)
+
+    def compute(a, b):
+        signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
+        return np.where((a == 0) & (b == 0), np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), pick(a, b))
+
+    return compute
+
+
 @instruction("min", "max")
 def extreme(machine, i):
     kind, least = kind_of(i), i.name.startswith("min")
-    if "x2" in kind:
-        raise KeyError(kind)
-    if kind in ("f16", "bf16"):
-        pick = np.fmin if least else np.fmax
-        return nary(machine, i, on_halves(kind, pick), [kind] * 2)
+    if kind in ("s16x2", "u16x2"):
+        allowed(i, "relu")
+        pick = np.minimum if least else np.maximum
+        clipped = (lambda a, b: np.maximum(pick(a, b), a.dtype.type(0))) if "relu" in i.parts else pick
+        return nary(machine, i, pairs(kind, clipped), [kind] * 2)
+    if packed(kind):
+        allowed(i, "NaN")
+        return nary(machine, i, on_halves(kind, extreme_of(least, "NaN" in i.parts)), [kind] * 2)
     if is_float(kind):
-        # NaN gives way to a number, or to nothing with .NaN; -0 is below 0
-        pick = (np.minimum if least else np.maximum) if "NaN" in i.parts else (np.fmin if least else np.fmax)
+        allowed(i, "NaN", "ftz")
+        of_two = extreme_of(least, "NaN" in i.parts)
 
         def compute(*given):
             a, b, *others = given
-            plain = pick(a, b)
-            zeros = (a == 0) & (b == 0)
-            signs = np.signbit(a) | np.signbit(b) if least else np.signbit(a) & np.signbit(b)
-            plain = np.where(zeros, np.where(signs, a.dtype.type(-0.0), a.dtype.type(0)), plain)
+            plain = of_two(a, b)
             plain = np.where(np.isnan(plain), np.uint32(0x7FFFFFFF).view(np.float32), plain) if kind == "f32" else plain
             return compute(plain, *others) if others else plain
 
-        if "xorsign" in i.parts:
-            raise KeyError(i.name)
         return nary(
             machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * (len(i.operands) - 1)
         )
@@ -208,8 +267,25 @@ def extreme(machine, i):
     return nary(machine, i, compute, [kind] * 2)
 
 
+def nudged(x):
+    """fp64 as an approximation in fp32 that has it: where fp32 does not hold x, one of its neighbours, or the next beyond. What
+    is exact stays exact, as chips have it. No kernel may depend on more (PTX ISA: 2 units for div.full, 1 for rcp.approx, a
+    relative error of 2^-22 and so on for the others)."""
+    nearest = np.asarray(x).astype(np.float32)
+    bits = nearest.view(np.uint32)
+    apart = (bits * np.uint32(0x9E3779B1) >> np.uint32(30)).astype(np.int64) - 1  # -1, 0, 1, 2: of some bits of it
+    step = np.where(apart == 2, 0, apart)
+    moved = (bits.astype(np.int64) + step).astype(np.uint32).view(np.float32)
+    moves = (nearest.astype(np.float64) != x) & np.isfinite(nearest) & (nearest != 0) & np.isfinite(moved)
+    return np.where(moves, moved, nearest)
+
+
 def approximate(double):
-    """In fp64, then rounded once: nearer than what the instruction promises."""
+    return lambda x: nudged(double(np.asarray(x).astype(np.float64)))
+
+
+def exactly(double):
+    """In fp64, then rounded once: of a square root and a reciprocal that is the one rounding there is."""
     return lambda x: np.asarray(double(np.asarray(x).astype(np.float64))).astype(np.float32)
 
 
@@ -221,9 +297,13 @@ FUNCTIONS = {
 
 @instruction(*FUNCTIONS)
 def function(machine, i):
-    if kind_of(i) != "f32":
+    name, kind = i.parts[0], kind_of(i)
+    if kind != "f32":
         raise KeyError(i.name)
-    return unary(machine, i, with_modifiers(i, approximate(FUNCTIONS[i.parts[0]])))
+    allowed(i, "approx", "ftz", "rn")
+    if "rn" in i.parts and name not in ("rcp", "sqrt"):
+        raise KeyError(i.name)
+    return unary(machine, i, with_modifiers(i, (exactly if "rn" in i.parts else approximate)(FUNCTIONS[name])))
 
 
 @instruction("and", "or", "xor")
@@ -392,11 +472,11 @@ UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "g
 @instruction("setp")
 def setp(machine, i):
     name, kind = i.parts[1], kind_of(i)
-    form = kind if kind in ("f16", "bf16") else None
+    if kind not in TYPES or kind in ("s16x2", "u16x2", "f32x2"):
+        raise KeyError(i.name)
+    form = kind.removesuffix("x2") if packed(kind) else None
 
     def compare(a, b):
-        if form:
-            a, b = values16(a, form), values16(b, form)
         if name in ("nan", "num"):
             found = np.isnan(a) | np.isnan(b)
             return found if name == "nan" else ~found
@@ -414,13 +494,23 @@ def setp(machine, i):
     target = i.operands[0]
     writes = [machine.writer(part) for part in (target.parts if hasattr(target, "parts") else (target,))]
     ftz = "ftz" in i.parts
+    if ftz and form:
+        raise KeyError(i.name)
 
     def run(mask):
         a, b = (read() for read in reads)
-        held = compare(flushed(a), flushed(b)) if ftz else compare(a, b)
+        if kind.endswith("x2"):  # the lower halves to the first predicate, the upper ones to the second
+            held, second = (
+                compare(*(values16((np.asarray(w) >> np.uint32(at)).astype(np.uint16), form) for w in (a, b)))
+                for at in (0, 16)
+            )
+        else:
+            a, b = (values16(a, form), values16(b, form)) if form else (flushed(a), flushed(b)) if ftz else (a, b)
+            held = compare(a, b)
+            second = ~held
         writes[0](held if combine is None else combine(held, other()), mask)
         if len(writes) > 1:
-            writes[1](~held if combine is None else combine(~held, other()), mask)
+            writes[1](second if combine is None else combine(second, other()), mask)
 
     return run
 

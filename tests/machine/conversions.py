@@ -38,8 +38,13 @@ def cvt(machine, i):
     if to in ("f32", "f64"):
         read = as_double(machine, i.operands[1], source)
         if how in ("rni", "rzi", "rmi", "rpi"):
+            if to != source or "sat" in i.parts:
+                raise KeyError(i.name)
             whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how]
-            return lambda mask: write(np.asarray(whole(read())).astype(TYPES[to]), mask)
+            before = flushed if "ftz" in i.parts else lambda x: x
+            return lambda mask: write(np.asarray(whole(before(read()))).astype(TYPES[to]), mask)
+        if how not in (None, "rn") or "sat" in i.parts:
+            raise KeyError(i.name)
         if to == "f32" and source in ("s64", "u64", "f64"):
             wide = machine.reader(i.operands[1], source)
             return lambda mask: write(np.asarray(wide()).astype(np.float32), mask)
@@ -68,18 +73,29 @@ def integers(machine, i, to, source, write):
     return lambda mask: write(np.asarray(read()).astype(TYPES[to]), mask)
 
 
+def of_nan(to, source):
+    """What NaN becomes: 0, or where one of the types has 64 bits the highest bit alone."""
+    if source != "f64" and to not in ("s64", "u64"):
+        return 0
+    bits = int(to[1:])
+    return -(1 << bits - 1) if to[0] == "s" else 1 << bits - 1
+
+
 def to_integer(machine, i, to, source, how, write):
+    if "ftz" in i.parts and how not in ("rni", "rzi"):
+        raise KeyError(i.name)
     read = as_double(machine, i.operands[1], source)
+    nan = of_nan(to, source)
     whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how]
     limits = np.iinfo(TYPES[to])
 
     def run(mask):
-        """What lies beyond the type becomes its limit, NaN 0."""
-        x = np.nan_to_num(whole(read()), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        """What lies beyond the type becomes its limit."""
+        x = whole(read())
         inside = np.where((x > limits.min) & (x < limits.max), x, 0).astype(TYPES[to])
-        write(
-            np.where(x >= limits.max, limits.max, np.where(x <= limits.min, limits.min, inside)).astype(TYPES[to]), mask
-        )
+        most, least, none = (np.array(v, TYPES[to]) for v in (limits.max, limits.min, nan))
+        whole_range = np.where(x >= limits.max, most, np.where(x <= limits.min, least, inside))
+        write(np.where(np.isnan(x), none, whole_range), mask)
 
     return run
 
@@ -88,6 +104,8 @@ def halves(machine, i, form, how, write):
     """Two fp32 to a word: the first of them to its upper half."""
     upper, lower = (as_double(machine, operand, "f32") for operand in i.operands[1:3])
     relu = "relu" in i.parts
+    if "satfinite" in i.parts or how not in ("rn", "rz"):
+        raise KeyError(i.name)
 
     def run(mask):
         words = [words16(np.where(x < 0, 0.0, x) if relu else x, form, how) for x in (upper(), lower())]
@@ -114,7 +132,7 @@ def stochastic(machine, i, write):
 
 
 def from_small(machine, i, form, to, write):
-    if to != "f16x2":
+    if to != "f16x2" or "relu" in i.parts:
         raise KeyError(i.name)
     bits = 4 if form == "e2m1" else 8
     read = machine.reader(i.operands[1], "u8" if bits == 4 else "u16")

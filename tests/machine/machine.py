@@ -15,6 +15,7 @@ TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
 TYPES |= {f"{kind}{8 * size}": WORDS[size] for kind in "bu" for size in (1, 2, 4, 8)}
 TYPES |= {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "f16": np.uint16, "bf16": np.uint16}
 TYPES |= {"f16x2": np.uint32, "bf16x2": np.uint32, "e4m3x2": np.uint16, "e5m2x2": np.uint16, "e2m1x2": np.uint8}
+TYPES |= {"s16x2": np.uint32, "u16x2": np.uint32, "f32x2": np.uint64}
 TYPES |= {"ue8m0x2": np.uint16, "e2m1x4": np.uint16, "e4m3x4": np.uint32, "tf32": np.uint32}
 READY, BARRIER, WARP, WAIT, CLUSTER, DONE = range(6)
 
@@ -34,7 +35,7 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors):
+    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors, seed):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -62,6 +63,8 @@ class Machine:
         self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
+        self.random = None if seed is None else np.random.default_rng(seed)
+        self.first = np.ones(self.lanes, bool)  # those that go before all others
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
         self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
@@ -237,8 +240,13 @@ class Machine:
         return f"line {self.kernel.instructions[self.at].line}: {self.names[self.at]}"
 
     def go(self):
-        """The lowest lanes, until they branch, wait or reach a place where others may join."""
+        """The lowest lanes, until they branch, wait or reach a place where others may join. With a seed the lowest of one half
+        of the warps, until none of these can go on, then of another half."""
         ready = self.state == READY
+        if self.random is not None:
+            if not (ready & self.first).any():
+                self.first = np.repeat(self.random.random(self.lanes // 32) < 0.5, 32)
+            ready = ready & self.first if (ready & self.first).any() else ready
         at = int(self.pc[ready].min())
         mask = ready & (self.pc == at)
         whole = bool(mask.all())
@@ -325,10 +333,10 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None) -> None:
-    """Run a launch, which may touch these tensors, or all of the process."""
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, seed=None) -> None:
+    """Run a launch, which may touch these tensors, or all of the process; with a seed, warps in an order drawn with it."""
     tensors = tensors_of_the_process() if tensors is None else tensors
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors).run()
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, seed).run()
 
 
 # these register their instructions

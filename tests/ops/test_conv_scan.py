@@ -10,6 +10,7 @@ from nvfp4_kernels.ops import _device, _triton
 from nvfp4_kernels.ops.conv_scan import triton
 from nvfp4_kernels.ops.conv_scan.op import conv_scan
 from nvfp4_kernels.ops.selective_scan import _triton_plan
+from tests import machine
 
 HEADS, HEAD_DIM, GROUPS, STATE = 4, 16, 2, 12
 INNER, CHANNELS = HEADS * HEAD_DIM, HEADS * HEAD_DIM + 2 * GROUPS * STATE
@@ -119,7 +120,7 @@ def test_a_token_at_a_time_compiles_whole(backend):
     assert all(map(torch.equal, got, expected)) and torch.equal(*states) and not torch.equal(states[0], state)
 
 
-@pytest.mark.skipif(_triton.triton is None or not _triton.INTERPRETED, reason="no Triton interpreter")
+@pytest.mark.skipif(_triton.triton is None or not (_triton.INTERPRETED or machine.ON), reason="no Triton interpreter")
 @pytest.mark.parametrize(
     "bounds, stated, width, head_dim, dtype",
     [
@@ -156,7 +157,7 @@ def test_segments_convolved_on_the_way(monkeypatch, bounds, stated, width, head_
     assert passes and all(map(torch.equal, got, (y, conv_last, last))) and y.isfinite().all()
 
 
-@pytest.mark.skipif(_triton.triton is None or not _triton.INTERPRETED, reason="no Triton interpreter")
+@pytest.mark.skipif(_triton.triton is None or not (_triton.INTERPRETED or machine.ON), reason="no Triton interpreter")
 def test_triton_backward():
     leaves = inputs(torch.float32, 1, 20, sequences=1)
     with nk.backend("triton"):

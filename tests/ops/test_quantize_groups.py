@@ -9,6 +9,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 from nvfp4_kernels.ops.quantize._forms import Groups
+from tests import machine
 from tests.drawing import given, settings, st
 
 LOADS = {
@@ -27,10 +28,11 @@ COLS = {
     "mxfp8": QuantSpec("1x32"),
 }
 NOISE = torch.tensor([1234567, 89])
+RUNS = INTERPRETED or machine.ON
 BACKENDS = [
     "reference",
     "native",
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="interpreted")),
+    pytest.param("triton", marks=pytest.mark.skipif(not RUNS, reason="interpreted")),
 ]
 
 
@@ -246,7 +248,7 @@ def test_offsets_that_do_not_fit(name, wrong):
         nk.quantize_groups(drawn(8, 16), torch.tensor(wrong), ROW, COLS["nearest"])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+@pytest.mark.skipif(not RUNS, reason="interpreted")
 @pytest.mark.parametrize("wrong", [[0, 90, 10, 96], [-5, 40, 200], [150, 200, 96], [1 << 40, (1 << 40) + 96, 96]])
 def test_wrong_offsets_reach_nothing_outside(wrong):
     """NaN lies around x: whoever reads there says so."""
@@ -257,7 +259,7 @@ def test_wrong_offsets_reach_nothing_outside(wrong):
         assert parts_[2].isfinite() and parts_[5].isfinite().all()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+@pytest.mark.skipif(not RUNS, reason="interpreted")
 def test_rows_out_of_range_are_zeros_where_nobody_can_say_so():
     rows, o, x = torch.tensor([2, -1, 0, 3, 1 << 40, 1]), offsets([4, 2]), drawn(3, 24)
     arguments, starts = (None, COLS["transform"], None), group_starts(o, 16)

@@ -11,11 +11,12 @@ import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _device, _triton
 from nvfp4_kernels.ops.selective_scan import _triton_call, _triton_plan, triton
 from nvfp4_kernels.ops.selective_scan.op import selective_scan
+from tests import machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    _triton.triton is None or not (_triton.INTERPRETED or DEVICE == "cuda"),
-    reason="neither Triton's interpreter nor a GPU",
+    _triton.triton is None or not (_triton.INTERPRETED or machine.ON or DEVICE == "cuda"),
+    reason="neither Triton's interpreter, nor the machine of tests, nor a GPU",
 )
 
 PER_TOKEN = ("x", "dt", "B", "C")

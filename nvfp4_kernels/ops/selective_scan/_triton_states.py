@@ -120,7 +120,7 @@ def states_kernel(
             tl.store(through_ptr + slot, through)
             if stop < end:
                 store_tile(borders_ptr + border + hop, STATE, state, cols, STATE)
-            else:
+            elif KINDS == 1:  # of two kinds no segment comes here that is a sequence's last, and there is no end_ptr
                 store_tile(end_ptr + own, STATE, state, cols, STATE)
     else:
         border += tl.cast(segments, tl.int64) * hop
