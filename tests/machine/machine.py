@@ -75,7 +75,7 @@ class Machine:
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.registers = {}
         self.at = 0  # the instruction that is executed
-        self.arrivals = np.zeros(self.lanes, np.int64)  # at the cluster's barrier
+        self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
