@@ -326,5 +326,3 @@ def fence(machine, i):
 def check_shown(machine, blocks, addresses, width) -> None:
     if machine.shared.hidden(blocks, addresses, width):
         raise Fault("shared memory that threads have stored to, with no fence.proxy.async since")
-
-
