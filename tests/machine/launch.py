@@ -49,6 +49,7 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
     with mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", to_ptx):
         compiled = triton.compile(source, **keywords)
     found = parsed(compiled.asm["ptx"], compiled.metadata.name)
+    found.loads_at_once = True
     LAUNCHED.append(found.name)
     parameters = b""
     # after the arguments come two pointers to scratch memory, which no kernel here has

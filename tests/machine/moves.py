@@ -92,7 +92,9 @@ def address_size(i, space):
 def check_remote(machine, addresses, chosen):
     """Another block's memory is there once all of its threads have met the cluster's barrier, until all have ended."""
     rank = np.asarray(addresses).astype(np.int64) >> REMOTE
-    if machine.kernel.cluster == 1 or not rank.any() or rank.max() > machine.kernel.cluster:  # the last is not even a place
+    if (
+        machine.kernel.cluster == 1 or not rank.any() or rank.max() > machine.kernel.cluster
+    ):  # the last is not even a place
         return
     chosen = chosen[rank > 0]
     blocks = np.unique(machine.block[chosen] // machine.kernel.cluster * machine.kernel.cluster + rank[rank > 0] - 1)
