@@ -17,10 +17,15 @@ import triton
 from benchmarks.resources import specialized
 from nvfp4_kernels.ops import _cuda, _device, _nvrtc, _triton
 from tests.machine.machine import execute
+from tests.machine.memory import Fault
 from tests.machine.parse import parse
 
 TARGETS = {80: "80", 90: "90a", 100: "100a", 103: "103a", 120: "120f"}
 FORMATS = {"f32": "f", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "b8": "B", "b16": "H", "b32": "I", "b64": "Q"}
+# What a launch may ask for: blocks on the three axes, and kibibytes of shared memory a block (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability").
+MOST_BLOCKS = 2**31 - 1, 65535, 65535
+MOST_SHARED = {80: 163, 90: 227, 100: 227, 103: 227, 120: 99}
 LAUNCHED: list[str] = []  # the names of the kernels that ran
 
 
@@ -56,7 +61,15 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
         parameters = parameters.ljust(at, b"\0") + struct.pack("<" + FORMATS[kind], value)
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError(f"{found.name} wants scratch memory")
+    check(arch, grid, compiled.metadata.shared)
     execute(found, grid, found.threads, compiled.metadata.shared, parameters)
+
+
+def check(arch: int, grid, shared: int) -> None:
+    if any(n > most for n, most in zip(grid, MOST_BLOCKS, strict=False)):
+        raise Fault(f"a grid of {tuple(grid)}")
+    if shared > MOST_SHARED[arch] << 10:
+        raise Fault(f"{shared} bytes of shared memory")
 
 
 def to_ptx(backend=None, stages=None, *rest):
@@ -73,6 +86,7 @@ def parsed(ptx: str):
 
 def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes) -> None:
     LAUNCHED.append(kernel)
+    check(arch, grid, shared)
     execute(parsed(cuda_ptx(op, TARGETS[arch]))[kernel], grid, threads, shared, parameters)
 
 

@@ -420,9 +420,9 @@ def redux(machine, i):
         join = {"min": np.fmin, "max": np.fmax}[what]
 
     def run(mask):
-        if (members() != np.uint32(0xFFFFFFFF)).any():
-            raise Fault("redux over a part of a warp")
         chosen = machine.chosen(mask)
+        if (machine.full(members())[chosen] != np.uint32(0xFFFFFFFF)).any():
+            raise Fault("redux over a part of a warp")
         warps = machine.full(read())[chosen].reshape(-1, 32)
         write(machine.spread(chosen, np.repeat(join.reduce(warps, 1), 32).astype(TYPES[kind])), mask)
 
