@@ -389,8 +389,10 @@ def narrowest(kernel):
 
 
 def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
-    """Run a launch, which may touch these tensors, or those that its parameters point to. races: whether to look for hazards in shared memory
-    (races.py); order: in which those go on that parted ways (Machine.next)."""
+    """Run a launch, which may touch these tensors, or those that its parameters point to.
+
+    races: whether to look for hazards in shared memory (races.py); order: in which those go on that parted ways (Machine.next).
+    """
     tensors = tensors_at(parameters) if tensors is None else tensors
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 
