@@ -269,6 +269,7 @@ def contiguous(machine, i):
                 put(machine, lane, np.uint32(target) + steps.astype(np.uint32), machine.memory.load(first + steps, 8))
                 bytes_came(machine, key, n)
 
+            announce(machine, lane, target, int(n))
             begin(machine, lane, "bulk", carry, int(key))
 
     return run
@@ -298,9 +299,16 @@ def box(machine, i):
                 bytes_came(machine, key, rows * width)
 
             tensor.check(int(target))
+            announce(machine, lane, target, tensor.box_rows * tensor.box_width)
             begin(machine, lane, "bulk", carry, int(key))
 
     return run
+
+
+def announce(machine, lane, target, count) -> None:
+    """From its issue on a bulk copy may write: what is read there without an order is a hazard."""
+    at = np.uint32(target) + np.arange(0, count, 8, dtype=np.uint32)
+    machine.shared.will_be_written(machine.block[lane], at, 8, lane)
 
 
 def put(machine, lane, addresses, words) -> None:
@@ -326,5 +334,3 @@ def fence(machine, i):
 def check_shown(machine, blocks, addresses, width) -> None:
     if machine.shared.hidden(blocks, addresses, width):
         raise Fault("shared memory that threads have stored to, with no fence.proxy.async since")
-
-

@@ -7,8 +7,9 @@ nobody can go on, the launch has a deadlock, and says so.
 
 import numpy as np
 
-from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_of_the_process
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_at
 from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
+from tests.machine.races import Races
 
 WORDS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
@@ -35,7 +36,17 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes, tensors, seed):
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid,
+        threads: int,
+        dynamic_shared: int,
+        parameters: bytes,
+        tensors,
+        races=True,
+        order=None,
+    ):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -58,13 +69,15 @@ class Machine:
         self.parameters = parameters
         self.memory = Memory(tensors, parameters, constants)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
+        if races and self.shared.size:
+            self.shared.races = Races(self, self.shared.content.size, narrowest(kernel))
+        self.order, self.turn = order, 0
+        self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.registers = {}
         self.at = 0  # the instruction that is executed
         self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
-        self.random = None if seed is None else np.random.default_rng(seed)
-        self.first = np.ones(self.lanes, bool)  # those that go before all others
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
         self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
@@ -201,6 +214,8 @@ class Machine:
             run = INSTRUCTIONS[base](self, i)
         except (KeyError, IndexError, ValueError, Fault) as error:
             raise Fault(f"line {i.line}: {i.name}: {error!r}") from error
+        if base == "mbarrier" and any("wait" in part for part in i.parts) and self.shared.races:
+            run = self.after_all(run)
         if i.guard is None or base == "bra":
             return run
         guard = self.reader(i.guard, "pred")
@@ -212,6 +227,15 @@ class Machine:
                 return run(None if held.all() else held)
 
         return guarded
+
+    def after_all(self, run):
+        """Who waited at an mbarrier comes after whoever arrived there, which may be anybody."""
+
+        def waited(mask):
+            self.shared.races.came_after_all(self.chosen(mask))
+            return run(mask)
+
+        return waited
 
     def run(self):
         with np.errstate(all="ignore"):
@@ -240,15 +264,8 @@ class Machine:
         return f"line {self.kernel.instructions[self.at].line}: {self.names[self.at]}"
 
     def go(self):
-        """The lowest lanes, until they branch, wait or reach a place where others may join. With a seed the lowest of one half
-        of the warps, until none of these can go on, then of another half."""
-        ready = self.state == READY
-        if self.random is not None:
-            if not (ready & self.first).any():
-                self.first = np.repeat(self.random.random(self.lanes // 32) < 0.5, 32)
-            ready = ready & self.first if (ready & self.first).any() else ready
-        at = int(self.pc[ready].min())
-        mask = ready & (self.pc == at)
+        """Lanes at one place, until they branch, wait or reach a place where others may join."""
+        at, mask, steps = self.next()
         whole = bool(mask.all())
         program, mask_given = self.program, None if whole else mask
         while True:
@@ -257,12 +274,13 @@ class Machine:
                 program[at] = self.made(self.kernel.instructions[at])
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
-            except Fault as error:
+            except (Fault, KeyError) as error:
                 raise Fault(f"{self.where()}: {error}") from error
             at += 1
             if control is not None:
                 break
-            if not whole and at in self.joins:
+            steps -= 1
+            if not whole and (at in self.joins or steps == 0):
                 self.pc[mask] = at
                 return
         what, who = control
@@ -283,6 +301,29 @@ class Machine:
             self.pc[mask] = at
             self.release()
 
+    def next(self):
+        """Where to go on, with whom, and for how many instructions at most (0: no matter how many).
+
+        In order of the program, in order "backward" those that stand highest first, or in an order that a number draws: at any
+        place some of the warps there, for a while. Now and then others have a turn, should they be what the first wait for.
+        """
+        ready = self.state == READY
+        self.turn += 1
+        if self.random is None and self.turn % 1024:
+            at = int(self.pc[ready].max() if self.order == "backward" else self.pc[ready].min())
+            return at, ready & (self.pc == at), 0
+        places = np.unique(self.pc[ready])
+        if self.random is None:
+            at = int(places[self.turn // 1024 % len(places)])
+            return at, ready & (self.pc == at), 0
+        at = int(self.random.choice(places))
+        mask = ready & (self.pc == at)
+        warps = mask.reshape(-1, 32).any(1)
+        drawn = warps & (self.random.random(len(warps)) < self.random.choice([0.1, 0.5, 1.0]))
+        if drawn.any():
+            mask &= np.repeat(drawn, 32)
+        return at, mask, int(self.random.geometric(1 / 32))
+
     def release(self):
         """Let those go whose barrier is complete: all threads of the block that have not ended, or as many as it says."""
         waiting = self.state == BARRIER
@@ -293,7 +334,10 @@ class Machine:
                 here = waiting & (self.barrier == number)
                 needed = np.where(here, self.expected, 0).reshape(self.blocks, self.threads).max(1)
                 full = by_block(here) >= np.where(needed > 0, needed, alive)
-                self.state[here & full[self.block]] = READY
+                met = here & full[self.block]
+                self.state[met] = READY
+                if met.any() and self.shared.races:
+                    self.shared.races.met(met)
         self.retry(WARP)  # their warp may be whole without those that ended
         self.retry(CLUSTER)
 
@@ -318,6 +362,8 @@ class Machine:
                 named = alive
             else:
                 each = self.full(members()).reshape(-1, 32, 1) >> bits & np.uint32(1) != 0
+                if not each[:, range(32), range(32)][rows].all():
+                    raise Fault("a lane that its own member mask leaves out")
                 named = (each & rows[:, :, None]).any(1) & alive
             whole = (rows | ~named).all(1)
             may = (rows & whole[:, None]).reshape(-1)
@@ -333,10 +379,22 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, seed=None) -> None:
-    """Run a launch, which may touch these tensors, or all of the process; with a seed, warps in an order drawn with it."""
-    tensors = tensors_of_the_process() if tensors is None else tensors
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, seed).run()
+def narrowest(kernel):
+    """The bytes of the smallest thing that a kernel's instructions load from shared memory or store there, 4 at most."""
+    widths = [4]
+    for i in kernel.instructions:
+        if i.parts[0] in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(i.parts):
+            widths.append(np.dtype(TYPES[i.parts[-1]]).itemsize)
+    return min(widths)
+
+
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
+    """Run a launch, which may touch these tensors, or those that its parameters point to.
+
+    races: whether to look for hazards in shared memory (races.py); order: in which those go on that parted ways (Machine.next).
+    """
+    tensors = tensors_at(parameters) if tensors is None else tensors
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 
 
 # these register their instructions

@@ -89,6 +89,8 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
     cluster: int = 1
+    # Triton's compiler moves arithmetic in front of the tcgen05.wait::ld of its operands, and counts on ptxas to wait for them
+    loads_at_once: bool = False
 
 
 def parse(text: str, only: str | None = None) -> dict[str, Kernel]:
@@ -228,11 +230,13 @@ class Body:
             m = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S)
             width = WIDTHS[m[1]]
             for name in (part.strip() for part in m[2].split(",")):
-                if family := re.match(r"([%\w$]+)<\d+>$", name):
+                family = re.match(r"([%\w$]+)<(\d+)>$", name)
+                if family and len(self.scopes) == 1:
                     self.kernel.prefixes[family[1]] = width
-                else:
-                    self.scopes[-1][1].add(name)
-                    self.kernel.widths[self.own(name)] = width
+                    continue
+                for own in [f"{family[1]}{n}" for n in range(int(family[2]))] if family else [name]:
+                    self.scopes[-1][1].add(own)
+                    self.kernel.widths[self.own(own)] = width
             return
         if text.startswith(".pragma"):
             return

@@ -74,27 +74,25 @@ def from_matrix(matrix):
     return [matrix[:, GROUP + 8 * (register >> 1), 2 * QUAD + (register & 1)] for register in range(4)]
 
 
-SHAPES = {  # k of the shape by the elements' width in bits
-    "m16n8k8": {32}, "m16n8k16": {16}, "m16n8k32": {8}, "m16n8k64": {4}, "m16n8k4": {32},
-}  # fmt: skip
-
-
 @instruction("mma")
 def mma(machine, i):
     shape = next(p for p in i.parts if p.startswith("m16n8"))
     k = int(shape.rsplit("k", 1)[1])
     scaled = "block_scale" in i.parts
-    kinds = i.parts[i.parts.index("col") + 1 :]
-    if kinds[0] != "f32" or kinds[3] != "f32":
+    kinds = [p for p in i.parts if p == "f32" or p in FORMS]  # Triton's compiler has .kind after the layouts
+    extra = set(i.parts) - {"mma", "sync", "aligned", shape, "row", "col", *kinds}
+    if not scaled and extra or [p for p in i.parts if p in ("row", "col")] != ["row", "col"]:
         raise KeyError(i.name)
-    form_a, form_b = kinds[1:3]
+    result, form_a, form_b, added = kinds
+    if result != "f32" or added != "f32":
+        raise KeyError(i.name)
     operands = [machine_parts(o) for o in i.operands[:4]]
     if len(operands[1]) * 2 * FORMS[form_a][0] != k or len(operands[2]) * 4 * FORMS[form_b][0] != k:
         raise KeyError(i.name)
     reads = [[machine.reader(p, "u32") for p in operands[n]] for n in (1, 2)]
     sums = [machine.reader(p, "f32") for p in operands[3]]
     writes = [machine.writer(p) for p in operands[0]]
-    scales = block_scales(machine, i, k) if scaled else None
+    scales = block_scales(machine, i, k, extra) if scaled else None
 
     def run(mask):
         chosen = machine.chosen(mask)
@@ -115,32 +113,47 @@ def machine_parts(operand):
     return operand.parts if hasattr(operand, "parts") else (operand,)
 
 
-def block_scales(machine, i, k):
-    """Of rows g, g + 8 of A from lanes 4g, 4g + 1, of column g of B from lane 4g (PTX ISA, "Block Scaling for mma.sync")."""
-    if i.parts[-1] not in ("ue4m3", "ue8m0"):
+# (kind, scales of a row, their type, shape): what there is (PTX ISA, "Valid combinations of .kind, .stype and .scale_vec_size")
+BLOCK_SCALES = {
+    ("kind::mxf8f6f4", 1, "ue8m0", 32), ("kind::mxf4", 2, "ue8m0", 64), ("kind::mxf4nvf4", 2, "ue8m0", 64),
+    ("kind::mxf4nvf4", 4, "ue8m0", 64), ("kind::mxf4nvf4", 4, "ue4m3", 64),
+}  # fmt: skip
+
+
+def block_scales(machine, i, k, modifiers):
+    """A function that gives the factors of A's elements and of B's (PTX ISA, "Block Scaling for mma.sync").
+
+    The thread of a selector {byte, thread} says which lanes of a quad bring A's scales, 0 the lower two, 1 the upper two, the
+    first of the two row g's, the other row g + 8's; and which one brings those of B's column g. Its byte is the lowest of
+    theirs.
+    """
+    kind = next(p for p in modifiers if p.startswith("kind::"))
+    count = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}[
+        next(p for p in modifiers if p.startswith("scale_vec::"))
+    ]
+    form = i.parts[-1]
+    if (kind, count, form, k) not in BLOCK_SCALES or len(modifiers) != 4:
         raise KeyError(i.name)
-    count = int(next(p for p in i.parts if p.startswith("scale_vec::")).split("::")[1][0])
-    read_a, (byte_a, thread_a) = machine.reader(i.operands[4], "u32"), (p.value for p in i.operands[5].parts)
-    read_b, (byte_b, thread_b) = machine.reader(i.operands[6], "u32"), (p.value for p in i.operands[7].parts)
-    if count == 4 and (byte_a or byte_b):
-        raise Fault("four scales a register leave no byte to choose")
+    read_a, read_b = (machine.reader(machine_parts(i.operands[at])[0], "u32") for at in (4, 6))
+    (byte_a, thread_a), (byte_b, thread_b) = ([p.value for p in i.operands[at].parts] for at in (5, 7))
+    for byte, thread, threads in ((byte_a, thread_a, 2), (byte_b, thread_b, 4)):
+        if byte not in range(0, 4, count) or thread not in range(threads):
+            raise Fault(f"a selector {{{byte}, {thread}}}")
 
     def decode(words, byte):
         codes = np.stack([words >> np.uint32(8 * (byte + n)) & np.uint32(255) for n in range(count)], -1)
-        if i.parts[-1] == "ue8m0":
+        if form == "ue8m0":
             return np.where(codes == 255, np.nan, np.exp2(codes.astype(np.float64) - 127))
-        return small_values(codes & np.uint32(0x7F), "e4m3")
+        # seven bits: a byte with the eighth set is no ue4m3, and whatever comes of it, no kernel may count on it
+        return np.where(codes > 0x7F, np.nan, small_values(codes & np.uint32(0x7F), "e4m3"))
 
     def run(gather):
         a, b = gather(read_a), gather(read_b)
-        groups = np.arange(8)
-        rows = np.concatenate(
-            [a[:, 4 * groups + 2 * thread_a], a[:, 4 * groups + 2 * thread_a + 1]], 1
-        )  # rows g, then g + 8
-        columns = b[:, 4 * groups + thread_b]
+        first = 4 * np.arange(8)
+        rows = np.concatenate([a[:, first + 2 * thread_a], a[:, first + 2 * thread_a + 1]], 1)
         return (
             np.repeat(decode(rows, byte_a), k // count, -1),
-            np.repeat(decode(columns, byte_b), k // count, -1).swapaxes(1, 2),
+            np.repeat(decode(b[:, first + thread_b], byte_b), k // count, -1).swapaxes(1, 2),
         )
 
     return run

@@ -10,7 +10,7 @@ from tests.machine.memory import Fault
 
 @dataclass(frozen=True)
 class TensorMap:
-    """Of bytes, rows `pitch` apart, in boxes of 128 bytes under the swizzle of that name (PTX ISA, "Tensor Swizzling Modes")."""
+    """Of bytes, rows `pitch` apart, in boxes of 128 bytes under the swizzle so named (PTX ISA, "Tensor Swizzling Modes")."""
 
     base: int
     width: int

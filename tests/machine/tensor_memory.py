@@ -103,7 +103,9 @@ def allocate(machine, i):
             if memory.relinquished[block]:
                 raise Fault("the permit to allocate has been given back")
             wanted = columns_of(one(machine.full(count())[lanes], "a count"))
-            starts = [at for at in range(COLUMNS - wanted, -1, -wanted) if not memory.owner[block, at : at + wanted].any()]
+            starts = [
+                at for at in range(COLUMNS - wanted, -1, -wanted) if not memory.owner[block, at : at + wanted].any()
+            ]
             if not starts:
                 raise Fault(f"no room for {wanted} columns")
             memory.allocations += 1
@@ -122,7 +124,10 @@ def free(machine, i):
         memory = memory_of(machine)
         for lanes in warps(machine, mask):
             owner = memory.owner[machine.block[lanes[0]]]
-            first, wanted = one(machine.full(where())[lanes], "an address"), columns_of(int(machine.full(count())[lanes[0]]))
+            first, wanted = (
+                one(machine.full(where())[lanes], "an address"),
+                columns_of(int(machine.full(count())[lanes[0]])),
+            )
             mine = owner == owner[first] if first < COLUMNS else owner < 0
             if not owner[first] or mine.sum() != wanted or not mine[first : first + wanted].all():
                 raise Fault(f"columns {first} to {first + wanted - 1} were not allocated so")
@@ -180,11 +185,14 @@ def load(machine, i):
 
     def run(mask):
         memory = memory_of(machine)
-        poison = np.full(machine.lanes, 0xFFFFFFFF, np.uint32)
+        values = np.full((len(writes), machine.lanes), 0xFFFFFFFF, np.uint32)  # until the wait
         for lanes, block, rows, columns in each(mask):
-            memory.loads.append((lanes, block, rows, columns, memory.read(block, rows, columns), writes))
-        for write in writes:
-            write(poison, mask)
+            words = memory.read(block, rows, columns)
+            memory.loads.append((lanes, block, rows, columns, words, writes))
+            if machine.kernel.loads_at_once:
+                values[:, lanes] = words.T
+        for write, value in zip(writes, values, strict=True):
+            write(value, mask)
 
     return machine.warpwide(None, run)
 
@@ -208,7 +216,9 @@ def store(machine, i):
 def mine(records, mask):
     """The records of the warps of a mask, and the others."""
     chosen = [mask is None or mask[record[0]].all() for record in records]
-    return [r for r, c in zip(records, chosen, strict=True) if c], [r for r, c in zip(records, chosen, strict=True) if not c]
+    return [r for r, c in zip(records, chosen, strict=True) if c], [
+        r for r, c in zip(records, chosen, strict=True) if not c
+    ]
 
 
 def loaded(machine, i):
@@ -224,7 +234,7 @@ def loaded(machine, i):
                     raise Fault("tensor memory that changed while it was loaded")
                 here[lanes] = True
                 values[:, lanes] = words.T
-            for write, value in zip(writes, values, strict=True):
+            for write, value in zip(writes, [] if machine.kernel.loads_at_once else values, strict=False):
                 write(value, None if here.all() else here)
 
     return machine.warpwide(None, run)
@@ -349,7 +359,11 @@ class Kind:
         field = lambda at, bits: word >> at & (1 << bits) - 1  # noqa: E731
         if kind == "mxf4nvf4":
             forms = {1: "e2m1"}
-            m, reserved, scales = field(27, 2) << 7, field(0, 4) | field(6, 1) | field(12, 1) | field(24, 3), field(23, 1)
+            m, reserved, scales = (
+                field(27, 2) << 7,
+                field(0, 4) | field(6, 1) | field(12, 1) | field(24, 3),
+                field(23, 1),
+            )
             if scales or field(4, 2) or field(29, 2) or field(31, 1):
                 raise Fault(f"scales that are not E4M3, four a row from the first byte, or K = 96: {word:#x}")
             b = field(10, 2)
@@ -367,7 +381,7 @@ class Kind:
         return made
 
     def check(self, kind: str, word: int) -> None:
-        """"Matrix shape"; A and B under block scales run along k."""
+        """ "Matrix shape"; A and B under block scales run along k."""
         step = 16 if self.m == 128 and kind != "mxf4nvf4" else 8
         if self.m not in ((128,) if kind == "mxf4nvf4" else (64, 128)) or not 8 <= self.n <= 256 or self.n % step:
             raise Fault(f"a product of {self.m} by {self.n}: {word:#x}")
@@ -407,11 +421,23 @@ def scales(machine, block, at: int, rows: int) -> np.ndarray:
 def multiply(machine, i):
     kind = next(p for p in i.parts if p.startswith("kind::")).removeprefix("kind::")
     scaled = kind == "mxf4nvf4"
-    if i.parts[2] != "cta_group::1" or i.parts[4:] not in ([], ["block_scale", "scale_vec::4X"], ["block_scale", "block16"]):
+    if i.parts[2] != "cta_group::1" or i.parts[4:] not in (
+        [],
+        ["block_scale", "scale_vec::4X"],
+        ["block_scale", "block16"],
+    ):
         raise KeyError(i.name)
-    if scaled != bool(i.parts[4:]) or kind not in ("f16", "tf32", "mxf4nvf4") or len(i.operands) != (7 if scaled else 5):
+    if (
+        scaled != bool(i.parts[4:])
+        or kind not in ("f16", "tf32", "mxf4nvf4")
+        or len(i.operands) != (7 if scaled else 5)
+    ):
         raise KeyError(i.name)
-    d, b, word = machine.address(i.operands[0], 4), machine.reader(i.operands[2], "u64"), machine.reader(i.operands[3], "u32")
+    d, b, word = (
+        machine.address(i.operands[0], 4),
+        machine.reader(i.operands[2], "u64"),
+        machine.reader(i.operands[3], "u32"),
+    )
     from_tensor_memory = isinstance(i.operands[1], Address)
     a = machine.address(i.operands[1], 4) if from_tensor_memory else machine.reader(i.operands[1], "u64")
     where = [machine.address(o, 4) for o in i.operands[4:6]] if scaled else []

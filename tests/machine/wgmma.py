@@ -212,6 +212,8 @@ class Multiply:
         blocks = np.broadcast_to(machine.block[128 * groups].reshape(-1, 1, 1), at.shape)
         if first:
             check_shown(machine, blocks, at, self.size)
+        words = at[:, :: 4 // self.size] if turned else at[:, :, :: 4 // self.size]
+        machine.shared.reads(blocks[:, :1, :1], words, 4, 128 * groups.reshape(-1, 1, 1), together=True)
         return machine.shared.load(blocks, at, self.size)
 
     def complete(self, groups, of):
