@@ -67,10 +67,11 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(file.name, path)
 
 
-def compile_source(op: str, arch: str, ptx: bool = False) -> bytes:
-    """Compile now, to a cubin or, to be read, to PTX. Raises RuntimeError with NVRTC's first error."""
+def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> bytes:
+    """Compile now, to a cubin or, to be read, to PTX; `before`: lines before the source's own. Raises RuntimeError with
+    NVRTC's first error."""
     nvrtc = _nvrtc()
-    source = (CSRC / op / "cuda.cu").read_text()
+    source = before + (CSRC / op / "cuda.cu").read_text()
     options = (f"-arch=sm_{arch}", *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
     program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
     try:

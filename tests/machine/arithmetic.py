@@ -32,15 +32,24 @@ def flushed(x):
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
+def one_nan(x):
+    """Every NaN that fp32 arithmetic gives is the same: no payload survives (PTX ISA, "Floating Point Instructions")."""
+    bad = np.isnan(x)
+    return np.where(bad, NAN, x) if bad.any() else x
+
+
 def with_modifiers(i, compute):
-    """Of fp32: .ftz, which flushes what comes and what is given, and .sat."""
+    """Of fp32: .ftz, which flushes what comes and what is given, and .sat, whose zero has no sign and NaN is zero."""
     if "sat" in i.parts:
-        inner = compute
-        compute = lambda *given: np.fmin(np.fmax(inner(*given), np.float32(0)), np.float32(1))  # noqa: E731
+        inner = lambda *given: np.fmin(np.fmax(compute(*given), np.float32(0)) + np.float32(0), np.float32(1))  # noqa: E731
+    else:
+        inner = lambda *given: one_nan(compute(*given))  # noqa: E731
     if "ftz" in i.parts:
-        plain = compute
-        compute = lambda *given: flushed(plain(*map(flushed, given)))  # noqa: E731
-    return compute
+        return lambda *given: flushed(inner(*map(flushed, given)))
+    return inner
 
 
 def mode(i):
@@ -90,19 +99,53 @@ def allowed(i, *modifiers):
         raise KeyError(f"{i.name}: {', '.join(sorted(unknown))}")
 
 
+def zero_down(i, a, b, total):
+    """a + b, which is -0 and not 0 of numbers that cancel where it is rounded down (IEEE 754)."""
+    if mode(i) != "rm":
+        return total
+    return np.where((total == 0) & (np.signbit(a) != np.signbit(b)), -0.0, total)
+
+
+def mixed(machine, i):
+    """add, sub and fma of fp32 whose first operands, all but the last, are halves ("Mixed Precision Floating-Point")."""
+    kind, negative = kind_of(i), i.name.startswith("sub")
+    allowed(i, "rn", "rz", "rm", "rp", "f32")
+    if kind not in ("f16", "bf16"):
+        raise KeyError(i.name)
+    ones = np.float64(1) if len(i.operands) == 3 else None  # a + c is a times 1 + c
+
+    def compute(a, *rest):
+        b, c = (ones, rest[0]) if ones is not None else (values16(rest[0], kind), rest[1])
+        return to_f32(fused(values16(a, kind), b, (-c if negative else c).astype(np.float64)), mode(i))
+
+    return nary(machine, i, compute, [kind] * (len(i.operands) - 2) + ["f32"])
+
+
 @instruction("add", "sub")
 def add(machine, i):
+    if "f32" in i.parts[1:-1]:
+        return mixed(machine, i)
     kind, negative = kind_of(i), i.name.startswith("sub")
     if in_pairs(kind):
         allowed(i, *(["rn", "ftz"] if kind == "f32x2" else []))
         plain = (lambda a, b: a - b) if negative else (lambda a, b: a + b)
         return nary(machine, i, pairs(kind, with_modifiers(i, plain) if kind == "f32x2" else plain), [kind] * 2)
+    if kind == "s32" and i.parts[1:-1] == ["sat"]:
+        whole = lambda a, b: a.astype(np.int64) - b if negative else a.astype(np.int64) + b  # noqa: E731
+        limited = lambda a, b: np.clip(whole(a, b), -(1 << 31), (1 << 31) - 1).astype(np.int32)  # noqa: E731
+        return nary(machine, i, limited, [kind] * 2)
+    allowed(
+        i, *{"f32": ["rn", "rz", "rm", "rp", "ftz", "sat"], "f64": ["rn"]}.get(kind, ["rn"] if packed(kind) else [])
+    )
     if packed(kind):
-        allowed(i, "rn")
         plain = on_halves(kind, (lambda a, b: odd_sum(a, -b)) if negative else odd_sum)
         return nary(machine, i, plain, [kind] * 2)
     if kind == "f32" and mode(i) != "rn":
-        exact = lambda a, b: to_f32(odd_sum(a.astype(np.float64), (-b if negative else b).astype(np.float64)), mode(i))  # noqa: E731
+
+        def exact(a, b):
+            a, b = a.astype(np.float64), (-b if negative else b).astype(np.float64)
+            return to_f32(zero_down(i, a, b, odd_sum(a, b)), mode(i))
+
         return nary(machine, i, with_modifiers(i, exact), [kind] * 2)
     compute = (lambda a, b: a - b) if negative else (lambda a, b: a + b)
     return nary(machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * 2)
@@ -118,7 +161,7 @@ def high(a, b, kind):
         whole = wide(kind)
         return (a.astype(whole) * b.astype(whole) >> whole(bits)).astype(TYPES[kind])
     product = np.asarray(a).astype(object) * np.asarray(b).astype(object) >> 64
-    return product.astype(TYPES[kind])
+    return np.asarray(product).astype(TYPES[kind])
 
 
 def product(i, kind):
@@ -137,8 +180,17 @@ def mul(machine, i):
     if kind == "f32x2":
         allowed(i, "rn", "ftz")
         return nary(machine, i, pairs(kind, with_modifiers(i, lambda a, b: a * b)), [kind] * 2)
+    allowed(
+        i,
+        *(
+            ["rn"]
+            if packed(kind)
+            else ["rn", "rz", "rm", "rp", "ftz", "sat"]
+            if is_float(kind)
+            else ["lo", "hi", "wide"]
+        ),
+    )
     if packed(kind):
-        allowed(i, "rn")
         return nary(machine, i, on_halves(kind, lambda a, b: a * b), [kind] * 2)
     if is_float(kind):
         if mode(i) != "rn":
@@ -154,6 +206,7 @@ def mad(machine, i):
     kind = kind_of(i)
     if is_float(kind):
         return fma(machine, i)
+    allowed(i, "lo", "hi", "wide")
     multiply = product(i, kind)
     third = kind[0] + str(2 * int(kind[1:])) if "wide" in i.parts else kind
     return nary(machine, i, lambda a, b, c: multiply(a, b) + c, [kind, kind, third])
@@ -161,6 +214,8 @@ def mad(machine, i):
 
 @instruction("fma")
 def fma(machine, i):
+    if "f32" in i.parts[1:-1]:
+        return mixed(machine, i)
     kind = kind_of(i)
     if packed(kind):
         allowed(i, "rn")
@@ -171,12 +226,18 @@ def fma(machine, i):
         return nary(machine, i, pairs(kind, once), [kind] * 3)
     if kind != "f32":
         raise KeyError(kind)
-    return nary(machine, i, with_modifiers(i, lambda a, b, c: to_f32(fused(a, b, c), mode(i))), [kind] * 3)
+    allowed(i, "rn", "rz", "rm", "rp", "ftz", "sat")
+
+    def compute(a, b, c):
+        return to_f32(zero_down(i, np.asarray(a, np.float64) * b, c, fused(a, b, c)), mode(i))
+
+    return nary(machine, i, with_modifiers(i, compute), [kind] * 3)
 
 
 @instruction("div")
 def div(machine, i):
     kind = kind_of(i)
+    allowed(i, *{"f32": ["rn", "full", "approx", "ftz"], "f64": ["rn"]}.get(kind, []))
     if is_float(kind):
         if "rn" in i.parts:
             compute = lambda a, b: a / b  # noqa: E731
@@ -196,7 +257,7 @@ def quotient(small):
         result = nudged(wide)
         if small:
             beyond = np.abs(b) > np.float32(2.0**126)
-            lost = np.where(np.isinf(a), np.float32(np.nan), np.copysign(np.float32(0), result))
+            lost = np.where(np.isfinite(a), np.copysign(np.float32(0), result), np.float32(np.nan))
             result = np.where(beyond & np.isfinite(b), lost, result)
         return result
 
@@ -221,10 +282,12 @@ def truncated(a, b):
 @instruction("abs", "neg")
 def sign(machine, i):
     kind, negative = kind_of(i), i.name.startswith("neg")
+    allowed(i, *["ftz"] * (kind == "f32"))
     if packed(kind):
         bits = np.uint32(0x80008000) if kind.endswith("x2") else np.uint16(0x8000)
         return unary(machine, i, (lambda a: a ^ bits) if negative else (lambda a: a & ~bits))
-    return unary(machine, i, (lambda a: -a) if negative else np.abs)
+    compute = (lambda a: -a) if negative else np.abs
+    return unary(machine, i, (lambda a: compute(flushed(a))) if "ftz" in i.parts else compute)
 
 
 def extreme_of(least, with_nan):
@@ -256,12 +319,12 @@ def extreme(machine, i):
         def compute(*given):
             a, b, *others = given
             plain = of_two(a, b)
-            plain = np.where(np.isnan(plain), np.uint32(0x7FFFFFFF).view(np.float32), plain) if kind == "f32" else plain
             return compute(plain, *others) if others else plain
 
         return nary(
             machine, i, with_modifiers(i, compute) if kind == "f32" else compute, [kind] * (len(i.operands) - 1)
         )
+    allowed(i, *["relu"] * (kind == "s32"))
     pick = np.minimum if least else np.maximum
     compute = (lambda a, b: np.maximum(pick(a, b), 0).astype(a.dtype)) if "relu" in i.parts else pick
     return nary(machine, i, compute, [kind] * 2)
@@ -308,6 +371,7 @@ def function(machine, i):
 
 @instruction("and", "or", "xor")
 def logic(machine, i):
+    allowed(i)
     compute = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[i.parts[0]]
     return nary(machine, i, compute, [kind_of(i)] * 2)
 
@@ -324,6 +388,7 @@ def shift(machine, i):
     kind = kind_of(i)
     bits = int(kind[1:])
     left = i.parts[0] == "shl"
+    allowed(i)
 
     def compute(a, n):
         """What is shifted by all bits or more is gone; of a signed number the sign stays."""
@@ -398,6 +463,7 @@ def insert(machine, i):
 
 @instruction("popc", "clz", "brev", "bfind")
 def counted(machine, i):
+    allowed(i, *["shiftamt"] * (i.parts[0] == "bfind"))
     kind = kind_of(i)
     bits = int(kind[1:])
 
@@ -405,14 +471,17 @@ def counted(machine, i):
         return np.asarray(a).view(TYPES["u" + kind[1:]])[..., None] >> np.arange(bits, dtype=TYPES["u" + kind[1:]]) & 1
 
     def compute(a):
+        if kind[0] == "s":  # the first bit that is not the sign's
+            a = np.where(a < 0, ~a, a)
         ones = as_bits(a)
         if i.parts[0] == "popc":
             return ones.sum(-1).astype(np.uint32)
         highest = np.where(ones.any(-1), bits - 1 - ones[..., ::-1].argmax(-1), -1)
         if i.parts[0] == "clz":
             return (bits - 1 - highest).astype(np.uint32)
-        if i.parts[0] == "bfind" and kind[0] == "u":
-            return highest.astype(np.int64).astype(np.uint32)
+        if i.parts[0] == "bfind":
+            shift = "shiftamt" in i.parts
+            return np.where(shift & (highest >= 0), bits - 1 - highest, highest).astype(np.int64).astype(np.uint32)
         if i.parts[0] == "brev":
             places = np.arange(bits, dtype=TYPES["u" + kind[1:]])[::-1]
             return (ones << places).sum(-1).astype(TYPES["u" + kind[1:]])
@@ -474,6 +543,7 @@ def setp(machine, i):
     name, kind = i.parts[1], kind_of(i)
     if kind not in TYPES or kind in ("s16x2", "u16x2", "f32x2"):
         raise KeyError(i.name)
+    allowed(i, name, "and", "or", "xor", *["ftz"] * (kind == "f32"))
     form = kind.removesuffix("x2") if packed(kind) else None
 
     def compare(a, b):
@@ -508,9 +578,10 @@ def setp(machine, i):
             a, b = (values16(a, form), values16(b, form)) if form else (flushed(a), flushed(b)) if ftz else (a, b)
             held = compare(a, b)
             second = ~held
-        writes[0](held if combine is None else combine(held, other()), mask)
+        third = other() if join else None
+        writes[0](held if combine is None else combine(held, third), mask)
         if len(writes) > 1:
-            writes[1](second if combine is None else combine(second, other()), mask)
+            writes[1](second if combine is None else combine(second, third), mask)
 
     return run
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.machine.arithmetic import flushed
 from tests.machine.machine import TYPES, instruction
-from tests.machine.rounding import rounded, small_values, small_words, values16, words16
+from tests.machine.rounding import rounded, small_values, small_words, to_f32, values16, words16
 
 SMALL = {"e4m3x2": "e4m3", "e5m2x2": "e5m2", "e2m1x2": "e2m1"}
 INTEGERS = {f"{s}{b}" for s in "us" for b in (8, 16, 32, 64)}
@@ -43,13 +43,15 @@ def cvt(machine, i):
             whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[how]
             before = flushed if "ftz" in i.parts else lambda x: x
             return lambda mask: write(np.asarray(whole(before(read()))).astype(TYPES[to]), mask)
-        if how not in (None, "rn") or "sat" in i.parts:
-            raise KeyError(i.name)
-        if to == "f32" and source in ("s64", "u64", "f64"):
-            wide = machine.reader(i.operands[1], source)
-            return lambda mask: write(np.asarray(wide()).astype(np.float32), mask)
+        if source in ("s64", "u64"):  # fp64 does not hold them all
+            if how != "rn" or "sat" in i.parts:
+                raise KeyError(i.name)
+            whole_word = machine.reader(i.operands[1], source)
+            return lambda mask: write(np.asarray(whole_word()).astype(TYPES[to]), mask)
         flush = flushed if "ftz" in i.parts else lambda x: x
-        return lambda mask: write(flush(np.asarray(read()).astype(TYPES[to])), mask)
+        limit = (lambda x: np.fmin(np.fmax(x, 0.0), 1.0)) if "sat" in i.parts else lambda x: x  # NaN to 0
+        narrow = (lambda x: to_f32(x, how or "rn")) if to == "f32" else lambda x: x
+        return lambda mask: write(flush(narrow(limit(np.asarray(read())))), mask)
     if to in INTEGERS and source in ("f32", "f16", "bf16", "f64"):
         return to_integer(machine, i, to, source, how, write)
     raise KeyError(i.name)

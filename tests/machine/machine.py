@@ -7,8 +7,9 @@ nobody can go on, the launch has a deadlock, and says so.
 
 import numpy as np
 
-from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared
+from tests.machine.memory import CONSTANT_WINDOW, Fault, Memory, Shared, tensors_at
 from tests.machine.parse import Address, Immediate, Kernel, Register, Symbol
+from tests.machine.races import Races
 
 WORDS = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 TYPES = {"pred": np.bool_, "f32": np.float32, "f64": np.float64}
@@ -35,7 +36,17 @@ def instruction(*names):
 
 
 class Machine:
-    def __init__(self, kernel: Kernel, grid, threads: int, dynamic_shared: int, parameters: bytes):
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid,
+        threads: int,
+        dynamic_shared: int,
+        parameters: bytes,
+        tensors,
+        races=True,
+        order=None,
+    ):
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -56,23 +67,29 @@ class Machine:
                 self.symbols[v.name] = CONSTANT_WINDOW + len(constants)
                 constants += v.content.ljust(v.size, b"\0")
         self.parameters = parameters
-        self.memory = Memory(parameters, constants)
+        self.memory = Memory(tensors, parameters, constants)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
+        if races and self.shared.size:
+            self.shared.races = Races(self, self.shared.content.size, narrowest(kernel))
+        self.order, self.turn = order, 0
+        self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.registers = {}
         self.at = 0  # the instruction that is executed
-        self.arrivals = np.zeros(self.lanes, np.int64)  # at the cluster's barrier
+        self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
         self.expected = np.zeros(self.lanes, np.int64)  # and how many threads that waits for
-        self.copies, self.products = [], []  # asynchronous: (what to do, lanes, group of each)
+        self.copies, self.products = [], None  # asynchronous: of cp.async (what to do, lanes, group of each), of wgmma
         self.copy_groups = np.zeros(self.lanes, np.int64)
-        self.barriers = {}  # (block, address): [pending, count, phase, transactions]
-        self.tensor_memory = {}
+        self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
+        self.asynchronous = {}  # by block: operations that have been issued and not yet happened
+        self.chance = np.random.default_rng(0)
+        self.tensor_memory = None  # once somebody allocates
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
         self.joins = {kernel.labels[name] for name in targets}
-        self.program = [self.made(i) for i in kernel.instructions]
+        self.program = [None] * len(kernel.instructions)  # what executes each, made when it is first reached
         self.names = [i.name for i in kernel.instructions]
 
     def specials(self):
@@ -125,7 +142,7 @@ class Machine:
         size = np.dtype(dtype).itemsize
         if dtype is np.bool_:
             return np.array(bool(operand.value))
-        if operand.width == 0 and np.issubdtype(dtype, np.floating):
+        if operand.width == 0 and np.dtype(dtype).kind == "f":
             raise Fault("an integer where a floating-point constant belongs")
         bits = operand.value & (1 << 8 * size) - 1
         if operand.width == 8 and size == 4:  # fp64's form of an fp32 constant
@@ -154,7 +171,7 @@ class Machine:
             if value.dtype != word:
                 if size and value.dtype.itemsize == size:
                     value = value.view(word)
-                elif size and np.issubdtype(value.dtype, np.signedinteger):
+                elif size and value.dtype.kind == "i":
                     value = value.astype(f"i{size}").view(word)
                 else:
                     value = value.astype(word)
@@ -197,6 +214,8 @@ class Machine:
             run = INSTRUCTIONS[base](self, i)
         except (KeyError, IndexError, ValueError, Fault) as error:
             raise Fault(f"line {i.line}: {i.name}: {error!r}") from error
+        if base == "mbarrier" and any("wait" in part for part in i.parts) and self.shared.races:
+            run = self.after_all(run)
         if i.guard is None or base == "bra":
             return run
         guard = self.reader(i.guard, "pred")
@@ -209,40 +228,59 @@ class Machine:
 
         return guarded
 
+    def after_all(self, run):
+        """Who waited at an mbarrier comes after whoever arrived there, which may be anybody."""
+
+        def waited(mask):
+            self.shared.races.came_after_all(self.chosen(mask))
+            return run(mask)
+
+        return waited
+
     def run(self):
         with np.errstate(all="ignore"):
             while not self.finished():
                 self.go()
 
     def finished(self):
-        ready = self.state == READY
-        if ready.any():
-            return False
-        if (self.state == DONE).all():
-            return True
+        while not (self.state == READY).any():
+            if (self.state == DONE).all():
+                barriers.ended(self)
+                tensor_memory.ended(self)
+                wgmma.ended(self)
+                return True
+            if not barriers.advance(self):
+                self.complain()
+        return False
+
+    def complain(self):
         stuck = np.flatnonzero(self.state != DONE)
         places = sorted(
             {f"{self.kernel.instructions[max(self.pc[k], 0)].name}" for k in stuck[:: max(1, len(stuck) // 64)]}
         )
         raise Fault(f"deadlock: {len(stuck)} threads wait for ever, at {', '.join(places)}")
 
+    def where(self) -> str:
+        return f"line {self.kernel.instructions[self.at].line}: {self.names[self.at]}"
+
     def go(self):
-        """The lowest lanes, until they branch, wait or reach a place where others may join."""
-        ready = self.state == READY
-        at = int(self.pc[ready].min())
-        mask = ready & (self.pc == at)
+        """Lanes at one place, until they branch, wait or reach a place where others may join."""
+        at, mask, steps = self.next()
         whole = bool(mask.all())
         program, mask_given = self.program, None if whole else mask
         while True:
             self.at = at
+            if at < len(program) and program[at] is None:
+                program[at] = self.made(self.kernel.instructions[at])
             try:
                 control = program[at](mask_given) if at < len(program) else ("exit", None)
-            except Fault as error:
-                raise Fault(f"line {self.kernel.instructions[at].line}: {self.names[at]}: {error}") from error
+            except (Fault, KeyError) as error:
+                raise Fault(f"{self.where()}: {error}") from error
             at += 1
             if control is not None:
                 break
-            if not whole and at in self.joins:
+            steps -= 1
+            if not whole and (at in self.joins or steps == 0):
                 self.pc[mask] = at
                 return
         what, who = control
@@ -263,6 +301,29 @@ class Machine:
             self.pc[mask] = at
             self.release()
 
+    def next(self):
+        """Where to go on, with whom, and for how many instructions at most (0: no matter how many).
+
+        In order of the program, in order "backward" those that stand highest first, or in an order that a number draws: at any
+        place some of the warps there, for a while. Now and then others have a turn, should they be what the first wait for.
+        """
+        ready = self.state == READY
+        self.turn += 1
+        if self.random is None and self.turn % 1024:
+            at = int(self.pc[ready].max() if self.order == "backward" else self.pc[ready].min())
+            return at, ready & (self.pc == at), 0
+        places = np.unique(self.pc[ready])
+        if self.random is None:
+            at = int(places[self.turn // 1024 % len(places)])
+            return at, ready & (self.pc == at), 0
+        at = int(self.random.choice(places))
+        mask = ready & (self.pc == at)
+        warps = mask.reshape(-1, 32).any(1)
+        drawn = warps & (self.random.random(len(warps)) < self.random.choice([0.1, 0.5, 1.0]))
+        if drawn.any():
+            mask &= np.repeat(drawn, 32)
+        return at, mask, int(self.random.geometric(1 / 32))
+
     def release(self):
         """Let those go whose barrier is complete: all threads of the block that have not ended, or as many as it says."""
         waiting = self.state == BARRIER
@@ -273,7 +334,10 @@ class Machine:
                 here = waiting & (self.barrier == number)
                 needed = np.where(here, self.expected, 0).reshape(self.blocks, self.threads).max(1)
                 full = by_block(here) >= np.where(needed > 0, needed, alive)
-                self.state[here & full[self.block]] = READY
+                met = here & full[self.block]
+                self.state[met] = READY
+                if met.any() and self.shared.races:
+                    self.shared.races.met(met)
         self.retry(WARP)  # their warp may be whole without those that ended
         self.retry(CLUSTER)
 
@@ -281,10 +345,10 @@ class Machine:
         """Let those who wait where they are look again."""
         self.state[self.state == why] = READY
 
-    def warpwide(self, members, run):
+    def warpwide(self, members, run, size=32):
         """A warp's instruction as one that waits until all that its member masks name are there.
 
-        members: a function that gives the mask, for each lane or for all; None of all 32.
+        members: a function that gives the mask, for each lane or for all; None of all `size`, which is 128 of a warpgroup.
         """
         bits = np.arange(32, dtype=np.uint32)
 
@@ -292,12 +356,14 @@ class Machine:
             if mask is None:
                 return run(None)
             here = mask | (self.state == WARP) & (self.pc == self.at)
-            rows = here.reshape(-1, 32)
-            alive = (self.state != DONE).reshape(-1, 32)
+            rows = here.reshape(-1, size)
+            alive = (self.state != DONE).reshape(-1, size)
             if members is None:
                 named = alive
             else:
                 each = self.full(members()).reshape(-1, 32, 1) >> bits & np.uint32(1) != 0
+                if not each[:, range(32), range(32)][rows].all():
+                    raise Fault("a lane that its own member mask leaves out")
                 named = (each & rows[:, :, None]).any(1) & alive
             whole = (rows | ~named).all(1)
             may = (rows & whole[:, None]).reshape(-1)
@@ -313,9 +379,23 @@ class Machine:
         return held
 
 
-def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes) -> None:
-    """Run a launch."""
-    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters).run()
+def narrowest(kernel):
+    """The bytes of the smallest thing that a kernel's instructions load from shared memory or store there, 4 at most."""
+    widths = [4]
+    for i in kernel.instructions:
+        if i.parts[0] in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(i.parts):
+            widths.append(np.dtype(TYPES[i.parts[-1]]).itemsize)
+    return min(widths)
 
 
-from tests.machine import arithmetic, conversions, moves, tensor_cores  # noqa: E402, F401  they register their instructions
+def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
+    """Run a launch, which may touch these tensors, or those that its parameters point to.
+
+    races: whether to look for hazards in shared memory (races.py); order: in which those go on that parted ways (Machine.next).
+    """
+    tensors = tensors_at(parameters) if tensors is None else tensors
+    Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
+
+
+# these register their instructions
+from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory, wgmma  # noqa: E402, F401

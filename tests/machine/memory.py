@@ -37,19 +37,41 @@ def of_tensor(storage) -> Region | None:
     return Region(base, content, f"{size} bytes of a tensor")
 
 
-class Memory:
-    """The allocations of a launch: all tensors there are, and the launch's parameters and constants."""
+def tensors_at(parameters: bytes):
+    """Those that a word of the parameters points to, of all there are."""
+    words = np.frombuffer(parameters[: len(parameters) // 8 * 8], np.uint64)
+    for tensor in tensors_of_the_process():
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # wrappers have none
+            continue
+        base = storage.data_ptr()
+        if ((words >= base) & (words < base + storage.nbytes())).any():
+            yield tensor
 
-    def __init__(self, parameters: bytes, constants: bytes):
+
+def tensors_of_the_process():
+    kinds = {}
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, torch.Tensor)
+        if kinds[kind] and thing.device.type == "cpu" and thing.layout == torch.strided:
+            yield thing
+
+
+class Memory:
+    """What a launch may touch: tensors, its parameters and constants."""
+
+    def __init__(self, tensors, parameters: bytes, constants: bytes):
         found = {}
-        for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
-                try:
-                    storage = thing.untyped_storage()
-                except (NotImplementedError, RuntimeError):  # wrappers have none
-                    continue
-                if storage.data_ptr() not in found and (region := of_tensor(storage)):
-                    found[region.base] = region
+        for tensor in tensors:
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # wrappers have none
+                continue
+            if storage.data_ptr() not in found and (region := of_tensor(storage)):
+                found[region.base] = region
         for base, content, name in (
             (PARAMETER_WINDOW, parameters, "the parameters"),
             (CONSTANT_WINDOW, constants, "the constants"),
@@ -88,7 +110,10 @@ class Memory:
         for region, mine, index in self.places(addresses, width):
             if not region.writable:
                 raise Fault(f"a store to {region.name}")
-            region.views[width][index] = values[mine]
+            view, mine = region.views[width], values[mine]
+            view[index] = mine
+            if (view[index] != mine).any():
+                raise Fault(f"a place in {region.name} that threads write different values to at once")
 
 
 class Shared:
@@ -98,6 +123,10 @@ class Shared:
         self.size, self.cluster = -(-size // 16) * 16, cluster
         self.content = np.full(blocks * self.size, POISON, np.uint8)
         self.views = {w: self.content.view(word) for w, word in WORDS.items()}
+        self.races = None
+        # what threads have stored and no fence has shown to the asynchronous units
+        self.unshown = np.zeros(blocks * self.size, np.uint8)
+        self.unshown_views = {w: self.unshown.view(word) for w, word in WORDS.items()}
 
     def index(self, blocks: np.ndarray, addresses: np.ndarray, width: int) -> np.ndarray:
         """Of words of `width` bytes: `blocks` has the block that each access comes from."""
@@ -111,8 +140,46 @@ class Shared:
             raise Fault(f"a block of rank {int(remote.max()) - 1} in a cluster of {self.cluster}")
         return (block * self.size + offset) // width
 
-    def load(self, blocks, addresses, width):
+    def load(self, blocks, addresses, width, lanes=None):
+        """What lies there; of accesses by lanes hazards are found, except of another block's memory."""
+        self.reads(blocks, addresses, width, lanes)
         return self.views[width][self.index(blocks, addresses, width)]
 
-    def store(self, blocks, addresses, values):
-        self.views[values.dtype.itemsize][self.index(blocks, addresses, values.dtype.itemsize)] = values
+    def store(self, blocks, addresses, values, lanes=None):
+        width = values.dtype.itemsize
+        index, view = self.index(blocks, addresses, width), self.views[width]
+        if self.followed(addresses, lanes):
+            lanes = np.broadcast_to(lanes, index.shape).ravel()
+            self.races.write(index.ravel() * width, width, lanes, (view[index] != values).ravel())
+        view[index] = values
+        self.unshown_views[width][index] = 1
+        if (view[index] != values).any():
+            raise Fault("a place in shared memory that threads write different values to at once")
+
+    def reads(self, blocks, addresses, width, lanes, together=False):
+        """These lanes read there, or all of their warps together."""
+        if self.followed(addresses, lanes):
+            at = self.index(blocks, addresses, width) * width
+            self.races.read(at.ravel(), width, np.broadcast_to(lanes, at.shape).ravel(), together)
+
+    def will_be_written(self, blocks, addresses, width, lanes):
+        """Something asynchronous may write there for these lanes from now on."""
+        if self.followed(addresses, lanes):
+            at = self.index(blocks, addresses, width) * width
+            self.races.write(at, width, np.broadcast_to(lanes, at.shape), lasting=False)
+
+    def change(self, blocks, addresses, width, lanes):
+        """Lanes are to load, or to store, as atomic instructions do."""
+        if self.followed(addresses, lanes):
+            self.races.change(self.index(blocks, addresses, width) * width, width, lanes)
+
+    def followed(self, addresses, lanes):
+        return self.races is not None and lanes is not None and not (addresses >> addresses.dtype.type(REMOTE)).any()
+
+    def show(self, blocks) -> None:
+        """To the asynchronous units, all that is in these blocks' memory."""
+        self.unshown.reshape(-1, self.size)[blocks] = 0
+
+    def hidden(self, blocks, addresses, width) -> bool:
+        """Whether anything there has not been shown."""
+        return bool(self.unshown_views[width][self.index(blocks, addresses, width)].any())

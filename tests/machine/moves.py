@@ -2,10 +2,12 @@
 
 import numpy as np
 
-from tests.machine.machine import BARRIER, CLUSTER, TYPES, WORDS, instruction
-from tests.machine.memory import PARAMETER_WINDOW, SHARED_WINDOW, Fault
+from tests.machine.machine import BARRIER, CLUSTER, DONE, TYPES, WORDS, instruction
+from tests.machine.memory import PARAMETER_WINDOW, REMOTE, SHARED_WINDOW, Fault
 from tests.machine.parse import Register, Symbol, Vector
 
+UNDEFINED = np.uint32(0xBADC0DE5)
+SPOILT = np.uint32(0xFFFFFFFF)  # NaN in every format
 SPACES = ("global", "shared", "param", "local", "const")
 
 
@@ -15,7 +17,6 @@ def nothing(machine, i):
 
 # Everything is visible at once here, to everybody.
 instruction(
-    "fence",
     "membar",
     "griddepcontrol",
     "prefetch",
@@ -88,8 +89,25 @@ def address_size(i, space):
     return 4 if space == "shared" else 8
 
 
-def shared_or_global(machine, space, addresses, chosen, width, values=None):
-    """Load from addresses, or store values there; of generic addresses each to its own space."""
+def check_remote(machine, addresses, chosen):
+    """Another block's memory is there once all of its threads have met the cluster's barrier, until all have ended."""
+    rank = np.asarray(addresses).astype(np.int64) >> REMOTE
+    if (
+        machine.kernel.cluster == 1 or not rank.any() or rank.max() > machine.kernel.cluster
+    ):  # the last is not even a place
+        return
+    chosen = chosen[rank > 0]
+    blocks = np.unique(machine.block[chosen] // machine.kernel.cluster * machine.kernel.cluster + rank[rank > 0] - 1)
+    mine = np.isin(machine.block, blocks)
+    if (machine.arrivals[mine] == 0).any():
+        raise Fault("the memory of a block that may not have begun")
+    if (machine.state == DONE).reshape(-1, machine.threads).all(1)[blocks].any():
+        raise Fault("the memory of a block that has ended")
+
+
+def shared_or_global(machine, space, addresses, chosen, width, values=None, strong=False):
+    """Load from addresses, or store values there; of generic addresses each to its own space. strong: with an order of its own,
+    so that there is no hazard among such accesses."""
     if space is None:
         inside = (addresses >= np.uint64(SHARED_WINDOW)) & (addresses < np.uint64(PARAMETER_WINDOW))
         if inside.any() and not inside.all():
@@ -98,9 +116,13 @@ def shared_or_global(machine, space, addresses, chosen, width, values=None):
         if space == "shared":
             addresses = addresses - np.uint64(SHARED_WINDOW)
     if space == "shared":
+        check_remote(machine, addresses, chosen)
+        lanes = None if strong else chosen
+        if strong and values is not None:
+            machine.shared.change(machine.block[chosen], addresses, width, chosen)
         if values is None:
-            return machine.shared.load(machine.block[chosen], addresses, width)
-        return machine.shared.store(machine.block[chosen], addresses, values)
+            return machine.shared.load(machine.block[chosen], addresses, width, lanes)
+        return machine.shared.store(machine.block[chosen], addresses, values, lanes)
     if values is None:
         return machine.memory.load(addresses, width)
     return machine.memory.store(addresses, values)
@@ -108,6 +130,10 @@ def shared_or_global(machine, space, addresses, chosen, width, values=None):
 
 def vector(i):
     return next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
+
+
+def is_strong(i):
+    return bool({"volatile", "relaxed", "acquire", "release", "mmio"} & set(i.parts))
 
 
 def check_alignment(addresses, width):
@@ -145,6 +171,7 @@ def load(machine, i):
         inner = machine.address(at, address_size(i, space))
     if space == "const":
         space = "global"
+    strong = is_strong(i)
 
     def run(mask):
         addresses = inner()
@@ -153,9 +180,8 @@ def load(machine, i):
         if count > 1:
             check_alignment(mine, width * count)
         for k, write in enumerate(writes):
-            values = shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width).view(
-                TYPES[kind]
-            )
+            at = mine + mine.dtype.type(k * width)
+            values = shared_or_global(machine, space, at, chosen, width, strong=strong).view(TYPES[kind])
             write(machine.spread(chosen, values), mask)
 
     return run
@@ -167,9 +193,9 @@ def store(machine, i):
     width = np.dtype(TYPES[kind]).itemsize
     sources = i.operands[1].parts if isinstance(i.operands[1], Vector) else (i.operands[1],)
     reads = [machine.reader(s, f"u{8 * width}") for s in sources]
-    if len(reads) != count:
+    if len(reads) != count or {"async", "bulk"} & set(i.parts):
         raise KeyError(i.name)
-    space = space_of(i)
+    space, strong = space_of(i), is_strong(i)
     address = machine.address(i.operands[0], address_size(i, space))
 
     def run(mask):
@@ -179,7 +205,7 @@ def store(machine, i):
             check_alignment(mine, width * count)
         for k, read in enumerate(reads):
             values = machine.full(read())[chosen]
-            shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width, values)
+            shared_or_global(machine, space, mine + mine.dtype.type(k * width), chosen, width, values, strong)
 
     return run
 
@@ -187,6 +213,8 @@ def store(machine, i):
 ATOMICS = {
     "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x, "or": lambda old, x: old | x,
     "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
+    "inc": lambda old, x: old * 0 if old >= x else old + old.dtype.type(1),
+    "dec": lambda old, x: x if old == 0 or old > x else old - old.dtype.type(1),
 }  # fmt: skip
 
 
@@ -195,8 +223,8 @@ def atomic(machine, i):
     """One lane after the other."""
     kind, gives = i.parts[-1], i.parts[0] == "atom"
     width = np.dtype(TYPES[kind]).itemsize
-    what = next(p for p in i.parts[1:] if p in (*ATOMICS, "cas"))
-    if kind in ("f16", "bf16", "f16x2", "bf16x2") or vector(i) > 1:
+    what = next((p for p in i.parts[1:] if p in (*ATOMICS, "cas")), None)
+    if what is None or {"async", "bulk"} & set(i.parts) or kind in ("f16", "bf16", "f16x2", "bf16x2") or vector(i) > 1:
         raise KeyError(i.name)
     operands = list(i.operands)
     write = machine.writer(operands.pop(0)) if gives else None
@@ -211,13 +239,14 @@ def atomic(machine, i):
         before = np.empty(len(chosen), TYPES[kind])
         for k in range(len(chosen)):
             place, lane = addresses[k : k + 1], chosen[k : k + 1]
-            old = shared_or_global(machine, space, place, lane, width).view(TYPES[kind])
+            old = shared_or_global(machine, space, place, lane, width, strong=True).view(TYPES[kind])
             before[k] = old[0]
             if what == "cas":
                 new = given[1][k] if old[0] == given[0][k] else old[0]
             else:
                 new = ATOMICS[what](old[0], given[0][k])
-            shared_or_global(machine, space, place, lane, width, np.array([new], TYPES[kind]).view(WORDS[width]))
+            new = np.array([new], TYPES[kind]).view(WORDS[width])
+            shared_or_global(machine, space, place, lane, width, new, strong=True)
         if write:
             write(machine.spread(chosen, before), mask)
 
@@ -242,7 +271,7 @@ def copy(machine, i):
         return bulk(machine, i)
     to, source = machine.address(i.operands[0], 4), machine.address(i.operands[1])
     size = i.operands[2].value
-    rest = i.operands[3:]
+    rest = i.operands[3 : -1 if "L2::cache_hint" in i.parts else None]
     ignore = (
         machine.reader(rest[0], "pred")
         if rest and isinstance(rest[0], Register) and machine.width(rest[0].name) == 0
@@ -260,6 +289,9 @@ def copy(machine, i):
         if len(wanted) and (wanted.max() > size or wanted.min() < 0):
             raise Fault(f"cp.async of {wanted.max()} of {size} bytes")
         check_alignment(sources[wanted > 0], size)
+        machine.shared.will_be_written(machine.block[chosen], targets, size, chosen)
+        for at in range(0, size, 4):  # from now on until the wait nobody knows what is there
+            machine.shared.store(machine.block[chosen], targets + np.uint32(at), np.full(len(chosen), SPOILT))
         machine.copies.append([chosen, machine.copy_groups[chosen].copy(), targets, sources, wanted, size])
 
     return run
@@ -293,7 +325,7 @@ def carry(machine, lanes, targets, sources, wanted, size):
                 values[part] |= np.uint32(
                     machine.memory.load(sources[part : part + 1] + np.uint64(at + k), 1)[0]
                 ) << np.uint32(8 * k)
-        machine.shared.store(machine.block[lanes], targets + np.uint32(at), values)
+        machine.shared.store(machine.block[lanes], targets + np.uint32(at), values, lanes)
 
 
 @instruction("ldmatrix")
@@ -304,7 +336,8 @@ def ldmatrix(machine, i):
     if "m8n8" not in i.parts or i.parts[-1] != "b16":
         raise KeyError(i.name)
     address = machine.address(i.operands[1], 4)
-    writes = [machine.writer(p) for p in i.operands[0].parts]
+    target = i.operands[0]
+    writes = [machine.writer(p) for p in (target.parts if isinstance(target, Vector) else (target,))]
 
     def run(mask):
         chosen = machine.chosen(mask)
@@ -315,6 +348,7 @@ def ldmatrix(machine, i):
             check_alignment(first, 16)
             at = first[:, :, None] + np.arange(0, 16, 2, dtype=np.uint32)
             blocks = np.broadcast_to(machine.block[warps[:, :1, None]], at.shape)
+            machine.shared.reads(blocks[:, :, ::2], at[:, :, ::2], 4, warps[:, :1, None], together=True)
             matrix = machine.shared.load(blocks, at, 2).astype(np.uint32)  # [warp, row, column]
             if transposed:
                 matrix = matrix.swapaxes(1, 2)
@@ -350,7 +384,10 @@ def stmatrix(machine, i):
                 matrix = matrix.swapaxes(1, 2)
             at = first[:, :, None] + np.arange(0, 16, 2, dtype=np.uint32)
             machine.shared.store(
-                np.broadcast_to(machine.block[warps[:, :1, None]], at.shape), at, np.ascontiguousarray(matrix)
+                np.broadcast_to(machine.block[warps[:, :1, None]], at.shape),
+                at,
+                np.ascontiguousarray(matrix),
+                warps[:, :1, None],
             )
 
     return machine.warpwide(None, run)
@@ -362,6 +399,8 @@ def stmatrix(machine, i):
 @instruction("shfl")
 def shuffle(machine, i):
     how = i.parts[2]
+    if how not in ("up", "down", "bfly", "idx") or i.parts[-1] != "b32":
+        raise KeyError(i.name)
     source, amount, clamp = (machine.reader(o, "u32") for o in i.operands[1:4])
     members = machine.reader(i.operands[4], "u32")
     target = i.operands[0]
@@ -384,14 +423,13 @@ def shuffle(machine, i):
         elif how == "bfly":
             at = lane ^ b
             inside = at <= most
-        elif how == "idx":
+        else:
             at = least | b & ~segment
             inside = at <= most
-        else:
-            raise KeyError(how)
         at = np.where(inside, at, lane)
-        values = machine.full(source())
-        writes[0](values[machine.lane - lane + at], mask)
+        # of a lane that is not here, or no member, comes nothing that is defined
+        given = ballot(machine, np.ones(machine.lanes, bool), mask, members()) >> at.astype(np.uint32) & 1 != 0
+        writes[0](np.where(given, machine.full(source())[machine.lane - lane + at], UNDEFINED), mask)
         if len(writes) > 1:
             writes[1](inside, mask)
 
@@ -429,28 +467,26 @@ def redux(machine, i):
     return machine.warpwide(members, run)
 
 
-@instruction("vote", "match")
+def ballot(machine, held, mask, members):
+    """The bits of a warp's lanes that are here, hold and are among the members that each lane names."""
+    here = np.zeros(machine.lanes, bool)
+    here[machine.chosen(mask)] = True
+    bits = ((held & here).reshape(-1, 32).astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
+    return np.repeat(bits, 32) & members
+
+
+@instruction("vote")
 def vote(machine, i):
-    if i.parts[0] == "match":
+    how = i.parts[2]
+    if how not in ("ballot", "any", "all"):
         raise KeyError(i.name)
-    how, negated = i.parts[2], False
     read, write = machine.reader(i.operands[1], "pred"), machine.writer(i.operands[0])
     members = machine.reader(i.operands[2], "u32")
-    del negated
 
     def run(mask):
-        here = np.zeros(machine.lanes, bool)
-        here[machine.chosen(mask)] = True
-        held = (machine.full(read()) & here).reshape(-1, 32)
-        if how == "ballot":
-            bits = (held.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
-            write(np.repeat(bits, 32), mask)
-        elif how == "any":
-            write(np.repeat(held.any(1), 32), mask)
-        elif how == "all":
-            write(np.repeat((held | ~here.reshape(-1, 32)).all(1), 32), mask)
-        else:
-            raise KeyError(how)
+        held = machine.full(read())
+        bits = ballot(machine, held ^ (how == "all"), mask, members())  # all hold of whom none does not
+        write(bits if how == "ballot" else (bits != 0) ^ (how == "all"), mask)
 
     return machine.warpwide(members, run)
 
@@ -461,11 +497,11 @@ def elect(machine, i):
     members = machine.reader(i.operands[1], "u32")
 
     def run(mask):
-        here = np.zeros(machine.lanes, bool)
-        here[machine.chosen(mask)] = True
-        first = here.reshape(-1, 32).argmax(1)
-        write[0](np.repeat(first, 32).astype(np.uint32), mask)
-        write[1]((machine.lane % 32 == np.repeat(first, 32)) & here, mask)
+        bits = ballot(machine, np.ones(machine.lanes, bool), mask, members())
+        lowest = bits & -bits
+        first = np.log2(np.maximum(lowest, 1)).astype(np.uint32)
+        write[0](first, mask)
+        write[1](machine.lane % 32 == first, mask)
 
     return machine.warpwide(members, run)
 
@@ -525,7 +561,7 @@ def bar(machine, i):
     if "cluster" in i.parts:
         return cluster_barrier(machine, i)
     if i.parts[1] == "warp":
-        return machine.warpwide(machine.reader(i.operands[0], "u32"), lambda mask: None)
+        return machine.warpwide(machine.reader(i.operands[0], "u32"), lambda mask: warps_met(machine, mask))
     if i.parts[1] not in ("sync", "cta") or "red" in i.parts or "arrive" in i.parts:
         raise KeyError(i.name)
     number = machine.reader(i.operands[0], "u32")
@@ -534,6 +570,8 @@ def bar(machine, i):
     def run(mask):
         numbers, counts = machine.full(number()), machine.full(count())
         if mask is None and (numbers == numbers[0]).all() and ((counts == 0) | (counts == machine.threads)).all():
+            if machine.shared.races:
+                machine.shared.races.all_met()
             return None
         chosen = machine.chosen(mask)
         machine.state[chosen] = BARRIER
@@ -544,24 +582,36 @@ def bar(machine, i):
     return run
 
 
+def warps_met(machine, mask):
+    if machine.shared.races:
+        machine.shared.races.met_in_warps(machine.chosen(mask))
+
+
 def cluster_barrier(machine, i):
+    """Each thread arrives, then waits for all that have not ended (PTX ISA, "barrier.cluster")."""
     lanes = machine.kernel.cluster * machine.threads
-    arrives = "arrive" in i.parts or "wait" not in i.parts
-    waits = "wait" in i.parts or "arrive" not in i.parts
-    if arrives and waits:
+    arrives, waits = "arrive" in i.parts, "wait" in i.parts
+    if arrives == waits:
         raise KeyError(i.name)
 
     def arrive(mask):
-        machine.arrivals[machine.chosen(mask)] += 1
+        here = machine.chosen(mask)
+        if (machine.arrivals[here] != machine.waits[here]).any():
+            raise Fault("an arrival at the cluster's barrier with no wait since the last")
+        machine.arrivals[here] += 1
         machine.retry(CLUSTER)
 
     def wait(mask):
-        from tests.machine.machine import DONE
-
+        here = machine.chosen(mask)
+        if (machine.arrivals[here] == machine.waits[here]).any():
+            raise Fault("a wait at the cluster's barrier without an arrival")
         seen = np.where(machine.state == DONE, np.iinfo(np.int64).max, machine.arrivals)
         ready = np.repeat(seen.reshape(-1, lanes).min(1), lanes) >= machine.arrivals
-        here = np.ones(machine.lanes, bool) if mask is None else mask
-        stay = here & ~ready
+        stay = ~ready if mask is None else mask & ~ready
+        passed = here[ready[here]]
+        machine.waits[passed] += 1
+        if machine.shared.races:
+            machine.shared.races.came_after_all(passed)
         if not stay.any():
             return None
         machine.state[stay] = CLUSTER
@@ -572,8 +622,6 @@ def cluster_barrier(machine, i):
 
 @instruction("mapa")
 def mapa(machine, i):
-    from tests.machine.memory import REMOTE
-
     if i.parts[-1] != "u32":
         raise KeyError(i.name)
     read, rank, write = (

@@ -1,5 +1,6 @@
 """The text of a PTX module as kernels: parameters, variables, registers, instructions (PTX ISA, "Syntax", "Directives")."""
 
+import bisect
 import re
 import struct
 from dataclasses import dataclass, field
@@ -88,10 +89,12 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
     cluster: int = 1
+    # Triton's compiler moves arithmetic in front of the tcgen05.wait::ld of its operands, and counts on ptxas to wait for them
+    loads_at_once: bool = False
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a module by name, each with the module's variables."""
+def parse(text: str, only: str | None = None) -> dict[str, Kernel]:
+    """The kernels of a module by name, or only one of them, each with the module's variables."""
     text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
     kernels, shared = {}, []
@@ -100,6 +103,8 @@ def parse(text: str) -> dict[str, Kernel]:
     for found in bodies.finditer(text):
         end = closing(text, found.end() - 1)
         spans.append((found.start(), end))
+        if only not in (None, found[1]):
+            continue
         kernel = Kernel(found[1])
         declare_parameters(kernel, found[2])
         if threads := re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", found[3]):
@@ -175,6 +180,7 @@ class Body:
         self.kernel, self.text, self.at, self.end = kernel, text, start, end
         self.scopes = [("", set())]  # (suffix, the names declared there)
         self.opened = 0
+        self.lines = [m.start() for m in re.finditer("\n", text)]
 
     def read(self):
         text = self.text
@@ -202,7 +208,7 @@ class Body:
                 self.at = label.end()
             else:
                 stop = text.index(";", self.at)
-                self.statement(text[self.at : stop].strip(), 1 + text.count("\n", 0, self.at))
+                self.statement(text[self.at : stop].strip(), 1 + bisect.bisect_left(self.lines, self.at))
                 self.at = stop + 1
         for instruction in self.kernel.instructions:  # labels may stand before they are declared
             instruction.operands = [
@@ -224,11 +230,13 @@ class Body:
             m = re.match(r"\.reg\s+\.(\w+)\s+(.*)$", text, re.S)
             width = WIDTHS[m[1]]
             for name in (part.strip() for part in m[2].split(",")):
-                if family := re.match(r"([%\w$]+)<\d+>$", name):
+                family = re.match(r"([%\w$]+)<(\d+)>$", name)
+                if family and len(self.scopes) == 1:
                     self.kernel.prefixes[family[1]] = width
-                else:
-                    self.scopes[-1][1].add(name)
-                    self.kernel.widths[self.own(name)] = width
+                    continue
+                for own in [f"{family[1]}{n}" for n in range(int(family[2]))] if family else [name]:
+                    self.scopes[-1][1].add(own)
+                    self.kernel.widths[self.own(own)] = width
             return
         if text.startswith(".pragma"):
             return

@@ -32,7 +32,8 @@ def fused(a, b, c):
 
 
 def rounded(x, form: str, mode: str = "rn"):
-    """fp64 to the values of a format, without its limit above: to nearest, ties to even (rn), away (rna), or to 0 (rz)."""
+    """fp64 to the values of a format, without its limit above: to nearest, ties to even (rn), away (rna), to 0 (rz),
+    down (rm) or up (rp)."""
     bits, smallest, _ = FORMATS[form]
     exponent = np.frexp(np.where((x == 0) | ~np.isfinite(x), 1.0, x))[1]
     step = np.ldexp(1.0, np.maximum(exponent - bits, smallest - bits + 1))
@@ -41,6 +42,8 @@ def rounded(x, form: str, mode: str = "rn"):
         whole = np.rint(scaled)
     elif mode == "rz":
         whole = np.trunc(scaled)
+    elif mode in ("rm", "rp"):
+        whole = np.floor(scaled) if mode == "rm" else np.ceil(scaled)
     elif mode == "rna":
         whole = np.copysign(np.floor(np.abs(scaled) + 0.5), scaled)
     else:
@@ -54,7 +57,8 @@ def to_f32(x, mode="rn"):
         return np.asarray(x).astype(np.float32)
     limit = FORMATS["f32"][2]
     y = rounded(x, "f32", mode)
-    return np.where(np.isfinite(x), np.clip(y, -limit, limit), y).astype(np.float32)
+    least, most = (-np.inf if mode == "rm" else -limit), (np.inf if mode == "rp" else limit)  # what overflow gives
+    return np.where(np.isfinite(x), np.clip(y, least, most), y).astype(np.float32)
 
 
 def words16(x, form: str, mode: str = "rn"):

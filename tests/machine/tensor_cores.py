@@ -1,4 +1,4 @@
-"""Matrix products: mma.sync and wgmma (PTX ISA, "Warp Level Matrix Instructions", "Asynchronous Warpgroup Level Matrix").
+"""Matrix products: mma.sync (PTX ISA, "Warp Level Matrix Instructions"); wgmma.py has those of warpgroups.
 
 Sums are made in fp64 and rounded once: nearer than the order in which a tensor core adds, of which nothing is promised.
 """
@@ -74,27 +74,25 @@ def from_matrix(matrix):
     return [matrix[:, GROUP + 8 * (register >> 1), 2 * QUAD + (register & 1)] for register in range(4)]
 
 
-SHAPES = {  # k of the shape by the elements' width in bits
-    "m16n8k8": {32}, "m16n8k16": {16}, "m16n8k32": {8}, "m16n8k64": {4}, "m16n8k4": {32},
-}  # fmt: skip
-
-
 @instruction("mma")
 def mma(machine, i):
     shape = next(p for p in i.parts if p.startswith("m16n8"))
     k = int(shape.rsplit("k", 1)[1])
     scaled = "block_scale" in i.parts
-    kinds = i.parts[i.parts.index("col") + 1 :]
-    if kinds[0] != "f32" or kinds[3] != "f32":
+    kinds = [p for p in i.parts if p == "f32" or p in FORMS]  # Triton's compiler has .kind after the layouts
+    extra = set(i.parts) - {"mma", "sync", "aligned", shape, "row", "col", *kinds}
+    if not scaled and extra or [p for p in i.parts if p in ("row", "col")] != ["row", "col"]:
         raise KeyError(i.name)
-    form_a, form_b = kinds[1:3]
+    result, form_a, form_b, added = kinds
+    if result != "f32" or added != "f32":
+        raise KeyError(i.name)
     operands = [machine_parts(o) for o in i.operands[:4]]
     if len(operands[1]) * 2 * FORMS[form_a][0] != k or len(operands[2]) * 4 * FORMS[form_b][0] != k:
         raise KeyError(i.name)
     reads = [[machine.reader(p, "u32") for p in operands[n]] for n in (1, 2)]
     sums = [machine.reader(p, "f32") for p in operands[3]]
     writes = [machine.writer(p) for p in operands[0]]
-    scales = block_scales(machine, i, k) if scaled else None
+    scales = block_scales(machine, i, k, extra) if scaled else None
 
     def run(mask):
         chosen = machine.chosen(mask)
@@ -115,155 +113,47 @@ def machine_parts(operand):
     return operand.parts if hasattr(operand, "parts") else (operand,)
 
 
-def block_scales(machine, i, k):
-    """Of rows g, g + 8 of A from lanes 4g, 4g + 1, of column g of B from lane 4g (PTX ISA, "Block Scaling for mma.sync")."""
-    if i.parts[-1] not in ("ue4m3", "ue8m0"):
+# (kind, scales of a row, their type, shape): what there is (PTX ISA, "Valid combinations of .kind, .stype and .scale_vec_size")
+BLOCK_SCALES = {
+    ("kind::mxf8f6f4", 1, "ue8m0", 32), ("kind::mxf4", 2, "ue8m0", 64), ("kind::mxf4nvf4", 2, "ue8m0", 64),
+    ("kind::mxf4nvf4", 4, "ue8m0", 64), ("kind::mxf4nvf4", 4, "ue4m3", 64),
+}  # fmt: skip
+
+
+def block_scales(machine, i, k, modifiers):
+    """A function that gives the factors of A's elements and of B's (PTX ISA, "Block Scaling for mma.sync").
+
+    The thread of a selector {byte, thread} says which lanes of a quad bring A's scales, 0 the lower two, 1 the upper two, the
+    first of the two row g's, the other row g + 8's; and which one brings those of B's column g. Its byte is the lowest of
+    theirs.
+    """
+    kind = next(p for p in modifiers if p.startswith("kind::"))
+    count = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}[
+        next(p for p in modifiers if p.startswith("scale_vec::"))
+    ]
+    form = i.parts[-1]
+    if (kind, count, form, k) not in BLOCK_SCALES or len(modifiers) != 4:
         raise KeyError(i.name)
-    count = int(next(p for p in i.parts if p.startswith("scale_vec::")).split("::")[1][0])
-    read_a, (byte_a, thread_a) = machine.reader(i.operands[4], "u32"), (p.value for p in i.operands[5].parts)
-    read_b, (byte_b, thread_b) = machine.reader(i.operands[6], "u32"), (p.value for p in i.operands[7].parts)
-    if count == 4 and (byte_a or byte_b):
-        raise Fault("four scales a register leave no byte to choose")
+    read_a, read_b = (machine.reader(machine_parts(i.operands[at])[0], "u32") for at in (4, 6))
+    (byte_a, thread_a), (byte_b, thread_b) = ([p.value for p in i.operands[at].parts] for at in (5, 7))
+    for byte, thread, threads in ((byte_a, thread_a, 2), (byte_b, thread_b, 4)):
+        if byte not in range(0, 4, count) or thread not in range(threads):
+            raise Fault(f"a selector {{{byte}, {thread}}}")
 
     def decode(words, byte):
         codes = np.stack([words >> np.uint32(8 * (byte + n)) & np.uint32(255) for n in range(count)], -1)
-        if i.parts[-1] == "ue8m0":
+        if form == "ue8m0":
             return np.where(codes == 255, np.nan, np.exp2(codes.astype(np.float64) - 127))
-        return small_values(codes & np.uint32(0x7F), "e4m3")
+        # seven bits: a byte with the eighth set is no ue4m3, and whatever comes of it, no kernel may count on it
+        return np.where(codes > 0x7F, np.nan, small_values(codes & np.uint32(0x7F), "e4m3"))
 
     def run(gather):
         a, b = gather(read_a), gather(read_b)
-        groups = np.arange(8)
-        rows = np.concatenate(
-            [a[:, 4 * groups + 2 * thread_a], a[:, 4 * groups + 2 * thread_a + 1]], 1
-        )  # rows g, then g + 8
-        columns = b[:, 4 * groups + thread_b]
+        first = 4 * np.arange(8)
+        rows = np.concatenate([a[:, first + 2 * thread_a], a[:, first + 2 * thread_a + 1]], 1)
         return (
             np.repeat(decode(rows, byte_a), k // count, -1),
-            np.repeat(decode(columns, byte_b), k // count, -1).swapaxes(1, 2),
+            np.repeat(decode(b[:, first + thread_b], byte_b), k // count, -1).swapaxes(1, 2),
         )
 
     return run
-
-
-# wgmma: a product is made when it is waited for, of what shared memory holds then
-
-
-@instruction("wgmma")
-def wgmma(machine, i):
-    what = i.parts[1]
-    if what == "fence":
-        return lambda mask: None
-    if what == "commit_group":
-        return machine.warpwide(None, lambda mask: commit(machine, mask))
-    if what == "wait_group":
-        left = i.operands[0].value
-        return machine.warpwide(None, lambda mask: finish(machine, mask, left))
-    return multiply(machine, i)
-
-
-def commit(machine, mask):
-    for record in machine.products:
-        if record["group"] is None and (mask is None or mask[record["lanes"]].all()):
-            record["group"] = 0
-        elif record["group"] is not None and (mask is None or mask[record["lanes"]].all()):
-            record["group"] += 1  # how many groups came later
-
-
-def finish(machine, mask, left):
-    kept = []
-    for record in machine.products:
-        if record["group"] is not None and record["group"] >= left and (mask is None or mask[record["lanes"]].all()):
-            record["run"]()
-        else:
-            kept.append(record)
-    machine.products = kept
-
-
-def multiply(machine, i):
-    shape = next(p for p in i.parts if p.startswith("m64n"))
-    n, k = (int(x) for x in shape[4:].split("k"))
-    result, form_a, form_b = i.parts[i.parts.index(shape) + 1 :]
-    if result != "f32" or form_a not in ("bf16", "f16", "e4m3", "e5m2", "tf32"):
-        raise KeyError(i.name)
-    size = {"bf16": 2, "f16": 2, "tf32": 4}.get(form_a, 1)
-    d = machine_parts(i.operands[0])
-    writes, sums = [machine.writer(p) for p in d], [machine.reader(p, "f32") for p in d]
-    from_registers = hasattr(i.operands[1], "parts")
-    if from_registers:
-        a = [machine.reader(p, "u32") for p in i.operands[1].parts]
-    else:
-        a = machine.reader(i.operands[1], "u64")
-    b = machine.reader(i.operands[2], "u64")
-    adds = machine.reader(i.operands[3], "pred")
-    flags = [o.value for o in i.operands[4:]]
-    if flags[:2] != [1, 1]:
-        raise KeyError("negated operands")
-    turned_a, turned_b = (0, 0) if size != 2 else ((0, flags[2]) if from_registers else flags[2:4])
-
-    def run(mask):
-        chosen = machine.chosen(mask)
-        groups = chosen.reshape(-1, 128)
-        first = groups[:, 0]
-        if from_registers:
-            words = np.stack([machine.full(r())[chosen].reshape(-1, 32) for r in a], -1)
-            fixed = fragment_a(words, form_a).reshape(-1, 64, k)
-            describe_a = None
-        else:
-            describe_a, fixed = machine.full(a())[first], None
-        describe_b = machine.full(b())[first]
-        held = np.broadcast_to(adds(), (machine.lanes,))[first]
-
-        def compute():
-            left = fixed if fixed is not None else matrix(machine, first, describe_a, 64, k, size, form_a, turned_a)
-            right = matrix(machine, first, describe_b, n, k, size, form_b, turned_b)
-            product = left @ right.swapaxes(1, 2)  # [group, 64, n]
-            warps = product.reshape(-1, 16, n)
-            within = np.zeros(machine.lanes, bool)
-            within[chosen] = True
-            whole = None if within.all() else within
-            keep = np.repeat(held, 128)
-            for tile in range(n // 8):
-                parts = from_matrix(warps[:, :, 8 * tile : 8 * tile + 8])
-                for register, values in enumerate(parts):
-                    at = 4 * tile + register
-                    before = np.where(keep, machine.full(sums[at]())[chosen], np.float32(0)).astype(np.float64)
-                    total = (before + values.reshape(-1)).astype(np.float32)
-                    writes[at](machine.spread(chosen, total), whole)
-
-        machine.products.append({"group": None, "lanes": chosen, "run": compute})
-
-    return machine.warpwide(None, run)
-
-
-def matrix(machine, lanes, descriptors, rows, k, size, form, turned):
-    """[group, rows, k] of what descriptors say of shared memory (PTX ISA, "Matrix Descriptor Format")."""
-    d = descriptors.astype(np.int64)
-    start, leading, stride = d & 0x3FFF, d >> 16 & 0x3FFF, d >> 32 & 0x3FFF
-    start, leading, stride = 16 * start, 16 * leading, 16 * stride
-    swizzle = descriptors >> np.uint64(62)
-    if (swizzle != swizzle[0]).any() or (d >> 49 & 7).any():
-        raise Fault("descriptors of several kinds, or with a base offset")
-    span = {0: 16, 1: 128, 2: 64, 3: 32}[int(swizzle[0])]
-    row, column = np.arange(rows)[:, None], np.arange(k)[None, :]
-    if turned:  # the rows lie along memory: boxes of `span` bytes of rows by 8 of k
-        along, across = row * size, column
-    else:
-        along, across = column * size, row
-    at = along % span + across % 8 * span
-    shape = (len(d), 1, 1)
-    if span == 16:
-        unit, other = (stride, leading) if turned else (leading, stride)
-        at = at[None] + along[None] // span * unit.reshape(shape) + across[None] // 8 * other.reshape(shape)
-    else:
-        at = at[None] + along[None] // span * leading.reshape(shape) + across[None] // 8 * stride.reshape(shape)
-    at = at + start.reshape(shape)
-    if span > 16:  # bits 4.. are mixed with those from bit 7 on
-        at = at ^ (at >> 7 & span // 16 - 1) << 4
-    blocks = np.broadcast_to(machine.block[lanes].reshape(shape), at.shape)
-    words = machine.shared.load(blocks, at, size)
-    if size == 2:
-        return values16(words, form)
-    if size == 4:
-        return tf32(words)[..., 0]
-    return small_values(words, form)

@@ -1,8 +1,11 @@
-"""Runs the CUDA kernels on the CPU: each launch goes to the library of csrc/arch/host_model.h that NVFP4_HOST_MODEL names.
+"""Runs the CUDA kernels on the CPU: each launch goes to the library of csrc/arch/host_model.h that NVFP4_HOST_MODEL names, or,
+compiled for the architecture that NVFP4_MACHINE names, to the machine of tests/machine.
 
-test_cuda.py builds it under the address sanitizer and calls these files in a process that has the sanitizer loaded.
+test_cuda.py builds the library under the address sanitizer and calls these files in a process that has the sanitizer loaded;
+tests/machine/test_cuda_kernels.py calls some of their cases on the machine.
 """
 
+import contextlib
 import ctypes
 import os
 
@@ -40,14 +43,46 @@ class Model:
         if status:
             raise RuntimeError(message.value.decode())
 
+    @contextlib.contextmanager
+    def chip(self):
+        before, _cuda._model = _cuda._model, self
+        try:
+            yield
+        finally:
+            _cuda._model = before
+
+
+class Machine:
+    """Warps in step with each other, or, at odd seeds, in an order drawn with the seed, which goes up by one with each launch.
+    A case whose kernel is written for another architecture is skipped."""
+
+    def __init__(self, arch: int):
+        from tests.machine import launch
+
+        self.arch, self.launch = arch, launch
+        self.seed, self.kernels = 1, []
+
+    def __call__(self, op, kernel, grid, threads, shared, parameters):
+        self.kernels.append(kernel)
+        seed = self.seed if self.seed and self.seed % 2 else None
+        if self.seed is not None:
+            self.seed += 1
+        if not self.launch.exists(self.arch, op, kernel):
+            pytest.skip(f"no {kernel} for sm_{self.arch}")
+        self.launch.launch_cuda(self.arch, op, kernel, grid, threads, shared, parameters, seed)
+
+    def chip(self):
+        return self.launch.chip(self.arch, self)
+
 
 @pytest.fixture(scope="session")
 def library():
-    return Model()
+    arch = os.environ.get("NVFP4_MACHINE")
+    return Machine(int(arch)) if arch else Model()
 
 
 @pytest.fixture(autouse=True)
-def model(library, monkeypatch):
+def model(library):
     library.seed, library.kernels = 1, []
-    monkeypatch.setattr(_cuda, "_model", library)
-    return library
+    with library.chip():
+        yield library
