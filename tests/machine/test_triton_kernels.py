@@ -17,13 +17,13 @@ from nvfp4_kernels.ops import _triton
 ROOT = Path(__file__).parent.parent.parent
 CHOSEN = {
     80: (
-        "test_quantize_triton.py::test_one_form_alone[1x16]",
+        "test_quantize_triton.py::test_equals_brute_force[1e-38-rounding1]",
         "test_matmul_triton.py::test_all_scale_bytes[bf16]",
     ),
     90: (
         "test_state_update_triton.py::test_noise_is_philox_and_the_rule_bit_for_bit[8-dtype0]",
         "test_gated_rms_norm_triton.py::test_sixteen_bits_round_once[dtype0]",
-        "test_quantize_triton.py::test_dequantize[dtype0-1x16]",
+        "test_quantize_groups.py::test_rows_out_of_range_are_zeros_where_nobody_can_say_so",
         "test_experts_triton.py::test_ties_go_by_index_and_nan_comes_first",
     ),
     100: (
