@@ -56,9 +56,12 @@ COMMIT = f"tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64
 FREE = "tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r20, 64;"
 
 
+DONE = WAIT.format(n=2, at=BARRIERS + 8)
+
+
 def product(
     form="bf16", m=128, swizzle=0, turned=False, registers=False, *, descriptor=0, kind_bits=0, stores="", commit=COMMIT,
-    wait=WAIT.format(n=2, at=BARRIERS + 8), waits_for_load="tcgen05.wait::ld.sync.aligned;", free=FREE, columns=0,
+    wait=DONE, waits_for_load="tcgen05.wait::ld.sync.aligned;", free=FREE, columns=0,
     bytes_expected=None, end="",
 ):  # fmt: skip
     """One product, added to a matrix of ones; with `registers` A comes through tensor memory. What came, what should."""
@@ -177,8 +180,7 @@ def test_negated_operand():
 
 def test_too_early():
     """Sums that nobody has waited for are those from before; registers that a load has not been waited for say NaN."""
-    late = WAIT.format(n=2, at=BARRIERS + 8) + "\n"
-    got, _ = product(wait="", end=late)
+    got, _ = product(wait="", end=DONE + "\n")
     assert (got == 1).all()
     got, _ = product(waits_for_load="", end="tcgen05.wait::ld.sync.aligned;\n")
     assert np.isnan(got).all()
@@ -236,6 +238,6 @@ def test_scales_must_be_there_four_times():
     again = "bar.sync 0;\n@%p2 bra T;\ntcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 "
     again += "[%r20], %rd10, %rd11, %r7, [%r20+32], [%r20+36], %p4;\n"
     again += COMMIT + "\nT:\n" + WAIT.format(n=3, at=BARRIERS + 8).replace(", 0;", ", 1;")
-    got, wanted = product("e2m1", wait=WAIT.format(n=2, at=BARRIERS + 8) + "\n" + spoil + again)
+    got, wanted = product("e2m1", wait=DONE + "\n" + spoil + again)
     rows = np.isnan(got).all(1)
     assert rows[:32].all() and not np.isnan(got[32:]).any()
