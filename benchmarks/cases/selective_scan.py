@@ -1,5 +1,5 @@
-"""The scans of Nano's and Super's mixers over 8,192 tokens, Nemotron-Nano-v2's heads of 80 channels, packed, and fp32 at the
-largest state."""
+"""The scans of Nano's and Super's mixers over 8,192 tokens, half of Nano's heads, few enough that backward goes by segments,
+Nemotron-Nano-v2's heads of 80 channels, packed, and fp32 at the largest state."""
 
 import torch
 
@@ -26,6 +26,7 @@ def scan(
 CASES = {
     "Nano": lambda: scan(64, 64),
     "Super": lambda: scan(128, 64, backward=False),
+    "Nano's half": lambda: scan(32, 64),
     "Nano v2, packed": lambda: scan(128, 80, packed=True),
     "Nano, state 256, fp32": lambda: scan(64, 64, 256, torch.float32),
 }

@@ -283,7 +283,7 @@ def load_runs(x_ptr, line, block, lines, length, line_stride, step, WIDE: tl.con
     if WIDE:
         WIDTH: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 16
         at = at.to(tl.pointer_type(tl.int32))
-        words = length * WIDTH // 2 - block[None, :] * (8 * WIDTH)
+        words = (length if WIDTH == 2 else length // 2) - block[None, :] * (8 * WIDTH)
         j = tl.arange(0, 4)[None, None, :]
         for start in tl.static_range(0, 8 * WIDTH, 4):
             inside = (line < lines)[:, None, None] & (start + j < words[:, :, None])

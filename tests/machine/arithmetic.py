@@ -106,8 +106,25 @@ def zero_down(i, a, b, total):
     return np.where((total == 0) & (np.signbit(a) != np.signbit(b)), -0.0, total)
 
 
+def mixed(machine, i):
+    """add, sub and fma of fp32 whose first operands, all but the last, are halves ("Mixed Precision Floating-Point")."""
+    kind, negative = kind_of(i), i.name.startswith("sub")
+    allowed(i, "rn", "rz", "rm", "rp", "f32")
+    if kind not in ("f16", "bf16"):
+        raise KeyError(i.name)
+    ones = np.float64(1) if len(i.operands) == 3 else None  # a + c is a times 1 + c
+
+    def compute(a, *rest):
+        b, c = (ones, rest[0]) if ones is not None else (values16(rest[0], kind), rest[1])
+        return to_f32(fused(values16(a, kind), b, (-c if negative else c).astype(np.float64)), mode(i))
+
+    return nary(machine, i, compute, [kind] * (len(i.operands) - 2) + ["f32"])
+
+
 @instruction("add", "sub")
 def add(machine, i):
+    if "f32" in i.parts[1:-1]:
+        return mixed(machine, i)
     kind, negative = kind_of(i), i.name.startswith("sub")
     if in_pairs(kind):
         allowed(i, *(["rn", "ftz"] if kind == "f32x2" else []))
@@ -197,6 +214,8 @@ def mad(machine, i):
 
 @instruction("fma")
 def fma(machine, i):
+    if "f32" in i.parts[1:-1]:
+        return mixed(machine, i)
     kind = kind_of(i)
     if packed(kind):
         allowed(i, "rn")

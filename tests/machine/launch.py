@@ -18,11 +18,16 @@ import triton
 from benchmarks.resources import specialized
 from nvfp4_kernels.ops import _cuda, _device, _nvrtc, _triton
 from tests.machine.machine import execute
+from tests.machine.memory import Fault
 from tests.machine.parse import parse
 
 TARGETS = {80: "80", 90: "90a", 100: "100a", 103: "103a", 120: "120f"}
 FORMATS = {"f32": "f", "u8": "B", "u16": "H", "u32": "I", "u64": "Q", "b8": "B", "b16": "H", "b32": "I", "b64": "Q"}
 OPTIONS: dict = {}  # of machine.execute
+# What a launch may ask for: blocks on the three axes, and kibibytes of shared memory a block (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability").
+MOST_BLOCKS = 2**31 - 1, 65535, 65535
+MOST_SHARED = {80: 163, 90: 227, 100: 227, 103: 227, 120: 99}
 LAUNCHED: list[str] = []  # the names of the kernels that ran
 
 
@@ -49,6 +54,7 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
     with mock.patch.object(triton.knobs.runtime, "add_stages_inspection_hook", to_ptx):
         compiled = triton.compile(source, **keywords)
     found = parsed(compiled.asm["ptx"], compiled.metadata.name)
+    found.loads_at_once = True
     LAUNCHED.append(found.name)
     parameters = b""
     # after the arguments come two pointers to scratch memory, which no kernel here has
@@ -61,7 +67,15 @@ def launch_triton(arch: int, kernel, arguments, constants, options, grid) -> Non
     if compiled.metadata.global_scratch_size:
         raise NotImplementedError(f"{found.name} wants scratch memory")
     tensors = [value for value in taken if isinstance(value, torch.Tensor)]
+    check(arch, grid, compiled.metadata.shared)
     execute(found, grid, found.threads, compiled.metadata.shared, parameters, tensors, **OPTIONS)
+
+
+def check(arch: int, grid, shared: int) -> None:
+    if any(n > most for n, most in zip(grid, MOST_BLOCKS, strict=False)):
+        raise Fault(f"a grid of {tuple(grid)}")
+    if shared > MOST_SHARED[arch] << 10:
+        raise Fault(f"{shared} bytes of shared memory")
 
 
 def to_ptx(backend=None, stages=None, *rest):
@@ -79,6 +93,7 @@ def parsed(ptx: str, kernel: str):
 def launch_cuda(arch: int, op: str, kernel: str, grid, threads: int, shared: int, parameters: bytes, seed=None) -> None:
     LAUNCHED.append(kernel)
     found = parsed(cuda_ptx(op, TARGETS[arch], kernel), kernel)
+    check(arch, grid, shared)
     options = OPTIONS if seed is None else OPTIONS | {"order": seed}
     execute(found, grid, threads, shared, parameters, **options)
 

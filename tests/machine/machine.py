@@ -75,7 +75,7 @@ class Machine:
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.registers = {}
         self.at = 0  # the instruction that is executed
-        self.arrivals = np.zeros(self.lanes, np.int64)  # at the cluster's barrier
+        self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
         self.pc = np.zeros(self.lanes, np.int64)
         self.state = np.zeros(self.lanes, np.int8)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
@@ -84,7 +84,7 @@ class Machine:
         self.copy_groups = np.zeros(self.lanes, np.int64)
         self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
         self.asynchronous = {}  # by block: operations that have been issued and not yet happened
-        self.chance = np.random.default_rng(0)
+        self.chance = np.random.default_rng(order if isinstance(order, int) else 0)  # which of them is next
         self.tensor_memory = None  # once somebody allocates
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}
@@ -389,8 +389,10 @@ def narrowest(kernel):
 
 
 def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
-    """Run a launch, which may touch these tensors, or those that its parameters point to. races: whether to look for hazards
-    in shared memory (races.py); order: in which those go on that parted ways (Machine.next)."""
+    """Run a launch, which may touch these tensors, or those that its parameters point to.
+
+    races: whether to look for hazards in shared memory (races.py); order: in which those go on that parted ways (Machine.next).
+    """
     tensors = tensors_at(parameters) if tensors is None else tensors
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 

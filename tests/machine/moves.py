@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tests.machine.machine import BARRIER, CLUSTER, TYPES, WORDS, instruction
-from tests.machine.memory import PARAMETER_WINDOW, SHARED_WINDOW, Fault
+from tests.machine.machine import BARRIER, CLUSTER, DONE, TYPES, WORDS, instruction
+from tests.machine.memory import PARAMETER_WINDOW, REMOTE, SHARED_WINDOW, Fault
 from tests.machine.parse import Register, Symbol, Vector
 
 UNDEFINED = np.uint32(0xBADC0DE5)
@@ -89,6 +89,22 @@ def address_size(i, space):
     return 4 if space == "shared" else 8
 
 
+def check_remote(machine, addresses, chosen):
+    """Another block's memory is there once all of its threads have met the cluster's barrier, until all have ended."""
+    rank = np.asarray(addresses).astype(np.int64) >> REMOTE
+    if (
+        machine.kernel.cluster == 1 or not rank.any() or rank.max() > machine.kernel.cluster
+    ):  # the last is not even a place
+        return
+    chosen = chosen[rank > 0]
+    blocks = np.unique(machine.block[chosen] // machine.kernel.cluster * machine.kernel.cluster + rank[rank > 0] - 1)
+    mine = np.isin(machine.block, blocks)
+    if (machine.arrivals[mine] == 0).any():
+        raise Fault("the memory of a block that may not have begun")
+    if (machine.state == DONE).reshape(-1, machine.threads).all(1)[blocks].any():
+        raise Fault("the memory of a block that has ended")
+
+
 def shared_or_global(machine, space, addresses, chosen, width, values=None, strong=False):
     """Load from addresses, or store values there; of generic addresses each to its own space. strong: with an order of its own,
     so that there is no hazard among such accesses."""
@@ -100,6 +116,7 @@ def shared_or_global(machine, space, addresses, chosen, width, values=None, stro
         if space == "shared":
             addresses = addresses - np.uint64(SHARED_WINDOW)
     if space == "shared":
+        check_remote(machine, addresses, chosen)
         lanes = None if strong else chosen
         if strong and values is not None:
             machine.shared.change(machine.block[chosen], addresses, width, chosen)
@@ -441,9 +458,9 @@ def redux(machine, i):
         join = {"min": np.fmin, "max": np.fmax}[what]
 
     def run(mask):
-        if (members() != np.uint32(0xFFFFFFFF)).any():
-            raise Fault("redux over a part of a warp")
         chosen = machine.chosen(mask)
+        if (machine.full(members())[chosen] != np.uint32(0xFFFFFFFF)).any():
+            raise Fault("redux over a part of a warp")
         warps = machine.full(read())[chosen].reshape(-1, 32)
         write(machine.spread(chosen, np.repeat(join.reduce(warps, 1), 32).astype(TYPES[kind])), mask)
 
@@ -571,25 +588,30 @@ def warps_met(machine, mask):
 
 
 def cluster_barrier(machine, i):
+    """Each thread arrives, then waits for all that have not ended (PTX ISA, "barrier.cluster")."""
     lanes = machine.kernel.cluster * machine.threads
-    arrives = "arrive" in i.parts or "wait" not in i.parts
-    waits = "wait" in i.parts or "arrive" not in i.parts
-    if arrives and waits:
+    arrives, waits = "arrive" in i.parts, "wait" in i.parts
+    if arrives == waits:
         raise KeyError(i.name)
 
     def arrive(mask):
-        machine.arrivals[machine.chosen(mask)] += 1
+        here = machine.chosen(mask)
+        if (machine.arrivals[here] != machine.waits[here]).any():
+            raise Fault("an arrival at the cluster's barrier with no wait since the last")
+        machine.arrivals[here] += 1
         machine.retry(CLUSTER)
 
     def wait(mask):
-        from tests.machine.machine import DONE
-
+        here = machine.chosen(mask)
+        if (machine.arrivals[here] == machine.waits[here]).any():
+            raise Fault("a wait at the cluster's barrier without an arrival")
         seen = np.where(machine.state == DONE, np.iinfo(np.int64).max, machine.arrivals)
         ready = np.repeat(seen.reshape(-1, lanes).min(1), lanes) >= machine.arrivals
-        here = np.ones(machine.lanes, bool) if mask is None else mask
-        stay = here & ~ready
+        stay = ~ready if mask is None else mask & ~ready
+        passed = here[ready[here]]
+        machine.waits[passed] += 1
         if machine.shared.races:
-            machine.shared.races.came_after_all(np.flatnonzero(here & ready))
+            machine.shared.races.came_after_all(passed)
         if not stay.any():
             return None
         machine.state[stay] = CLUSTER
@@ -600,8 +622,6 @@ def cluster_barrier(machine, i):
 
 @instruction("mapa")
 def mapa(machine, i):
-    from tests.machine.memory import REMOTE
-
     if i.parts[-1] != "u32":
         raise KeyError(i.name)
     read, rank, write = (

@@ -89,6 +89,8 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
     cluster: int = 1
+    # Triton's compiler moves arithmetic in front of the tcgen05.wait::ld of its operands, and counts on ptxas to wait for them
+    loads_at_once: bool = False
 
 
 def parse(text: str, only: str | None = None) -> dict[str, Kernel]:

@@ -185,11 +185,14 @@ def load(machine, i):
 
     def run(mask):
         memory = memory_of(machine)
-        poison = np.full(machine.lanes, 0xFFFFFFFF, np.uint32)
+        values = np.full((len(writes), machine.lanes), 0xFFFFFFFF, np.uint32)  # until the wait
         for lanes, block, rows, columns in each(mask):
-            memory.loads.append((lanes, block, rows, columns, memory.read(block, rows, columns), writes))
-        for write in writes:
-            write(poison, mask)
+            words = memory.read(block, rows, columns)
+            memory.loads.append((lanes, block, rows, columns, words, writes))
+            if machine.kernel.loads_at_once:
+                values[:, lanes] = words.T
+        for write, value in zip(writes, values, strict=True):
+            write(value, mask)
 
     return machine.warpwide(None, run)
 
@@ -231,7 +234,7 @@ def loaded(machine, i):
                     raise Fault("tensor memory that changed while it was loaded")
                 here[lanes] = True
                 values[:, lanes] = words.T
-            for write, value in zip(writes, values, strict=True):
+            for write, value in zip(writes, [] if machine.kernel.loads_at_once else values, strict=False):
                 write(value, None if here.all() else here)
 
     return machine.warpwide(None, run)

@@ -6,6 +6,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats.groups import group_starts
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
+from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton import INTERPRETED
 from nvfp4_kernels.ops.quantize._forms import Groups
@@ -252,6 +253,8 @@ def test_offsets_that_do_not_fit(name, wrong):
 @pytest.mark.parametrize("wrong", [[0, 90, 10, 96], [-5, 40, 200], [150, 200, 96], [1 << 40, (1 << 40) + 96, 96]])
 def test_wrong_offsets_reach_nothing_outside(wrong):
     """NaN lies around x: whoever reads there says so."""
+    if machine.ON and wrong == [0, 90, 10, 96]:
+        pytest.skip("groups that overlap write different columns to the same places, at which the machine stops")
     offsets_, around = torch.tensor(wrong), torch.full((400, 24), float("nan")).bfloat16()
     x = around[100:196].copy_(drawn(96, 24))
     for starts in (group_starts(offsets_, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
@@ -269,6 +272,17 @@ def test_rows_out_of_range_are_zeros_where_nobody_can_say_so():
         found, implementation("quantize", "reference").run(gathered, *arguments, Groups(o, starts)), strict=True
     ):
         same(a, b)
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("rows", [None, 6_000_000])
+def test_many_rows_fit_a_grid(rows):
+    """Its second axis ends at 65,535 programs, 64 rows of each."""
+    with _triton.recorded((9, 0)) as launches, torch.device("meta"):
+        x, places = torch.empty(5_000_000, 64, dtype=torch.bfloat16), torch.empty(9, dtype=torch.int64)
+        groups = Groups(places, places, None if rows is None else torch.empty(rows, dtype=torch.int64))
+        implementation("quantize", "triton").run(x, None, COLS["transform"], None, groups)
+    assert len(launches) == 2 and all(n <= 65535 for *_, grid in launches for n in grid[1:])
 
 
 def test_opcheck():

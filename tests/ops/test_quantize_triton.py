@@ -14,6 +14,7 @@ from nvfp4_kernels.formats import e2m1
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops._dispatch import implementation
+from nvfp4_kernels.ops._triton_numerics import load_runs
 from tests.ops.quantize_checks import (
     EXTREMES,
     NOISE,
@@ -38,6 +39,14 @@ pytestmark = [
     pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of the divisions by zero that the interpreter does
 ]
+
+
+@_triton.jit
+def runs_kernel(x_ptr, out_ptr, length):
+    block = _triton.tl.arange(0, 2)
+    v = load_runs(x_ptr, _triton.tl.arange(0, 1), block, 1, length, 32, 1, True)
+    for j in _triton.tl.static_range(16):
+        _triton.tl.store(out_ptr + block[None, :] * 16 + j, v[j])
 
 
 def run(op, x, *arguments):
@@ -111,6 +120,14 @@ def test_rows_far_apart():
     with far_apart(x) as far:
         assert_reference(run("quantize", far, SPECS[0], SPECS[6], NOISE), x, SPECS[0], SPECS[6])
         assert_reference(run("quantize", far.t(), SPECS[2], SPECS[1], NOISE), x.t(), SPECS[2], SPECS[1])
+
+
+def test_rows_of_two_to_the_30_values():
+    """Two words of 16 bits a value are 2^31 of them."""
+    x = torch.randn(32, device=DEVICE)
+    out = torch.empty_like(x)
+    _triton.launch(runs_kernel, (1,), x, out, 1 << 30)
+    assert torch.equal(out, x)
 
 
 @pytest.mark.parametrize("kind", EXTREMES)

@@ -114,7 +114,7 @@ def test_lengths(length, passes):
     compare(inputs(length=length))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if machine.ON or DEVICE == "cuda" else [])])
 def test_sixteen_bits(dtype, passes):
     compare(inputs(batch=2, length=130, heads=4, groups=2, dtype=dtype))
 

@@ -38,9 +38,10 @@ def groups_kernel(
     ROW: tl.constexpr, COL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """For each group of rows what turned_kernel leaves of the whole: the largest of amax_ptr [3, groups] and the group's."""
-    group, begin, end, row = find(offsets_ptr, groups, rows, tl.program_id(1), ROWS, GROUPS)
+    across = tl.cdiv(cols, COLS)
+    group, begin, end, row = find(offsets_ptr, groups, rows, tl.program_id(0) // across, ROWS, GROUPS)
     if group < groups:
-        col, at = tl.program_id(0) * COLS, amax_ptr + group
+        col, at = tl.program_id(0) % across * COLS, amax_ptr + group
         line, block = col + tl.arange(0, COLS), (row - begin).to(tl.int32) // 16 + tl.arange(0, ROWS // 16)
         if PICKED:
             index_ptr += begin
@@ -159,7 +160,7 @@ def group_amaxes(
     found = torch.zeros(3, groups, dtype=torch.int32, device=x.device)
     launch(
         groups_kernel,
-        (-(-cols // 128), -(-rows // 64) + groups),
+        (-(-cols // 128) * (-(-rows // 64) + groups),),
         *(x, found, offsets, offsets if index is None else index, tokens, groups, rows, cols, *x.stride()),
         **dict(ROW=None if row is None else row.hadamard, COL=col.hadamard),
         **dict(ROWS=64, COLS=128, GROUPS=next_power_of_2(max(groups, 1)), PICKED=index is not None),

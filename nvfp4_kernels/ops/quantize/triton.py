@@ -150,7 +150,9 @@ def quantize_kernel(
         seed, offset = tl.load(noise_ptr), tl.load(noise_ptr + 1)
     col = tl.program_id(0) * COLS
     if GROUPED:
-        group, begin, end, row = find(offsets_ptr, programs, rows, tl.program_id(1), ROWS, PROGRAMS)
+        across = tl.maximum(tl.cdiv(cols, COLS), 1)  # one axis of the grid: a second ends at 65,535
+        place, col = tl.program_id(0) // across, tl.program_id(0) % across * COLS
+        group, begin, end, row = find(offsets_ptr, programs, rows, place, ROWS, PROGRAMS)
         if group < programs:
             if COL.block != "1x32":
                 raw, turned = tl.load(amax_ptr + group), tl.load(amax_ptr + 2 * programs + group)
@@ -264,7 +266,7 @@ def _launch_groups(
     t = _tuned.tile(tile(rows, cols, row[0], col[0]), CHANGES, x.device, "quantize", row[0], col[0])
     launch(
         quantize_kernel,
-        (max(1, -(-cols // t.cols)), max(1, -(-rows // t.rows) + count)),
+        (max(1, -(-cols // t.cols)) * max(1, -(-rows // t.rows) + count),),
         *(x, found, found if noise is None else noise.contiguous()),
         *_pointers(row[0], row[1], found),
         *_pointers(col[0], col[1], found),
