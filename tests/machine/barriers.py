@@ -1,7 +1,8 @@
 """Barriers in shared memory, bulk copies, and when what is asynchronous happens (PTX ISA, "mbarrier", "cp.async.bulk").
 
 Bulk copies, the tensor cores' products and what is committed to barriers happen as late as they may: only when no thread can
-go on without. Of those that nothing orders, chance picks the next one.
+go on without. Of those that nothing orders, chance picks the next one. Where a number draws the order of threads (Machine.next)
+they also happen in between: then a thread may be late instead.
 """
 
 import numpy as np
@@ -54,11 +55,10 @@ def begin(machine, lane, kind, run, key=None) -> None:
     machine.asynchronous.setdefault(operation.block, []).append(operation)
 
 
-def advance(machine) -> bool:
-    """Of each block that waits, one of the operations that may be next; whether there was any."""
-    waiting = np.unique(machine.block[machine.state == WAIT])
+def advance(machine, early: bool = False) -> bool:
+    """Of each block that waits, or of all, one of the operations that may be next; whether there was any."""
     moved = False
-    for block in waiting:
+    for block in list(machine.asynchronous) if early else np.unique(machine.block[machine.state == WAIT]):
         operations = machine.asynchronous.get(int(block), [])
         free = [o for k, o in enumerate(operations) if not any(map(o.waits_for, operations[:k]))]
         if free:
