@@ -181,6 +181,8 @@ def arrive(machine, i):
 
     def run(mask):
         chosen = machine.chosen(mask)
+        if machine.tensor_memory is not None:
+            machine.tensor_memory.tell(machine, chosen)
         numbers = machine.full(given())[chosen]
         phases = np.zeros(len(chosen), np.uint64)
         for k, key in enumerate(where(chosen)):
@@ -226,6 +228,8 @@ def wait(machine, i):
             raise Fault(f"parity {named.max()}")
         over = phases & 1 != named if by_parity else phases > named
         write(machine.spread(chosen, over), mask)
+        if machine.tensor_memory is not None:
+            machine.tensor_memory.meet(chosen[over])
         if over.all():
             return None
         if i.parts[1] == "test_wait":
