@@ -17,7 +17,8 @@ from nvfp4_kernels.ops import _triton
 ROOT = Path(__file__).parent.parent.parent
 CHOSEN = {
     80: (
-        "test_quantize_triton.py::test_equals_brute_force[1e-38-rounding1]",
+        "test_quantize_triton.py::test_golden_bytes[4over6_mae]",
+        "test_quantize_triton.py::test_equals_brute_force[1e-38-stochastic]",
         "test_matmul_triton.py::test_all_scale_bytes[bf16]",
     ),
     90: (
