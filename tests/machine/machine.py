@@ -84,7 +84,7 @@ class Machine:
         self.copy_groups = np.zeros(self.lanes, np.int64)
         self.barriers = {}  # of shared memory: block << 32 | address -> Barrier
         self.asynchronous = {}  # by block: operations that have been issued and not yet happened
-        self.chance = np.random.default_rng(0)
+        self.chance = np.random.default_rng(order if isinstance(order, int) else 0)  # which of them is next
         self.tensor_memory = None  # once somebody allocates
         self.special = self.specials()
         targets = {i.operands[0].name for i in kernel.instructions if i.name.split(".")[0] == "bra"}

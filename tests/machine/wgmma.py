@@ -178,7 +178,7 @@ class Multiply:
             groups,
             adds=self.uniform(self.adds(), groups, "scale-d"),
             b=b,
-            right=self.load(groups, b, self.n, self.turned_b),
+            right=self.load(groups, b, self.n, self.turned_b, "B"),
             a=None if self.from_registers else self.uniform(self.a(), groups, "descriptors of A"),
             left=None,
         )
@@ -200,28 +200,29 @@ class Multiply:
             raise Fault(f"{what} that differ within a warpgroup")
         return each[:, 0]
 
-    def left(self, groups, descriptors, first=True):
+    def left(self, groups, descriptors, before=None):
         if not self.from_registers:
-            return self.load(groups, descriptors, 64, self.turned_a, first)
+            return self.load(groups, descriptors, 64, self.turned_a, "A", before)
         lanes = lanes_of(groups)
-        return np.stack([self.machine.full(read())[lanes].reshape(-1, 128) for read in self.a], -1)
+        now = np.stack([self.machine.full(read())[lanes].reshape(-1, 128) for read in self.a], -1)
+        return unchanged(now, before, "A")
 
-    def load(self, groups, descriptors, rows, turned, first=True):
+    def load(self, groups, descriptors, rows, turned, name, before=None):
+        """What descriptors say of shared memory, which is to be what it was before, if that is given."""
         machine = self.machine
         at = addresses(descriptors, rows, self.k, self.size, turned)
         blocks = np.broadcast_to(machine.block[128 * groups].reshape(-1, 1, 1), at.shape)
-        if first:
+        if before is None:
             check_shown(machine, blocks, at, self.size)
+        content = unchanged(machine.shared.load(blocks, at, self.size), before, name)
         words = at[:, :: 4 // self.size] if turned else at[:, :, :: 4 // self.size]
         machine.shared.reads(blocks[:, :1, :1], words, 4, 128 * groups.reshape(-1, 1, 1), together=True)
-        return machine.shared.load(blocks, at, self.size)
+        return content
 
     def complete(self, groups, of):
         machine, products = self.machine, products_of(self.machine)
-        if (self.load(groups, of["b"], self.n, self.turned_b, False) != of["right"]).any():
-            raise Fault("wgmma: B has changed before the product was waited for")
-        if (self.left(groups, of["a"], False) != of["left"]).any():
-            raise Fault("wgmma: A has changed before the product was waited for")
+        self.load(groups, of["b"], self.n, self.turned_b, "B", of["right"])
+        self.left(groups, of["a"], of["left"])
         if self.from_registers:
             left = fragment_a(of["left"].reshape(-1, 32, 4), self.form_a).reshape(-1, 64, self.k)
         else:
@@ -248,6 +249,12 @@ class Multiply:
         for name, write, value in zip(self.sums, self.writes, values, strict=True):
             write(machine.spread(lanes, value), mask)
             products_of(machine).written[name] = machine.registers[name]
+
+
+def unchanged(now, before, name):
+    if before is not None and (now != before).any():
+        raise Fault(f"wgmma: {name} has changed before the product was waited for")
+    return now
 
 
 def to_matrix(registers):
