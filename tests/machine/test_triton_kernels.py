@@ -41,7 +41,7 @@ CHOSEN = {
 def test_chosen(arch):
     chosen = [f"tests/ops/{name}" for name in CHOSEN[arch]]
     changes = dict(TRITON_INTERPRET="0", NVFP4_MACHINE=str(arch), CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.machine.plugin", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.machine.plugin", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | changes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{len(chosen)} passed" in done.stdout, done.stdout[-1000:]
