@@ -2,7 +2,7 @@
 compiled for the architecture that NVFP4_MACHINE names, to the machine of tests/machine.
 
 test_cuda.py builds the library under the address sanitizer and calls these files in a process that has the sanitizer loaded;
-tests/machine/test_cuda_kernels.py calls some of their cases on the machine.
+tests/machine/test_kernels.py calls some of their cases on the machine.
 """
 
 import contextlib
