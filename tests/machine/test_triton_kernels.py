@@ -17,7 +17,8 @@ from nvfp4_kernels.ops import _triton
 ROOT = Path(__file__).parent.parent.parent
 CHOSEN = {
     80: (
-        "test_quantize_triton.py::test_equals_brute_force[1e-38-rounding1]",
+        "test_quantize_triton.py::test_golden_bytes[4over6_mae]",
+        "test_quantize_triton.py::test_equals_brute_force[1e-38-stochastic]",
         "test_matmul_triton.py::test_all_scale_bytes[bf16]",
     ),
     90: (
@@ -40,7 +41,7 @@ CHOSEN = {
 def test_chosen(arch):
     chosen = [f"tests/ops/{name}" for name in CHOSEN[arch]]
     changes = dict(TRITON_INTERPRET="0", NVFP4_MACHINE=str(arch), CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.machine.plugin", "-p", "no:cacheprovider", *chosen]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.machine.plugin", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | changes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{len(chosen)} passed" in done.stdout, done.stdout[-1000:]
