@@ -73,6 +73,7 @@ class Machine:
             self.shared.races = Races(self, self.shared.content.size, narrowest(kernel))
         self.order, self.turn = order, 0
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
+        self.ahead = np.ones(self.lanes, bool)
         self.registers = {}
         self.at = 0  # the instruction that is executed
         self.arrivals, self.waits = np.zeros((2, self.lanes), np.int64)  # at the cluster's barrier
@@ -308,12 +309,17 @@ class Machine:
 
         In order of the program, in order "backward" those that stand highest first, or in an order that a number draws: at any
         place some of the warps there, for a while. Now and then others have a turn, should they be what the first wait for.
+        Of a cluster some blocks, drawn too, run ahead of the others.
         """
         ready = self.state == READY
         self.turn += 1
         if self.random is None and self.turn % 1024:
             at = int(self.pc[ready].max() if self.order == "backward" else self.pc[ready].min())
             return at, ready & (self.pc == at), 0
+        if self.random is not None and self.kernel.cluster > 1:
+            if not (ready & self.ahead).any() or not self.turn % 256:
+                self.ahead = np.repeat(self.random.random(self.blocks) < 0.5, self.threads)
+            ready = ready & self.ahead if (ready & self.ahead).any() else ready
         places = np.unique(self.pc[ready])
         if self.random is None:
             at = int(places[self.turn // 1024 % len(places)])

@@ -19,10 +19,10 @@ STORE = "st.shared::cluster.u32 [%r6], %r7;\n"
 READ = "ld.shared.u32 %r8, [%r5];\nmad.wide.u32 %rd3, %r2, 4, %rd0;\nst.global.u32 [%rd3], %r8;\n"
 
 
-def exchanged(body):
+def exchanged(body, **options):
     out = np.zeros(4 * 32, np.uint32)
     text = kernel(SEND + body, 1, 128).replace(")\n{", ")\n.reqnctapercluster 2\n{", 1)
-    launch(text, out, threads=32, blocks=4)
+    launch(text, out, threads=32, blocks=4, **options)
     return out.reshape(2, 2, 32)
 
 
@@ -45,3 +45,12 @@ def test_blocks_exchange():
 def test_faults(body, told):
     with pytest.raises(Fault, match=told):
         exchanged(body)
+
+
+def test_blocks_that_run_ahead():
+    """Without the second barrier some order of the blocks shows what is read too early; with it none does."""
+    wanted = np.array([[100], [0]]) + np.arange(32)
+    assert all((exchanged(BARRIER + STORE + BARRIER + READ, order=n) == wanted).all() for n in range(5))
+    wait = "mov.u32 %r9, 0;\nAGAIN:\nadd.u32 %r9, %r9, 1;\nsetp.lt.u32 %p1, %r9, 20;\n@%p1 bra AGAIN;\n"
+    early = [exchanged(BARRIER + wait + STORE + wait + READ + BARRIER, order=n) for n in range(5)]
+    assert any((got == 0xFFFFFFFF).any() for got in early)
