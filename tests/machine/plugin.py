@@ -1,10 +1,14 @@
-"""pytest -p tests.machine.plugin: every test runs on the chip that NVFP4_MACHINE names, such as 90 (launch.py)."""
+"""pytest -p tests.machine.plugin: every test runs on the chip that NVFP4_MACHINE names, such as 90 (launch.py). In the order
+that NVFP4_MACHINE_ORDER names, if it does: backward, or a number to draw one with (Machine.next)."""
 
 import os
 
 import pytest
 
 from tests.machine import launch
+
+if order := os.environ.get("NVFP4_MACHINE_ORDER"):
+    launch.OPTIONS["order"] = order if order == "backward" else int(order)
 
 
 @pytest.fixture(autouse=True)
