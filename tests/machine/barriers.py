@@ -1,7 +1,8 @@
 """Barriers in shared memory, bulk copies, and when what is asynchronous happens (PTX ISA, "mbarrier", "cp.async.bulk").
 
 Bulk copies, the tensor cores' products and what is committed to barriers happen as late as they may: only when no thread can
-go on without. Of those that nothing orders, chance picks the next one.
+go on without. Of those that nothing orders, chance picks the next one. Where a number draws the order of threads (Machine.next)
+they also happen in between: then a thread may be late instead.
 """
 
 import numpy as np
@@ -54,11 +55,10 @@ def begin(machine, lane, kind, run, key=None) -> None:
     machine.asynchronous.setdefault(operation.block, []).append(operation)
 
 
-def advance(machine) -> bool:
-    """Of each block that waits, one of the operations that may be next; whether there was any."""
-    waiting = np.unique(machine.block[machine.state == WAIT])
+def advance(machine, early: bool = False) -> bool:
+    """Of each block that waits, or of all, one of the operations that may be next; whether there was any."""
     moved = False
-    for block in waiting:
+    for block in list(machine.asynchronous) if early else np.unique(machine.block[machine.state == WAIT]):
         operations = machine.asynchronous.get(int(block), [])
         free = [o for k, o in enumerate(operations) if not any(map(o.waits_for, operations[:k]))]
         if free:
@@ -181,6 +181,8 @@ def arrive(machine, i):
 
     def run(mask):
         chosen = machine.chosen(mask)
+        if machine.tensor_memory is not None:
+            machine.tensor_memory.tell(machine, chosen)
         numbers = machine.full(given())[chosen]
         phases = np.zeros(len(chosen), np.uint64)
         for k, key in enumerate(where(chosen)):
@@ -226,6 +228,8 @@ def wait(machine, i):
             raise Fault(f"parity {named.max()}")
         over = phases & 1 != named if by_parity else phases > named
         write(machine.spread(chosen, over), mask)
+        if machine.tensor_memory is not None:
+            machine.tensor_memory.meet(chosen[over])
         if over.all():
             return None
         if i.parts[1] == "test_wait":

@@ -265,6 +265,8 @@ class Machine:
 
     def go(self):
         """Lanes at one place, until they branch, wait or reach a place where others may join."""
+        if self.random is not None and self.asynchronous and self.random.random() < 0.5:
+            barriers.advance(self, early=True)
         at, mask, steps = self.next()
         whole = bool(mask.all())
         program, mask_given = self.program, None if whole else mask

@@ -569,6 +569,9 @@ def bar(machine, i):
 
     def run(mask):
         numbers, counts = machine.full(number()), machine.full(count())
+        if machine.tensor_memory is not None:
+            machine.tensor_memory.tell(machine, machine.chosen(mask))
+            machine.tensor_memory.meet(machine.chosen(mask))
         if mask is None and (numbers == numbers[0]).all() and ((counts == 0) | (counts == machine.threads)).all():
             if machine.shared.races:
                 machine.shared.races.all_met()

@@ -27,6 +27,24 @@ class TensorMemory:
         self.relinquished = np.zeros(machine.blocks, bool)
         self.loads, self.stores = [], []  # on their way
         self.allocations = 0
+        # "tcgen05.fence": lanes that have used it and not fenced since; that have met others and not fenced since; blocks
+        # whose tensor memory anybody has used. Triton's kernels have no such fences.
+        self.before, self.after = np.zeros(machine.lanes, bool), np.zeros(machine.lanes, bool)
+        self.used = np.zeros(machine.blocks, bool)
+
+    def use(self, machine, lanes) -> None:
+        if (self.after[lanes] & self.used[machine.block[lanes]]).any() and not machine.kernel.loads_at_once:
+            raise Fault("no tcgen05.fence::after_thread_sync since threads met")
+        self.before[lanes], self.used[machine.block[lanes]] = True, True
+
+    def tell(self, machine, lanes) -> None:
+        """When lanes let others go on."""
+        if self.before[lanes].any() and not machine.kernel.loads_at_once:
+            raise Fault("no tcgen05.fence::before_thread_sync since tensor memory was used")
+
+    def meet(self, lanes) -> None:
+        """When lanes go on, having waited for others."""
+        self.after[lanes] = True
 
     def check(self, block: int, columns) -> None:
         if np.min(columns) < 0 or np.max(columns) >= COLUMNS or not self.owner[block, columns].all():
@@ -62,12 +80,23 @@ def tcgen05(machine, i):
     if "cta_group::2" in i.parts:
         raise KeyError("cta_group::2")
     what = i.parts[1]
-    if what.startswith("fence::"):  # all that is done is seen by all, here
-        return lambda mask: None
+    if what.startswith("fence::"):
+        return fence(machine, what)
     return {
         "alloc": allocate, "dealloc": free, "relinquish_alloc_permit": relinquish, "ld": load, "st": store,
         "wait::ld": loaded, "wait::st": stored, "cp": copy, "mma": multiply, "commit": commit,
     }[what](machine, i)  # fmt: skip
+
+
+def fence(machine, what):
+    """All that is done is seen by all, here; but that there is a fence is checked (PTX ISA, "tcgen05.fence")."""
+    before = {"fence::before_thread_sync": True, "fence::after_thread_sync": False}[what]
+
+    def run(mask):
+        memory = memory_of(machine)
+        (memory.before if before else memory.after)[machine.chosen(mask)] = False
+
+    return run
 
 
 def warps(machine, mask) -> np.ndarray:
@@ -122,6 +151,7 @@ def free(machine, i):
 
     def run(mask):
         memory = memory_of(machine)
+        memory.use(machine, machine.chosen(mask))
         for lanes in warps(machine, mask):
             owner = memory.owner[machine.block[lanes[0]]]
             first, wanted = (
@@ -165,6 +195,7 @@ def moved(machine, i, address, registers, half):
     where = machine.address(address, 4)
 
     def run(mask):
+        memory_of(machine).use(machine, machine.chosen(mask))
         for lanes in warps(machine, mask):
             at = one(where()[lanes], "an address")
             first = (at >> 16) + rows
@@ -322,6 +353,7 @@ def copy(machine, i):
     to, source = machine.address(i.operands[0], 4), machine.reader(i.operands[1], "u64")
 
     def run(mask):
+        memory_of(machine).use(machine, machine.chosen(mask))
         for lane in machine.chosen(mask):
             at, word, block = int(to()[lane]), int(machine.full(source())[lane]), machine.block[lane]
             if at >> 16:
@@ -444,6 +476,7 @@ def multiply(machine, i):
     adds = machine.reader(i.operands[-1], "pred")
 
     def run(mask):
+        memory_of(machine).use(machine, machine.chosen(mask))
         for lane in machine.chosen(mask):
             given = [int(machine.full(read())[lane]) for read in (d, a, b, word, *where)]
             add = bool(machine.full(adds())[lane])
@@ -478,6 +511,7 @@ def commit(machine, i):
 
     def run(mask):
         chosen = machine.chosen(mask)
+        memory_of(machine).before[chosen] = False  # which it implies
         for lane, key in zip(chosen, where(chosen), strict=True):
             barriers.begin(machine, lane, "commit", lambda key=int(key): barriers.arrived(machine, key), int(key))
 

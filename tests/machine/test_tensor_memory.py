@@ -56,13 +56,14 @@ COMMIT = f"tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64
 FREE = "tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r20, 64;"
 
 
+TOLD, MET = "tcgen05.fence::before_thread_sync;", "tcgen05.fence::after_thread_sync;"
 DONE = WAIT.format(n=2, at=BARRIERS + 8)
 
 
 def product(
     form="bf16", m=128, swizzle=0, turned=False, registers=False, *, descriptor=0, kind_bits=0, stores="", commit=COMMIT,
     wait=DONE, waits_for_load="tcgen05.wait::ld.sync.aligned;", free=FREE, columns=0,
-    bytes_expected=None, end="",
+    bytes_expected=None, end="", before=TOLD, after=MET,
 ):  # fmt: skip
     """One product, added to a matrix of ones; with `registers` A comes through tensor memory. What came, what should."""
     rng = np.random.default_rng(0)
@@ -121,11 +122,14 @@ READY:
     tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
 ALLOCATED:
     bar.sync 0;
+    {after}
     ld.shared.u32 %r20, [s+{BARRIERS + 16}];
     {rows}{put}tcgen05.wait::st.sync.aligned;
     {WAIT.format(n=1, at=BARRIERS)}
     {stores}
+    {before}
     bar.sync 0;
+    {after}
     @%p2 bra ISSUED;
     setp.eq.u32 %p4, %r0, %r0;
     {copies}
@@ -134,13 +138,13 @@ ALLOCATED:
     {commit}
 ISSUED:
     {wait}
-    tcgen05.fence::after_thread_sync;
+    {after}
     tcgen05.ld.sync.aligned.{shape}.b32 {sums}, [%r21]{split};
     {waits_for_load}
     mul.wide.u32 %rd6, %r0, 64;
     add.u64 %rd6, %rd6, %rd0;
     """ + "".join(f"st.global.f32 [%rd6+{4 * i}], %f{i};\n" for i in range(16))
-    body += f"{end}bar.sync 0;\n@%p3 bra END;\n{free}\nEND:"
+    body += f"{end}{before}\nbar.sync 0;\n{after}\n@%p3 bra END;\n{free}\nEND:"
     out = np.zeros((128, 16), np.float32)
     declared = ".reg .f32 %f<16>; .reg .b32 %a<8>;\n"
     text = kernel(body, 3, BARRIERS + 32, arch="100a", declarations=declared)
@@ -205,6 +209,8 @@ STORE = "st.shared.b32 [s+{at}], %r0;\n"
         ("E4M3", dict(form="e2m1", kind_bits=1 << 23)),
         ("no fence.proxy.async", dict(stores=f"@!%p2 {STORE.format(at=B)}")),
         ("on its way when its block has ended", dict(wait="", commit="")),
+        ("no tcgen05.fence::after", dict(after="")),
+        ("no tcgen05.fence::before", dict(before="")),
         ("nobody has waited for", dict(waits_for_load="")),
         ("changed while it was loaded", dict(
             waits_for_load="tcgen05.st.sync.aligned.32x32b.x1.b32 [%r21], {%r0};\ntcgen05.wait::st.sync.aligned;\n"
@@ -214,8 +220,8 @@ STORE = "st.shared.b32 [s+{at}], %r0;\n"
         ("given back", dict(end="tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [s+20512], 32;\n".replace(
             "20512", str(BARRIERS + 20)))),
         ("a barrier where there is one", dict(end=f"@!%p2 mbarrier.init.shared::cta.b64 [s+{BARRIERS}], 1;\n")),
-        ("no barrier at", dict(end=f"@!%p2 mbarrier.arrive.shared::cta.b64 _, [s+{BARRIERS + 24}];\n")),
-        ("2 arrive where 1 are pending", dict(end=f"@!%p2 mbarrier.arrive.shared::cta.b64 _, [s+{BARRIERS}], 2;\n")),
+        ("no barrier at", dict(end=f"{TOLD}\n@!%p2 mbarrier.arrive.shared::cta.b64 _, [s+{BARRIERS + 24}];\n")),
+        ("2 arrive where 1 are pending", dict(end=f"{TOLD}\n@!%p2 mbarrier.arrive.shared::cta.b64 _, [s+{BARRIERS}], 2;\n")),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
@@ -233,9 +239,9 @@ def test_a_fence_shows_what_was_stored():
 
 def test_scales_must_be_there_four_times():
     """Scales of a row that lie in three of four times 32 lanes are of no use."""
-    spoil = "mov.u32 %r30, 0x38383838;\nsetp.ne.u32 %p5, %r5, 1;\n@%p5 bra S;\n"
+    spoil = f"{MET}\nmov.u32 %r30, 0x38383838;\nsetp.ne.u32 %p5, %r5, 1;\n@%p5 bra S;\n"
     spoil += "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r21+32], {%r30};\ntcgen05.wait::st.sync.aligned;\nS:\n"
-    again = "bar.sync 0;\n@%p2 bra T;\ntcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 "
+    again = f"{TOLD}\nbar.sync 0;\n{MET}\n@%p2 bra T;\ntcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 "
     again += "[%r20], %rd10, %rd11, %r7, [%r20+32], [%r20+36], %p4;\n"
     again += COMMIT + "\nT:\n" + WAIT.format(n=3, at=BARRIERS + 8).replace(", 0;", ", 1;")
     got, wanted = product("e2m1", wait=DONE + "\n" + spoil + again)

