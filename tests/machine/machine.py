@@ -70,7 +70,7 @@ class Machine:
         self.memory = Memory(tensors, parameters, constants)
         self.shared = Shared(self.blocks, at + dynamic_shared, kernel.cluster)
         if races and self.shared.size:
-            self.shared.races = Races(self, self.shared.content.size, narrowest(kernel))
+            self.shared.races = Races(self, self.shared.content.size, narrowest(kernel), races == "strict")
         self.order, self.turn = order, 0
         self.random = np.random.default_rng(order) if isinstance(order, int) else None
         self.ahead = np.ones(self.lanes, bool)
@@ -399,7 +399,8 @@ def narrowest(kernel):
 def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, tensors=None, **options) -> None:
     """Run a launch, which may touch these tensors, or those that its parameters point to.
 
-    races: whether to look for hazards in shared memory (races.py); order: in which those go on that parted ways (Machine.next).
+    races: whether to look for hazards in shared memory, or "strict" (races.py); order: in which those go on that parted ways
+    (Machine.next).
     """
     tensors = tensors_at(parameters) if tensors is None else tensors
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()

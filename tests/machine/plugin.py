@@ -1,5 +1,6 @@
 """pytest -p tests.machine.plugin: every test runs on the chip that NVFP4_MACHINE names, such as 90 (launch.py). In the order
-that NVFP4_MACHINE_ORDER names, if it does: backward, or a number to draw one with (Machine.next)."""
+that NVFP4_MACHINE_ORDER names, if it does: backward, or a number to draw one with (Machine.next). With
+NVFP4_MACHINE_STRICT what finds hazards is strict (races.py)."""
 
 import os
 
@@ -9,6 +10,10 @@ from tests.machine import launch
 
 if order := os.environ.get("NVFP4_MACHINE_ORDER"):
     launch.OPTIONS["order"] = order if order == "backward" else int(order)
+
+
+if "NVFP4_MACHINE_STRICT" in os.environ:
+    launch.OPTIONS["races"] = "strict"
 
 
 @pytest.fixture(autouse=True)

@@ -98,6 +98,15 @@ def test_hazard(text):
             run(text, order, races=False)
 
 
+def test_writes_that_change_nothing():
+    text = "@%p1 st.shared.u32 [%r4], 7; bar.sync 0; @%p2 st.shared.u32 [%r4], 7;{} @%p1 ld.shared.u32 %r3, [%r4];"
+    for order in ORDERS:
+        run(text.format(""), order)
+        run(text.format("bar.sync 0;"), order, races="strict")
+        with pytest.raises(Fault, match="hazard: thread"):
+            run(text.format(""), order, races="strict")
+
+
 def test_loop_of_blocks_that_differ():
     """Blocks whose loops differ in length, so that their barriers do not come at the same time."""
     text = (
