@@ -77,6 +77,7 @@ def run(arch: int) -> tuple[int, subprocess.CompletedProcess]:
     """How many tests ought to have passed on a chip, and what came of them."""
     nodes = [node for node in CHOSEN[arch] if node.startswith(TRITON) or _nvrtc.missing() is None]
     changes = dict(NVFP4_MACHINE=str(arch), TRITON_INTERPRET="0", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    changes["NVFP4_CACHE"] = str(ROOT / "build" / "machine")  # not the user's own
     command = [sys.executable, "-m", "pytest", "-p", "tests.machine.plugin", "-p", "no:cacheprovider", *nodes]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | changes, capture_output=True, text=True)
     return len(nodes), done
