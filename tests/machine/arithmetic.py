@@ -11,10 +11,8 @@ def kind_of(i):
     return i.parts[-1]
 
 
-def unary(machine, i, compute, kind=None):
-    kind = kind or kind_of(i)
-    read, write = machine.reader(i.operands[1], kind), machine.writer(i.operands[0])
-    return lambda mask: write(compute(read()), mask)
+def unary(machine, i, compute):
+    return nary(machine, i, compute, [kind_of(i)])
 
 
 def nary(machine, i, compute, kinds):

@@ -19,8 +19,6 @@ def cvt(machine, i):
         return integers(machine, i, to, source, write)
     if to in SMALL and source == "f32":
         return to_small(machine, i, SMALL[to], write)
-    if to == "e2m1x4":
-        return stochastic(machine, i, write)
     if source in SMALL:
         return from_small(machine, i, SMALL[source], to, write)
     if to in ("bf16x2", "f16x2") and source == "f32":
@@ -124,12 +122,6 @@ def to_small(machine, i, form, write):
     return lambda mask: write(
         (small_words(upper(), form).astype(dtype) << dtype(bits)) | small_words(lower(), form).astype(dtype), mask
     )
-
-
-def stochastic(machine, i, write):
-    """cvt.rs.satfinite.e2m1x4.f32 d, {a, b, e, f}, bits: a to the uppermost code, f to the lowest; see rounding_probe.py for
-    which byte of the random bits each takes, which the ISA does not say."""
-    raise KeyError(i.name)
 
 
 def from_small(machine, i, form, to, write):

@@ -28,25 +28,21 @@ class Region:
         self.views = {w: content[: content.size // w * w].view(word) for w, word in WORDS.items()}
 
 
-def of_tensor(storage) -> Region | None:
-    size = storage.nbytes()
-    if not size or not storage.data_ptr():
-        return None
-    base = storage.data_ptr()
-    content = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
-    return Region(base, content, f"{size} bytes of a tensor")
+def extent(tensor) -> tuple[int, int]:
+    """(address, bytes) of what a tensor's values lie in."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (NotImplementedError, RuntimeError):  # wrappers have none
+        return 0, 0
 
 
 def tensors_at(parameters: bytes):
     """Those that a word of the parameters points to, of all there are."""
     words = np.frombuffer(parameters[: len(parameters) // 8 * 8], np.uint64)
     for tensor in tensors_of_the_process():
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # wrappers have none
-            continue
-        base = storage.data_ptr()
-        if ((words >= base) & (words < base + storage.nbytes())).any():
+        base, size = extent(tensor)
+        if ((words >= base) & (words < base + size)).any():
             yield tensor
 
 
@@ -66,12 +62,10 @@ class Memory:
     def __init__(self, tensors, parameters: bytes, constants: bytes):
         found = {}
         for tensor in tensors:
-            try:
-                storage = tensor.untyped_storage()
-            except (NotImplementedError, RuntimeError):  # wrappers have none
-                continue
-            if storage.data_ptr() not in found and (region := of_tensor(storage)):
-                found[region.base] = region
+            base, size = extent(tensor)
+            if base and size and base not in found:
+                content = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
+                found[base] = Region(base, content, f"{size} bytes of a tensor")
         for base, content, name in (
             (PARAMETER_WINDOW, parameters, "the parameters"),
             (CONSTANT_WINDOW, constants, "the constants"),
@@ -86,8 +80,8 @@ class Memory:
         """(region, which of the addresses lie in it, their index as words of `width` bytes), region by region."""
         if not addresses.size:
             return
-        if misaligned := (addresses % np.uint64(width)).any():
-            raise Fault(f"an address that is no multiple of {width}" * bool(misaligned))
+        if (addresses % np.uint64(width)).any():
+            raise Fault(f"an address that is no multiple of {width}")
         which = np.searchsorted(self.bases, addresses, "right").astype(np.int64) - 1
         for i in [which[0]] if (which == which[0]).all() else np.unique(which):
             region = self.regions[i] if i >= 0 else None

@@ -5,20 +5,8 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-WIDTHS = {"pred": 0, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
-WIDTHS |= {
-    "s8": 1,
-    "s16": 2,
-    "s32": 4,
-    "s64": 8,
-    "f16": 2,
-    "f32": 4,
-    "f64": 8,
-    "bf16": 2,
-    "f16x2": 4,
-    "bf16x2": 4,
-    "b128": 16,
-}
+WIDTHS = {"pred": 0, "b128": 16, "f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f64": 8}
+WIDTHS |= {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}
 
 
 @dataclass(frozen=True)
@@ -173,7 +161,6 @@ def variable(statement: str) -> Variable | None:
 class Body:
     """One kernel's statements, in scopes whose names are their own."""
 
-    NAME = re.compile(r"[%\w$]+")
     LABEL = re.compile(r"([\w$]+):(?!:)")
 
     def __init__(self, kernel, text, start, end):
