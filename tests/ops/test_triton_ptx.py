@@ -1,6 +1,6 @@
 """The kernels as a GPU compiles them, inline PTX in place of what the interpreter takes instead: bit for bit the reference.
 
-The instructions are executed by tests/oracles/ptx.py, as the PTX ISA words them.
+The instructions are executed by tests/machine, as the PTX ISA words them.
 """
 
 import numpy as np
