@@ -10,14 +10,22 @@ namespace NVFP4_ISA {
 alignas(64) static const float e2m1_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                                   -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// Values of all E4M3 codes: a scale is one load.
+// Values of all E4M3 codes: a scale is one load. Made by the compiler: code of this instruction set that runs as the library is
+// loaded would end the process on a CPU without it.
 struct E4m3Values {
     float v[256];
-    E4m3Values() {
-        for (u32 i = 0; i < 256; ++i) v[i] = e4m3_decode<F32x1>(U32x1(i)).v;
+    constexpr E4m3Values() : v{} {
+        for (int code = 0; code < 128; ++code) {
+            const int exponent = code >> 3, mantissa = code & 7;
+            float value = (exponent ? 8.0f + mantissa : mantissa) * 0.001953125f;
+            for (int i = 1; i < exponent; ++i) value *= 2.0f;
+            if (code == 127) value = __builtin_nanf("");
+            v[code] = value;
+            v[code + 128] = -value;
+        }
     }
 };
-static const E4m3Values e4m3_values;
+static constexpr E4m3Values e4m3_values;
 
 static inline float e8m0_value(u8 code) { return e8m0_decode<F32x1>(U32x1(code)).v; }
 

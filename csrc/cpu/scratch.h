@@ -5,6 +5,7 @@
 #include "numerics/lane.h"
 
 namespace nvfp4 {
+namespace NVFP4_ISA {
 
 class Scratch {
 public:
@@ -28,4 +29,5 @@ private:
     i64 size_ = 0;
 };
 
+}  // namespace NVFP4_ISA
 }  // namespace nvfp4

@@ -65,3 +65,18 @@ def test_isa_from_the_environment():
     code = "from nvfp4_kernels import _native; print(_native.isa(), _native.set_isa('sse9'))"
     done = run(sys.executable, "-c", code, NVFP4_CPU_ISA="scalar")
     assert done.stdout.split() == ["scalar", "False"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_instruction_set_runs_in_place_of_another():
+    """Nothing of an object for one instruction set runs as the library is loaded, and none of its functions, which the linker
+    may take for all of that name, has a name that another object has too."""
+    objects = sorted(ROOT.glob("build/cmake-*/CMakeFiles/kernels_*.dir/csrc/*/cpu.cpp.o"))
+    if not objects:
+        pytest.skip("the module was not built here")
+    for path in objects:
+        isa = path.parent.parent.parent.name.removeprefix("kernels_").removesuffix(".dir")
+        for line in run("nm", "--demangle", "--defined-only", str(path)).stdout.splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            assert not name.startswith(("_GLOBAL__sub_I", "__cxx_global_var_init")), f"{path}: {name}"
+            assert kind not in "WVu" or f"nvfp4::{isa}::" in name or name.startswith("DW.ref."), f"{path}: {name}"
