@@ -126,6 +126,7 @@ _ALWAYS_HIGH = (
     ("*.gate", HIGH, "router"),
     ("mtp.*", HIGH, "multi-token prediction"),
     ("*.mtp.*", HIGH, "multi-token prediction"),
+    ("*lora_*", HIGH, "adapter"),
 )
 bf16 = Recipe("bf16", HIGH)
 nvfp4 = Recipe("nvfp4", NVFP4, _ALWAYS_HIGH, tail=0.15)

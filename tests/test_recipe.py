@@ -32,6 +32,8 @@ def test_the_paper_s_table():
         ("layers.3.mixer.gate", 0.1, HIGH),
         ("layers.51.mixer.out_proj", 0.99, HIGH),
         ("mtp.layers.0.mixer.q_proj", None, HIGH),
+        ("layers.0.mixer.in_proj.lora_A.default", 0.01, HIGH),
+        ("layers.0.mixer.in_proj.base_layer", 0.01, NVFP4),
         ("lm_head", None, HIGH),
     ],
 )

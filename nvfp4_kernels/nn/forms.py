@@ -49,8 +49,9 @@ class FormsCache:
             return None
         key = (_state(weight), recipe)
         if key != self._key or weight is not self._held:
-            # held, so that no other weight gets its address
-            self._key, self._forms, self._held = key, self._make(weight, recipe, noise), weight
+            with torch.inference_mode(False):  # a training step may be the next to read them
+                forms = self._make(weight, recipe, noise)
+            self._key, self._forms, self._held = key, forms, weight  # held, so that no other weight gets its address
         return self._forms
 
     def __deepcopy__(self, memo) -> "FormsCache":
@@ -84,7 +85,7 @@ class Derived:
                 return self._make(*tensors)
         key = _state(*tensors)
         if key != self._key or any(known() is not t for known, t in zip(self._known, tensors, strict=True)):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._key, self._made = key, self._make(*tensors)
             self._known = [_nothing if t is None else weakref.ref(t) for t in tensors]
         return self._made

@@ -31,16 +31,25 @@ class Linear(nn.Linear):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
+        self._follow(recipe)
+
+    def _follow(self, recipe: LinearRecipe | None) -> None:
         self.recipe = recipe or HIGH
-        self.register_buffer("noise", new_noise(device))
+        self.register_buffer("noise", new_noise(self.weight.device))
         self._forms = FormsCache(quantize_weight)
 
     @classmethod
     def from_linear(cls, source: nn.Linear, recipe: LinearRecipe | None = None) -> "Linear":
-        """A Linear that shares the parameters of `source`."""
-        made = cls(source.in_features, source.out_features, False, recipe, "meta", source.weight.dtype)
-        made.weight, made.bias, made.noise = source.weight, source.bias, new_noise(source.weight.device)
-        return made.train(source.training)
+        """`source` itself, become a Linear: its parameters, hooks and places in the model stay as they are."""
+        source.__class__ = cls
+        source._follow(recipe)
+        return source
+
+    def to_linear(self) -> nn.Linear:
+        """This very module, a torch.nn.Linear again: no recipe, no noise."""
+        del self.recipe, self.noise, self._forms
+        self.__class__ = nn.Linear
+        return self
 
     def refresh(self) -> None:
         """Forget the quantized weight."""
@@ -56,6 +65,12 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, bias) if y is None else y
         forms = self._forms.get(self.weight, self.recipe, self.noise)
         return linear(x, self.weight, self.bias, self.recipe, noise=self.noise, weight_forms=forms)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if prefix + "weight" in state_dict and prefix + "noise" not in state_dict:  # a checkpoint of torch.nn.Linear
+            device = state_dict[prefix + "weight"].device
+            state_dict[prefix + "noise"] = new_noise(device) if self.noise.is_meta else self.noise
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.format}"

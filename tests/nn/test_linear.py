@@ -1,10 +1,12 @@
 """nn.Linear and convert: caching, state, compiling, patterns."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.nn.forms import Derived
@@ -130,11 +132,73 @@ def test_convert_include_exclude():
     made = {name for name, m in model.named_modules() if isinstance(m, nk.Linear)}
     assert made == {f"layers.{i}.up" for i in range(1, 10)}
     assert not any(isinstance(m, nk.Linear) for m in nk.convert(Toy(), include=[]).modules())
+    one = nk.convert(Toy(), include="*.up")
+    assert sum(isinstance(m, nk.Linear) for m in one.modules()) == 10
     with pytest.raises(ValueError, match="include, exclude: got 'layer.\\*'"):
         nk.convert(Toy(), exclude=["layer.*"])
     assert isinstance(nk.convert(nn.Linear(16, 16), NVFP4), nk.Linear)
     again = nk.convert(model, "bf16")
     assert all(m.recipe == HIGH for m in again.modules() if isinstance(m, nk.Linear))
+
+
+def test_convert_keeps_the_modules():
+    """What others hold of a model is what is converted: hooks, a layer used twice, a pruned weight."""
+    first, hits = nn.Linear(16, 16), []
+    first.register_forward_hook(lambda *_: hits.append("forward"))
+    model = nn.ModuleDict({"a": first, "b": first, "pruned": prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)})
+    nk.convert(model, NVFP4)
+    assert model["a"] is model["b"] is first and type(first) is nk.Linear
+    model["pruned"](model["b"](torch.randn(3, 16))).square().sum().backward()
+    assert hits == ["forward"] and model["pruned"].weight_orig.grad.abs().max() > 0
+    assert nk.convert(model, None) is model and type(first) is nn.Linear and hits == ["forward"]
+    assert set(first.state_dict()) == {"weight", "bias"} and str(first) == str(nn.Linear(16, 16))
+    first.forward = first.forward  # as tools do that hook in by assignment
+    with pytest.raises(ValueError, match="a: got a forward of its own"):
+        nk.convert(model, NVFP4)
+    with pytest.raises(TypeError, match="model: got str"):
+        nk.convert("model")
+
+
+def test_convert_tells_of_weights_that_it_leaves():
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 16, 16))
+
+    model = nn.ModuleDict({"linear": nn.Linear(16, 16), "stacked": Stacked(), "embed": nn.Embedding(10, 16)})
+    with pytest.warns(UserWarning, match="quantizes 25% .* Stacked 75%"):
+        nk.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nk.convert(model, "bf16")
+        nk.convert(model, include="linear")
+        del model["stacked"]
+        nk.convert(model)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_plain_checkpoint_loads_strictly(meta):
+    plain = nn.Sequential(nn.Linear(16, 16))
+    with torch.device("meta" if meta else "cpu"):
+        model = nk.convert(nn.Sequential(nn.Linear(16, 16)), NVFP4)
+    model.load_state_dict(plain.state_dict(), strict=True, assign=meta)
+    assert torch.equal(model[0].weight, plain[0].weight)
+    model(torch.randn(2, 16)).square().sum().backward()
+    assert model[0].noise.tolist()[1] == 2
+
+
+def test_inference_mode_between_two_steps():
+    """The forms that an evaluation made are what the next training step saves for backward."""
+    layer, stack, offsets = nk.Linear(16, 16, recipe=NVFP4), Experts(2, 16, 16), torch.tensor([0, 2, 4])
+    stack.recipes = {"up_proj": NVFP4, "down_proj": NVFP4}
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter)
+    for call in (layer, lambda x: stack(x, offsets)):
+        with torch.inference_mode():
+            evaluated = call(torch.ones(4, 16))
+        trained = call(torch.ones(4, 16))
+        trained.sum().backward()
+        assert torch.equal(trained, evaluated)
 
 
 def test_a_decoded_token_is_multiplied_by_our_kernel(monkeypatch):
