@@ -3,6 +3,7 @@
 from nvfp4_kernels import recipe as recipes
 from nvfp4_kernels.autograd.experts import experts
 from nvfp4_kernels.autograd.linear import linear
+from nvfp4_kernels.autograd.weight_only import weight_only
 from nvfp4_kernels.checkpoint import huggingface as _huggingface  # noqa: F401  (HybridModel.from_pretrained)
 from nvfp4_kernels.checkpoint.source import CheckpointError
 from nvfp4_kernels.formats.layout import swizzle_128x4, unswizzle_128x4
@@ -18,6 +19,7 @@ from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
 from nvfp4_kernels.nn.convert import convert
 from nvfp4_kernels.nn.linear import Linear
+from nvfp4_kernels.nn.quantized import NVFP4Weight
 from nvfp4_kernels.nn.replay import ReplayState
 from nvfp4_kernels.ops._dispatch import Refused, backend
 from nvfp4_kernels.ops.causal_conv1d.op import causal_conv1d
@@ -69,8 +71,10 @@ __all__ = [
     "Recipe",
     "LinearRecipe",
     "linear",
+    "weight_only",
     "experts",
     "Linear",
+    "NVFP4Weight",
     "ReplayState",
     "convert",
     "HybridConfig",

@@ -11,7 +11,9 @@ from torch import Tensor
 from nvfp4_kernels.autograd.plain import product
 from nvfp4_kernels.autograd.saved import Operand, save, saved
 from nvfp4_kernels.formats.spec import QuantSpec
+from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._check import float_tensor, require, same_device
+from nvfp4_kernels.ops._library import transformed
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.quantize.op import quantize_pair
 from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe, nvfp4
@@ -65,7 +67,8 @@ def linear(
     weight_forms: the result of quantize_weight for this very weight, to quantize once a step and not once a micro-batch.
 
     Raises TypeError or ValueError naming the argument. A second derivative (create_graph=True) is refused, since
-    quantization is piecewise constant. Source: "Pretraining LLMs with NVFP4", section 4 and figure 5.
+    quantization is piecewise constant, and so are the transforms of torch.func.
+    Source: "Pretraining LLMs with NVFP4", section 4 and figure 5.
     """
     recipe = recipe if isinstance(recipe, LinearRecipe) else get_recipe(recipe).default
     _check(x, weight, bias)
@@ -74,6 +77,8 @@ def linear(
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y = product(x, weight, bias)
         return F.linear(x, weight, bias) if y is None else y
+    if not torch.compiler.is_compiling() and transformed():
+        raise RuntimeError("nk.linear: got a transform of torch.func; allowed: torch.autograd, or recipe='bf16'")
     if noise is None and draws(*operands(recipe)):
         noise = torch.randint(0, 1 << 62, (2,), dtype=torch.int64).to(x.device)
     wanted = torch.is_grad_enabled() and weight.requires_grad
@@ -130,6 +135,8 @@ def _refuse_second_derivative() -> None:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     float_tensor("x", x)
+    allowed = "a torch.Tensor; nk.weight_only multiplies by quantized ones"
+    require(not isinstance(weight, QuantizedTensor), "weight", type(weight).__name__, allowed, TypeError)
     float_tensor("weight", weight)
     require(weight.dim() == 2, "weight", f"{weight.dim()} dimensions", "2, [out, in]")
     require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1, [..., in]")

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.autograd.experts import tokens_of
+from nvfp4_kernels.autograd.linear import autocast
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul, unpacked
@@ -16,14 +18,19 @@ DECODED = 32 << 20  # bytes of a weight decoded at a time, which the caches of G
 
 
 def weight_only(
-    x: Tensor, weight: NVFP4Tensor | MXFP8Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    x: Tensor,
+    weight: NVFP4Tensor | MXFP8Tensor | PackedNVFP4Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """y = (x W^T) scale + b: products of x with the exactly decoded weight, summed in fp32.
 
-    x: [..., in], bf16, fp16 or fp32. weight: [out, in]. bias: [out] or None. scale: fp32 [], one more factor of the weight, or
-    None. Rounded once to x's dtype (with a scale: to fp32 before it).
+    x: [..., in], bf16, fp16 or fp32; under torch.autocast it is cast to autocast's dtype first. weight: [out, in], an
+    NVFP4Tensor, MXFP8Tensor or PackedNVFP4Tensor. bias: [out] or None. scale: fp32 [], one more factor of the weight, or None.
+    Rounded once to x's dtype (with a scale: to fp32 before it).
     Differentiable in x and bias. Raises TypeError or ValueError naming the argument, as nk.matmul.
     """
+    x = autocast(x)
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -33,6 +40,7 @@ def weight_only_experts(x: Tensor, weight: Stack, groups: Routing | Tensor) -> T
 
     Differentiable in x. Raises TypeError or ValueError naming the argument, as nk.grouped_matmul.
     """
+    x = autocast(x)
     if isinstance(groups, Tensor):
         return _WeightOnlyExperts.apply(x, weight, groups, None, None)
     tokens = groups.inverse.shape[0]

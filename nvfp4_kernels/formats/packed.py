@@ -121,7 +121,7 @@ def _unpack_scales(words: Tensor) -> Tensor:
     return table[blocks.view(slabs * SLAB, steps * 8).long()]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedNVFP4Tensor(QuantizedTensor):
     """A weight [rows, cols] in the layout above; rows a multiple of 16.
 
@@ -154,3 +154,6 @@ class PackedNVFP4Tensor(QuantizedTensor):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.unpack().dequantize(dtype)
+
+
+torch.serialization.add_safe_globals([PackedNVFP4Tensor])

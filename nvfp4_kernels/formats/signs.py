@@ -7,12 +7,15 @@ from torch import Tensor
 
 
 def sign_mask(signs: int | Sequence[int] | Tensor) -> int:
-    """The mask of 16 signs, each +1 or -1; a mask passes through. Raises ValueError for anything else."""
+    """The mask of 16 signs, each +1 or -1; a mask passes through. Raises TypeError or ValueError for anything else."""
     if isinstance(signs, int) and not isinstance(signs, bool):
         if not 0 <= signs < 1 << 16:
             raise ValueError(f"signs: got {signs}; allowed: a 16-bit mask or 16 values of +1 and -1")
         return signs
-    values = [int(s) for s in (signs.tolist() if isinstance(signs, Tensor) else signs)]
+    given = signs.tolist() if isinstance(signs, Tensor) else signs
+    if not isinstance(given, Sequence):
+        raise TypeError(f"signs: got {given!r}; allowed: a 16-bit mask or 16 values of +1 and -1")
+    values = [int(s) for s in given]
     if len(values) != 16 or any(s not in (1, -1) for s in values):
         raise ValueError(f"signs: got {values}; allowed: a 16-bit mask or 16 values of +1 and -1")
     return sum(1 << i for i, s in enumerate(values) if s < 0)

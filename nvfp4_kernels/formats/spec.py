@@ -34,7 +34,7 @@ class QuantSpec:
             raise ValueError(f"rounding: got {self.rounding!r}; allowed: {', '.join(ROUNDINGS)}")
         if self.four_over_six not in (None, "mae", "mse"):
             raise ValueError(f"four_over_six: got {self.four_over_six!r}; allowed: None, 'mae', 'mse'")
-        if self.hadamard is not None and not (isinstance(self.hadamard, int) and 0 <= self.hadamard < 1 << 16):
+        if self.hadamard is not None and not (type(self.hadamard) is int and 0 <= self.hadamard < 1 << 16):
             raise ValueError(f"hadamard: got {self.hadamard!r}; allowed: None or a 16-bit sign mask")
         if self.hadamard is not None and self.block != "1x16":
             raise ValueError(f"hadamard: got signs with block {self.block}; allowed: block 1x16")

@@ -63,13 +63,26 @@ class QuantizedTensor:
         return replace(self, **parts, shape=torch.Size((self.shape[0], last - first)))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values, [*shape] in `dtype`: exact in fp32, one rounding otherwise. Rotated forms stay rotated."""
+        """The values, [*shape] in `dtype` (bf16, fp16 or fp32): exact in fp32, one rounding otherwise.
+
+        Rotated forms stay rotated. Raises TypeError for another dtype.
+        """
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(f"dtype: got {dtype}; allowed: bfloat16, float16, float32")
         codes, scales = (part.view(torch.uint8).flatten(0, -2) for part in (self.codes, self.scales))
         global_scale = getattr(self, "global_scale", None)
         return torch.ops.nvfp4.dequantize(codes, scales, global_scale, self.shape[-1], str(dtype)[6:]).view(self.shape)
 
+    def __repr__(self) -> str:
+        words = [f"shape={list(self.shape)}"]
+        if (scale := getattr(self, "global_scale", None)) is not None and not scale.is_meta:
+            words.append(f"global_scale={scale.item():.6g}")
+        if (hadamard := getattr(self, "hadamard", None)) is not None:
+            words.append(f"hadamard=0x{hadamard:04x}")
+        return f"{type(self).__name__}({', '.join(words)}, device={str(self.device)!r}, bytes={self.nbytes:,})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class NVFP4Tensor(QuantizedTensor):
     """value[..., j] = e2m1(code[..., j]) * scales[..., j // 16] * global_scale
 
@@ -105,15 +118,8 @@ class NVFP4Tensor(QuantizedTensor):
         """The codes as torch.float4_e2m1fn_x2, the same bytes (what torch's scaled_mm takes)."""
         return self.codes.view(torch.float4_e2m1fn_x2)
 
-    def __repr__(self) -> str:
-        rotated = "" if self.hadamard is None else f", hadamard=0x{self.hadamard:04x}"
-        return (
-            f"NVFP4Tensor(shape={list(self.shape)}, global_scale={self.global_scale.item():.6g}{rotated}, "
-            f"device={str(self.device)!r}, bytes={self.nbytes:,})"
-        )
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MXFP8Tensor(QuantizedTensor):
     """value[..., j] = codes[..., j] * 2 ** (scales[..., j // 32] - 127)
 
@@ -140,12 +146,12 @@ class MXFP8Tensor(QuantizedTensor):
         }
         _check_parts(self, wanted)
 
-    def __repr__(self) -> str:
-        return f"MXFP8Tensor(shape={list(self.shape)}, device={str(self.device)!r}, bytes={self.nbytes:,})"
-
 
 def _rebuild(kind: type, parts: dict, fp8: list[str]) -> QuantizedTensor:
     return kind(**parts | {name: parts[name].view(torch.float8_e4m3fn) for name in fp8})
+
+
+torch.serialization.add_safe_globals([_rebuild, NVFP4Tensor, MXFP8Tensor])  # for torch.load's weights_only
 
 
 def _check_parts(tensor: QuantizedTensor, wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nvfp4_kernels.ops._library import transformed
 from nvfp4_kernels.recipe import LinearRecipe
 
 # Optimizer steps of this process. A weight's own version does not tell: the fused optimizers of torch 2.13 leave it as it was.
@@ -44,8 +45,9 @@ class FormsCache:
         self._key, self._forms, self._held = None, None, None
 
     def get(self, weight: Tensor, recipe: LinearRecipe, noise: Tensor | None):
-        """The forms; None where the recipe quantizes nothing, and while compiling, where the graph makes them."""
-        if not recipe.quantized or torch.compiler.is_compiling():
+        """The forms; None where the recipe quantizes nothing, while compiling, where the graph makes them, and where nk.linear
+        refuses."""
+        if not recipe.quantized or torch.compiler.is_compiling() or transformed():
             return None
         key = (_state(weight), recipe)
         if key != self._key or weight is not self._held:

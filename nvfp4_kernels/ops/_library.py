@@ -23,8 +23,13 @@ def unwrapped(x: torch.Tensor) -> bool:
         or x.is_meta
         or not ordinary(x)
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether one of torch.func's transforms is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def ordinary(x: torch.Tensor) -> bool:

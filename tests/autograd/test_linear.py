@@ -148,6 +148,13 @@ def test_checkpointing_replays_the_noise(name):
         (lambda: nk.linear(torch.ones(2, 8), torch.ones(8)), ValueError, "weight: got 1 dimensions"),
         (lambda: nk.linear(torch.ones(2, 8).double(), torch.ones(4, 8)), TypeError, "x: got torch.float64"),
         (lambda: nk.linear(torch.ones(2, 0), torch.ones(4, 0)), ValueError, "weight: got shape"),
+        (lambda: nk.linear(torch.ones(2, 8), nk.quantize(torch.ones(4, 8))), TypeError, "NVFP4Tensor.* nk.weight_only"),
+        (lambda: torch.func.vmap(nk.Linear(8, 4, recipe=NVFP4))(torch.ones(2, 8)), RuntimeError, "torch.func"),
+        (
+            lambda: torch.func.grad(lambda x: nk.linear(x, torch.ones(1, 8))[0])(torch.ones(8)),
+            RuntimeError,
+            "torch.func",
+        ),
         (lambda: nk.linear(torch.ones(2, 8), torch.ones(4, 8), torch.ones(5)), ValueError, "bias: got shape"),
         (
             lambda: nk.linear(torch.ones(2, 8), torch.ones(4, 8), recipe="fp4"),

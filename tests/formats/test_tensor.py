@@ -39,11 +39,21 @@ def test_safetensors_round_trip(q, tmp_path):
     assert same(q, type(q)(**parts, shape=q.shape))
 
 
+def test_loads_where_only_weights_may(q, tmp_path):
+    torch.save({"w": q}, tmp_path / "w.pt")
+    assert same(q, torch.load(tmp_path / "w.pt", weights_only=True)["w"])
+
+
 def test_bytes_and_text():
     q = nk.quantize(torch.randn(128, 256))
     assert q.nbytes == 128 * 256 // 2 + 128 * 256 // 16 + 4
     assert "NVFP4Tensor(shape=[128, 256]" in repr(q) and "hadamard=0xd7e8" in repr(
         nk.quantize(torch.ones(2, 16), hadamard=0xD7E8)
+    )
+    packed = nk.PackedNVFP4Tensor.pack(q)
+    assert repr(packed) == repr(q).replace("NVFP4Tensor", "PackedNVFP4Tensor")
+    assert "device='meta'" in repr(q.to("meta")) and "MXFP8Tensor(shape=[2, 32]" in repr(
+        nk.quantize(torch.ones(2, 32), block="1x32")
     )
     assert q.float4.dtype == torch.float4_e2m1fn_x2 and q.float4.data_ptr() == q.codes.data_ptr()
 
@@ -51,6 +61,9 @@ def test_bytes_and_text():
 def test_torch_functions_fail_loudly(q):
     with pytest.raises(TypeError):
         torch.add(q, 1)
+    for dtype in (torch.float64, torch.int8, "bfloat16"):
+        with pytest.raises(TypeError, match=f"dtype: got {dtype}; allowed: bfloat16"):
+            q.dequantize(dtype)
 
 
 def test_misfitting_parts_are_refused():

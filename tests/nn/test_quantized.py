@@ -73,6 +73,13 @@ def test_gradients_of_a_weight_decoded_in_parts(kind, monkeypatch):
     torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-4)
 
 
+def test_autocast():
+    layer, x = nvfp4_layer(32, 16), drawn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
+
+
 @pytest.mark.parametrize("change", ["half", "to float64", "double and back", "copy", "state_dict", "meta"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bits_stay_bits(kind, change):

@@ -234,6 +234,10 @@ def test_options_give_the_specified_shapes():
         ),
         (lambda: nk.quantize(torch.ones(2, 16), block="16x16", hadamard=1), ValueError, "hadamard: got signs"),
         (lambda: nk.quantize(torch.ones(2, 16), hadamard=[1] * 15), ValueError, "signs: got"),
+        (lambda: nk.quantize(torch.ones(2, 16), hadamard=True), TypeError, "signs: got True; allowed: a 16-bit mask"),
+        (lambda: nk.QuantSpec(hadamard=True), ValueError, "hadamard: got True"),
+        (lambda: nk.quantize(torch.ones(2, 16), "1x16"), TypeError, "spec: got str; allowed: a QuantSpec"),
+        (lambda: nk.quantize_pair(torch.ones(2, 16), None, "1x16"), TypeError, "col: got str; allowed: a QuantSpec"),
         (
             lambda: nk.quantize(torch.ones(2, 16), rounding="stochastic", seed=torch.ones(2)),
             TypeError,

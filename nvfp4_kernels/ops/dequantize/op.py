@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops._check import FLOATS, require
+from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 
@@ -17,7 +17,6 @@ def dequantize(q: NVFP4Tensor | MXFP8Tensor, dtype: torch.dtype = torch.float32)
     Raises TypeError naming the argument.
     """
     require(isinstance(q, (NVFP4Tensor, MXFP8Tensor)), "q", type(q).__name__, "NVFP4Tensor, MXFP8Tensor", TypeError)
-    require(dtype in FLOATS, "dtype", dtype, "bfloat16, float16, float32", TypeError)
     return q.dequantize(dtype)
 
 

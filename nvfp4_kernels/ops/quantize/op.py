@@ -53,6 +53,7 @@ def quantize(
     """
     if spec is None:
         spec = QuantSpec(block, rounding, None if hadamard is None else sign_mask(hadamard), four_over_six)
+    _specs(spec=spec)
     _check(x, transpose or spec.block == "16x16")
     amax = _amax(x, amax, (2,))
     if amax is not None and len(amax) == 2:
@@ -82,6 +83,7 @@ def quantize_pair(
     Returns (row form [rows, cols], column form [cols, rows]). With block "16x16" both decode to the same values.
     Raises as quantize does.
     """
+    _specs(row=row, col=col)
     _check(x, True)
     amax = _amax(x, amax, (3,))
     if row is None and col is None:
@@ -118,6 +120,7 @@ def quantize_groups(
     makes its own group NaN, and all of the row form. A group's values depend on no other group, but for stochastic noise.
     Raises as quantize does, and ValueError for offsets that do not fit.
     """
+    _specs(row=row, col=col)
     _check(x, True)
     require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
     require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
@@ -149,6 +152,7 @@ def quantize_stack(
     in the whole stack. Returns stacks of the row forms [groups, rows, cols] and the column forms [groups, cols, rows].
     Raises as quantize does.
     """
+    _specs(row=row, col=col)
     float_tensor("x", x)
     require(x.dim() == 3, "x", f"{x.dim()} dimensions", "3, [groups, rows, cols]")
     require(x.shape[-1] > 0, "x", f"shape {list(x.shape)}", "a last axis of at least 1")
@@ -164,6 +168,12 @@ def _stack(x: Tensor, spec: QuantSpec | None, parts: tuple[Tensor, ...]) -> Stac
     if spec is None:
         return Stack(x)
     return Stack(*parts[:2], parts[2] if spec.format == "nvfp4" else None, spec.hadamard)
+
+
+def _specs(**specs: QuantSpec | None) -> None:
+    for name, spec in specs.items():
+        allowed = "a QuantSpec or None, as QuantSpec('1x16')"
+        require(spec is None or isinstance(spec, QuantSpec), name, type(spec).__name__, allowed, TypeError)
 
 
 def _check(x: Tensor, matrix: bool) -> None:
