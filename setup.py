@@ -5,6 +5,7 @@ an error. Environment: CXX (the compiler), CUDA_ARCHS (see CMakeLists.txt), NVFP
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,8 @@ class BuildNative(build_ext):
             "CUDA_ARCHS": os.environ.get("CUDA_ARCHS", ""),
         }
         cache = build / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_CXX_COMPILER:FILEPATH={options['CMAKE_CXX_COMPILER']}\n" not in cache.read_text():
+        same = re.compile(rf"^CMAKE_CXX_COMPILER:\w+={re.escape(options['CMAKE_CXX_COMPILER'])}$", re.M)
+        if cache.exists() and not same.search(cache.read_text()):
             shutil.rmtree(build)  # another compiler: CMake would start over anyway, with a warning
         if not CUDA:
             shutil.rmtree(target.parent / "_cuda", ignore_errors=True)

@@ -4,6 +4,8 @@ import os
 
 # Tests share few cores with each other: threads that spin while they wait would hold the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core; tests of what threads do ask for theirs
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -11,6 +13,31 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before any kernel is defined: the Triton kernels then run on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch.utils._device import _device_constructors  # noqa: E402
+
+
+def patch_once() -> None:
+    """Triton's interpreter, which replaces all functions of its language anew whenever one function of a kernel calls
+    another, to do it once a launch for each: half of its time."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    replace, launch, replaced = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def first(fn):
+        if fn not in replaced:
+            replaced.add(fn)
+            return replace(fn)
+
+    def launched(self, *arguments, **options):
+        replaced.clear()
+        return launch(self, *arguments, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = first, launched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()
 
 POISON_BYTE = 0xA5  # for integer outputs: codes are uint8, where NaN has no meaning
 
