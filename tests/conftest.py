@@ -4,8 +4,8 @@ import os
 
 # Tests share few cores with each other: threads that spin while they wait would hold the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core; tests of what threads do ask for theirs
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.pop("PYTEST_XDIST_WORKER", None):  # which a pytest that a test starts is not
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; tests of what threads do ask for theirs
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

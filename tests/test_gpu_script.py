@@ -41,7 +41,7 @@ def test_a_step_that_overruns_leaves_nothing_behind(tmp_path):
 def test_tests_in_several_processes(tmp_path, capfd):
     sources = {
         "test_a.py": "def test_it(): pass\ndef test_other(): assert 1 == 2",
-        "test_b.py": "import time\ndef test_first(): assert 1 == 2\ndef test_hangs(): time.sleep(60)",
+        "test_b.py": "import time\ndef test_first(): assert 1 == 2\ndef test_hangs(): time.sleep(90)",
         "test_c.py": "import a_module_that_is_not_there",
     }
     files = [tmp_path / name for name in sources]
@@ -51,7 +51,7 @@ def test_tests_in_several_processes(tmp_path, capfd):
     assert told.startswith("not ok, ") and "1 passed" in told and "1 failed" in told and "1 error" in told
     out = capfd.readouterr().out
     assert "FAILED " in out and "::test_other" in out and "ERROR " in out
-    told = script.suite(files[1:2], 4)
+    told = script.suite(files[1:2], 15)
     assert told.startswith("not ok, 1 failed, 1 of 1 processes stopped")
     out = capfd.readouterr().out
     assert "::test_first FAILED" in out and "stopped at " in out and "::test_hangs" in out

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nvfp4_kernels.cli import bench, main, plan
+from nvfp4_kernels.cli import bench, demo, main, plan
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
 from nvfp4_kernels.ops import _dispatch
@@ -50,8 +50,9 @@ def test_train_resume_generate(capsys, tmp_path, text):
     assert status == 2 and "prompt" in capsys.readouterr().err
 
 
-def test_demo(capsys, tmp_path, text):
+def test_demo(capsys, monkeypatch, tmp_path, text):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "TOKENS", 40)
     out, _ = run(capsys, "demo", "--steps", 2, "--data", text, "--out", tmp_path / "demo")
     assert "unigram" in out and "gap to bf16" in out and "200 bytes from the NVFP4 model:\ndef " in out
     drafts = out[out.index("speculative decoding of one sequence") :]
