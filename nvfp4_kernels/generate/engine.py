@@ -8,6 +8,8 @@ are read together are multiplied together, by products whose last bits may depen
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 
 import torch
 from torch import Tensor
@@ -17,10 +19,13 @@ from nvfp4_kernels.generate.sample import TOKEN, Draws, Sampling, Shaper, draw
 from nvfp4_kernels.generate.speculative import Acceptance, Drafter, judge, mark, seen_tokens
 from nvfp4_kernels.generate.state import STATE_DTYPES, Pool, cache_scales
 from nvfp4_kernels.generate.weights import serving
+from nvfp4_kernels.model.hybrid import HybridModel
+from nvfp4_kernels.ops._check import require
 
 
 class Request:
-    """A sequence: `tokens` are the new ones so far; `finished` is None while it grows, then "stop", "length" or "cancelled"."""
+    """A sequence: `tokens` are the new ones so far; `finished` is None while it grows, then "stop", "length", "cancelled", or
+    "failed": a step of its engine raised an error."""
 
     def __init__(self, prompt: list[int], sampling: Sampling, max_new_tokens: int, stop_ids: frozenset[int]):
         self.prompt, self.sampling, self.max_new_tokens, self.stop_ids = prompt, sampling, max_new_tokens, stop_ids
@@ -93,6 +98,7 @@ class Engine:
         kv_dtype: str | None = None,
         pack_prompts: bool | None = None,
     ):
+        require(isinstance(model, HybridModel), "model", type(model).__name__, "an nk.HybridModel", TypeError)
         for name, value, least in (
             ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
         ):  # fmt: skip
@@ -128,8 +134,13 @@ class Engine:
         max_new_tokens: int = 256,
         stop_ids: Sequence[int] = (),
     ) -> Request:
-        """Queues a prompt, token ids, for `step` to work on. stop_ids: tokens that end it, and are not among its own."""
-        prompt = [int(token) for token in prompt]
+        """Queues a prompt, token ids, for `step` to work on. stop_ids: tokens that end it, and are not among its own.
+
+        Raises TypeError or ValueError naming the argument.
+        """
+        prompt, stop_ids = _token_ids("prompt", prompt), _token_ids("stop_ids", stop_ids)
+        require(isinstance(sampling, Sampling | None), "sampling", type(sampling).__name__, "nk.Sampling", TypeError)
+        require(isinstance(max_new_tokens, Integral), "max_new_tokens", max_new_tokens, "an int", TypeError)
         if not prompt:
             raise ValueError("prompt: got no token; allowed: at least one")
         for name, tokens in (("prompt", prompt), ("stop_ids", stop_ids)):
@@ -156,16 +167,26 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Reads a chunk of the prompts that are there, and grows every sequence whose prompt has been read."""
+        """Reads a chunk of the prompts that are there, and grows every sequence whose prompt has been read.
+
+        After an error (out of memory, Ctrl-C) the engine goes on with what waits; the sequences in slots are "failed", since
+        some layers may have seen a token that others have not.
+        """
         while self.waiting and self._free:
             request = self.waiting.popleft()
             request.slot = self._free.pop(0)
             self.running.append(request)
         growing = [r for r in self.running if r.tokens]
         reading = [r for r in self.running if r.read < len(r.prompt)]
-        events = self._read(reading) if reading else []
-        if growing:
-            events += self._speculate(growing) if self.drafter else self._grow(growing)
+        try:
+            events = self._read(reading) if reading else []
+            if growing:
+                events += self._speculate(growing) if self.drafter else self._grow(growing)
+        except BaseException:
+            for request in list(self.running):
+                request.finished = "failed"
+                self._release(request)
+            raise
         for event in events:
             if event.finished:
                 self._release(event.request)
@@ -177,11 +198,13 @@ class Engine:
             yield from self.step()
 
     def cancel(self, request: Request) -> None:
-        """Takes a request out; its slot serves the next one."""
+        """Takes a request out; its slot serves the next one. Raises ValueError for a request of another engine."""
         if request.finished:
             return
+        waits = request in self.waiting
+        require(waits or request in self.running, "request", "one of another engine", "what this engine's add gave")
         request.finished = "cancelled"
-        if request in self.waiting:
+        if waits:
             self.waiting.remove(request)
         else:
             self._release(request)
@@ -274,6 +297,14 @@ class Engine:
         if self._shaper is None or self._shaper[0] != samplings:
             self._shaper = samplings, Shaper.of(samplings, self.device)
         return self._shaper[1]
+
+
+def _token_ids(name: str, tokens: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in tokens]
+    except TypeError:
+        got = f"shape {list(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)[:60]
+        raise TypeError(f"{name}: got {got}; allowed: a sequence of token ids") from None
 
 
 def _events(requests: list[Request], tokens: list[int]) -> list[Event]:

@@ -36,8 +36,12 @@ def generate(
     each. stop_ids: tokens that end a row, which is then filled up with config.pad_token_id; None: config.eos_token_id.
     speculative: draft with the MTP block, as many tokens a step as it was trained for (True), or so many.
     engine: further arguments of Engine; slots is the batch where it is not given.
-    For more than one call, an Engine of one's own prepares the weights once. Raises ValueError naming the argument.
+    For more than one call, an Engine of one's own prepares the weights once.
+
+    Raises TypeError or ValueError naming the argument.
     """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: got {type(ids).__name__}; allowed: an int64 tensor [batch, length]")
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; allowed: int64 [batch, length]")
     batch, length = ids.shape
@@ -117,6 +121,10 @@ def stream(
                 yield piece
             if ending.stopped:
                 return
+        if request.finished == "failed":
+            raise RuntimeError(
+                "engine: a step that another caller took raised an error, and this sequence was lost with it"
+            )
         piece = ending.push(detokenizer.finish()) + ending.finish()
         if piece:
             yield piece

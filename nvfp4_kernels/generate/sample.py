@@ -6,6 +6,7 @@ So the same seed gives the same text whatever else is in the batch, as far as th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class Sampling:
     that have this share of the probability together. min_p: from those at least this share as likely as the likeliest.
     repetition_penalty: divides positive logits of tokens that are in the sequence, prompt included, and multiplies negative
     ones. seed: of the draws. Order as in transformers: penalty, temperature, top_k, top_p, min_p.
+    Raises TypeError or ValueError naming the argument.
     """
 
     temperature: float = 0.0
@@ -35,10 +37,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        def demand(holds: bool, name: str, allowed: str) -> None:
+        def demand(holds: bool, name: str, allowed: str, error: type[Exception] = ValueError) -> None:
             if not holds:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: {allowed}")
+                raise error(f"{name}: got {getattr(self, name)!r}; allowed: {allowed}")
 
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            demand(isinstance(getattr(self, name), Real), name, "a number", TypeError)
+        demand(isinstance(self.top_k, Integral | None), "top_k", "an int, or None for all", TypeError)
+        demand(isinstance(self.seed, Integral), "seed", "an int", TypeError)
         demand(0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more")
         demand(self.top_k is None or self.top_k >= 1, "top_k", "at least 1, or None for all")
         demand(0 < self.top_p <= 1, "top_p", "above 0, at most 1 (all)")

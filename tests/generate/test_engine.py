@@ -68,6 +68,27 @@ def test_a_seed_gives_the_same_text_in_any_company(build, dtype, options, specul
     assert len({tuple(t) for t in alone}) == 6
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["reading", "growing"])
+def test_after_an_error_within_the_layers(build, greedy, steps):
+    model = build("MEM*")
+    engine = Engine(model, slots=1)
+    lost, waiting = engine.add([1, 2, 3], max_new_tokens=9), engine.add([4, 5], max_new_tokens=6)
+    for _ in range(steps):
+        engine.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    handle = engine.model.backbone.layers[2].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    handle.remove()
+    assert lost.finished == "failed" and waiting.finished is None and engine._free == [0]
+    again = engine.add([1, 2, 3], max_new_tokens=9)
+    run(engine)
+    assert waiting.tokens == greedy(model, [4, 5], 6) and again.tokens == greedy(model, [1, 2, 3], 9)
+
+
 def test_stop_ids_and_length(build, greedy):
     model = build()
     whole = greedy(model, [1, 2, 3], 12)
@@ -182,6 +203,14 @@ def test_served_weights_are_those_that_training_multiplies_with(build, recipe):
     (lambda m: Engine(m).add([]), "prompt: got no token"), (lambda m: Engine(m).add([40]), "prompt: got 40; allowed: 0 to 39"),
     (lambda m: Engine(m).add([1], stop_ids=[-2]), "stop_ids: got -2"),
     (lambda m: Engine(m).add([1], max_new_tokens=0), "max_new_tokens: got 0"),
+    (lambda m: Engine(m).add("text"), "prompt: got 'text'; allowed: a sequence of token ids"),
+    (lambda m: Engine(m).add(torch.ones(1, 2).long()), r"prompt: got shape \[1, 2\]"),
+    (lambda m: Engine(m).add([1], stop_ids=2), "stop_ids: got 2"),
+    (lambda m: Engine(m).add([1], max_new_tokens=2.5), "max_new_tokens: got 2.5; allowed: an int"),
+    (lambda m: Engine(m).add([1], {"seed": 1}), "sampling: got dict"),
+    (lambda m: Engine(m).cancel(Engine(m).add([1])), "request: got one of another engine"),
+    (lambda m: Engine(m.lm_head), "model: got Linear; allowed: an nk.HybridModel"),
+    (lambda m: m.generate([[1]]), "ids: got list"),
     (lambda m: m.generate(torch.zeros(3)), "ids: got torch.float32"),
     (lambda m: m.generate(torch.ones(2, 3).long(), seed=[1]), "seed: got 1 numbers; allowed: one, or 2"),
     (lambda m: m.generate(torch.ones(1, 3).long(), attention_mask=torch.ones(1, 2)), r"attention_mask: got shape \[1, 2\]"),
@@ -190,7 +219,7 @@ def test_served_weights_are_those_that_training_multiplies_with(build, recipe):
     (lambda m: m.generate(torch.ones(1, 3).long(), speculative=True), "speculative: got a model without"),
 ])  # fmt: skip
 def test_errors_name_the_argument(build, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(build("M"))
 
 

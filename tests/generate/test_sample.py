@@ -81,9 +81,10 @@ def test_draws_are_philox_of_seed_and_position(seed):
 @pytest.mark.parametrize("name, value", [
     ("temperature", -0.1), ("temperature", math.inf), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1),
     ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 1 << 63),
+    ("seed", None), ("seed", 1.5), ("top_k", 1.5), ("temperature", None),
 ])  # fmt: skip
 def test_errors_name_the_argument(name, value):
-    with pytest.raises(ValueError, match=f"{name}: got {value}"):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: got {value}"):
         Sampling(**{name: value})
 
 
