@@ -15,26 +15,72 @@ constexpr i64 most_few_rows = 32;         // beyond, packing b for the kernel of
 constexpr i64 run_values = 8 * F::lanes;  // values in one vector of codes
 constexpr i64 ahead = 1024;               // words of codes to fetch; the hardware stops at the end of a page
 
-// Word l of a vector holds values 8 l .. 8 l + 7. Element h of vector i of the decoded run is value `vectors` h + i.
+// Word l of a vector holds values 8 l .. 8 l + 7. Element h of vector i of the decoded run is value place(i, h). The vectors
+// come in `parts`, each with scales of its own for its elements: spread gives those of two runs, whose blocks it takes.
+struct InOrder {
+    static constexpr int parts = 1;
+    static void spread(U scale, u32* out) { store_pairs(out, scale, scale); }
+};
+
 template <class P>
 struct Decoder;
 
+#if defined(NVFP4_ISA_AVX2)
+// By bytes, as a permutation of words takes three times the time of one within lanes: the two bytes of the values in bf16, of 32
+// codes at once, and from pairs of these fp32. Part p holds bytes 8 p .. 8 p + 7 of each half, so two of the run's four blocks.
 template <>
 struct Decoder<Single32> {
+    static constexpr int vectors = 8, parts = 2;
+    using Vector = F;
+    using Value = float;
+    static constexpr i64 place(i64 i, i64 h) {
+        const i64 part = i / 4, high_nibble = i / 2 % 2, odd = i % 2;
+        return 2 * (h / 4 * 16 + part * 8 + h % 4 * 2 + odd) + high_nibble;
+    }
+    static void spread(U scale, u32* out) {
+        for (int i = 0; i < 4; ++i) {
+            const int first = i / 2 * 4 + i % 2, second = first + 2;
+            const __m256i blocks = _mm256_setr_epi32(first, first, first, first, second, second, second, second);
+            store(out + 8 * i, U(_mm256_permutevar8x32_epi32(scale.v, blocks)));
+        }
+    }
+    static void decode(U codes, F* out) {
+        const __m256i low = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+        const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -128, -65, -65,
+                                                                       -65, -64, -64, -64, -64));
+        const __m256i nibble = _mm256_set1_epi8(15), upper = _mm256_set1_epi32(-65536);
+        for (int n = 0; n < 2; ++n) {
+            const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(codes.v, 4) : codes.v, nibble);
+            const __m256i lows = _mm256_shuffle_epi8(low, index), highs = _mm256_shuffle_epi8(high, index);
+            const __m256i values[2] = {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
+            for (int part = 0; part < 2; ++part) {
+                out[4 * part + 2 * n] = real(U(_mm256_slli_epi32(values[part], 16)));
+                out[4 * part + 2 * n + 1] = real(U(_mm256_and_si256(values[part], upper)));
+            }
+        }
+    }
+};
+#else
+template <>
+struct Decoder<Single32> : InOrder {
     static constexpr int vectors = 8;
     using Vector = F;
     using Value = float;
+    static constexpr i64 place(i64 i, i64 h) { return vectors * h + i; }
     static void decode(U codes, F* out) {
         for (int i = 0; i < 8; ++i) out[i] = lookup16(e2m1_values, codes >> (4 * i));
     }
 };
+#endif
 
 #if defined(NVFP4_ISA_AVX512BF16)
 template <>
-struct Decoder<Pair16> {
+struct Decoder<Pair16> : InOrder {
     static constexpr int vectors = 4;
     using Vector = U;
     using Value = u16;
+    static constexpr i64 place(i64 i, i64 h) { return vectors * h + i; }
     // The permutation reads five bits of an element, the fifth belonging to the next code: the table is there twice.
     static void decode(U codes, U* out) {
         alignas(64) static const u16 table[32] = {
@@ -55,7 +101,7 @@ static inline void arrange(const typename P::Step* from, typename P::Step* to) {
     typename D::Value plain[run_values], arranged[run_values];
     __builtin_memcpy(plain, from, sizeof(plain));
     for (i64 i = 0; i < D::vectors; ++i) {
-        for (i64 h = 0; h < length; ++h) arranged[i * length + h] = plain[h * D::vectors + i];
+        for (i64 h = 0; h < length; ++h) arranged[i * length + h] = plain[D::place(i, h)];
     }
     __builtin_memcpy(to, arranged, sizeof(arranged));
 }
@@ -65,33 +111,35 @@ static inline void arrange(const typename P::Step* from, typename P::Step* to) {
 template <class P, int rows>
 static inline void dot_row(const typename P::Step* a, const u32* codes, const u8* scales, i64 words, F* total, bool first) {
     using D = Decoder<P>;
-    constexpr i64 lanes = F::lanes, run_steps = rows * D::vectors * lanes;
+    constexpr i64 lanes = F::lanes, run_steps = rows * D::vectors * lanes, length = D::vectors / D::parts;
     F sum[rows];
     for (int r = 0; r < rows; ++r) sum[r] = first ? F(0.0f) : total[16 * r];
     const auto add = [&](U run, const u32* scale, const typename P::Step* at) {
         typename D::Vector b[D::vectors];
         D::decode(run, b);
         for (int r = 0; r < rows; ++r) {
-            F part = F(0.0f);
-            for (int v = 0; v < D::vectors; ++v) part = dot(part, load(at + (r * D::vectors + v) * lanes), b[v]);
-            sum[r] = fma(part, real(load(scale)), sum[r]);
+            for (int p = 0; p < D::parts; ++p) {
+                F part = F(0.0f);
+                for (i64 v = p * length; v < (p + 1) * length; ++v) part = dot(part, load(at + (r * D::vectors + v) * lanes), b[v]);
+                sum[r] = fma(part, real(load(scale + p * lanes)), sum[r]);
+            }
         }
     };
-    alignas(64) u32 pairs[2 * lanes];
+    alignas(64) u32 spread[2 * D::parts * lanes];
     i64 i = 0;
     for (; i + 2 * lanes <= words; i += 2 * lanes, a += 2 * run_steps) {
         const U scale = bits(e4m3_decode<F>(load_bytes(scales + i / 2)));
-        store_pairs(pairs, scale, scale);
+        D::spread(scale, spread);
         for (i64 line = 0; line < 2 * lanes; line += 16) __builtin_prefetch(codes + i + ahead + line);
-        add(load(codes + i), pairs, a);
-        add(load(codes + i + lanes), pairs + lanes, a + run_steps);
+        add(load(codes + i), spread, a);
+        add(load(codes + i + lanes), spread + D::parts * lanes, a + run_steps);
     }
     if (i < words) {
         const i64 left = words - i;
         const U scale = bits(e4m3_decode<F>(load_some(scales + i / 2, left / 2)));
-        store_pairs(pairs, scale, scale);
-        add(load_some(codes + i, left < lanes ? left : lanes), pairs, a);
-        if (left > lanes) add(load_some(codes + i + lanes, left - lanes), pairs + lanes, a + run_steps);
+        D::spread(scale, spread);
+        add(load_some(codes + i, left < lanes ? left : lanes), spread, a);
+        if (left > lanes) add(load_some(codes + i + lanes, left - lanes), spread + D::parts * lanes, a + run_steps);
     }
     for (int r = 0; r < rows; ++r) total[16 * r] = sum[r];
 }
