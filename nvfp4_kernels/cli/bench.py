@@ -120,9 +120,11 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
 
     from nvfp4_kernels import __version__
     from nvfp4_kernels.ops import _device, _tuned
+    from nvfp4_kernels.ops._native import native
 
     chip = _device.chips()[-1]
-    target = folder / "results" / f"{chip.slug}.json"
+    isa = native.isa() if native and chip.arch == "cpu" else None  # names of processors do not tell
+    target = folder / "results" / f"{'-'.join(filter(None, (chip.slug, isa)))}.json"
 
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in (("op", "case", "backend", "dtype") if parts else ("op",)))
@@ -138,6 +140,7 @@ def store(folder: Path, rows: list[dict], parts: bool) -> Path:
         "commit": commit,
         "device": chip.name,
         "arch": chip.arch,
+        "isa": isa,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "peers": {name: version for name in PEERS if (version := _version(name))},

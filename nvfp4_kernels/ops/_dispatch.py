@@ -3,10 +3,10 @@
 TABLE names the implementations of each op, in the order in which they are asked. An implementation is the module of that name
 in the op's folder; its `refuses(...)` gives None or the reason it cannot serve the call, its `run(...)` serves it.
 
-On CPUs the order is measured (benchmarks/results/amd-epyc.json). On GPUs, where "native" is CUDA, it is not: there are no
-figures of a GPU yet. It is predicted there, from the bytes that the kernels move and the instructions that they are compiled
-to (benchmarks/bounds.py, which writes benchmarks/results/bounds.json): TRITON_FIRST has the calls in which Triton's bound is
-clearly the shorter; CUDA keeps its place where the bounds are close, or nobody has worked them out.
+On CPUs the order is measured (benchmarks/results/amd-epyc-avx512bf16.json). On GPUs, where "native" is CUDA, it is not: there
+are no figures of a GPU yet. It is predicted there, from the bytes that the kernels move and the instructions that they are
+compiled to (benchmarks/bounds.py, which writes benchmarks/results/bounds.json): TRITON_FIRST has the calls in which Triton's
+bound is clearly the shorter; CUDA keeps its place where the bounds are close, or nobody has worked them out.
 
 First comes what the user names (NVFP4_BACKEND, `backend`), then what `nvfp4 tune` measured on this machine, then what came
 measured with the package (_tuned.py), then TRITON_FIRST, then TABLE.
