@@ -12,7 +12,7 @@ back.
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.autograd.linear import FORWARD, advance, autocast, draws, later, operands
+from nvfp4_kernels.autograd.linear import FORWARD, advance, autocast, draws, later, operands, own
 from nvfp4_kernels.autograd.saved import save, saved
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.formats.spec import QuantSpec
@@ -98,7 +98,7 @@ class _Up(torch.autograd.Function):
     def forward(ctx, x, weight, weights, offsets, order, inverse, recipe, noise, forms, trained, spared):
         # x [tokens or rows, in], weight [experts, width, in], weights [rows] or None
         ctx.set_materialize_grads(False)
-        x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, noise, trained)
+        x_row, x_col = _forms_of_x(x, offsets, order, inverse, recipe, own(noise), trained)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, x.dtype)
         # a plain weight is kept as the parameter that it is, not as the copy in x's dtype
         save(ctx, offsets, order, inverse, w_col if recipe.dgrad_w else weight, x_col)
@@ -113,7 +113,7 @@ class _Up(torch.autograd.Function):
     def backward(ctx, dh, _, most):
         offsets, order, inverse, w_col, x_col = saved(ctx)
         recipe, dx, dw = ctx.recipe, None, None
-        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        noise = own(ctx.noise, draws(*operands(recipe)[:FORWARD]))
         col = None if x_col is None else recipe.wgrad_dy
         dh_row, dh_col = _quantized(dh, offsets, recipe.dgrad_dy, col, noise, most)
         if ctx.needs_input_grad[0]:
@@ -133,7 +133,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx, h, squares, most, weight, weights, offsets, recipe, noise, forms, trained, spared, gradient):
         # h, squares [rows, width], weight [experts, in, width], weights [rows] or None
         col = recipe.wgrad_x if trained else None
-        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, noise, most if spared else None)
+        a_row, a_col = _quantized(squares, offsets, recipe.fprop_x, col, own(noise), most if spared else None)
         w_row, w_col = forms or _forms_of_w(weight, recipe, noise, h.dtype)
         save(ctx, offsets, w_col if recipe.dgrad_w else weight, a_col if col else None, h, weights)
         ctx.recipe, ctx.noise, ctx.dtype, ctx.trained, ctx.gradient = recipe, noise, weight.dtype, trained, gradient
@@ -144,7 +144,7 @@ class _Down(torch.autograd.Function):
     def backward(ctx, dy):
         offsets, w_col, a_col, h, weights = saved(ctx)
         recipe, dw = ctx.recipe, None
-        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        noise = own(ctx.noise, draws(*operands(recipe)[:FORWARD]))
         col = recipe.wgrad_dy if ctx.trained else None
         dy_row, dy_col = _quantized(dy.contiguous(), offsets, recipe.dgrad_dy, col, noise)
         again = ctx.trained and a_col is None  # in high precision the squares are taken again

@@ -13,6 +13,7 @@ from nvfp4_kernels.autograd.saved import Operand, save, saved
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
 from nvfp4_kernels.ops._check import float_tensor, require, same_device
+from nvfp4_kernels.ops._device import rank
 from nvfp4_kernels.ops._library import transformed
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.quantize.op import quantize_pair
@@ -26,7 +27,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, noise, recipe, weight_forms, wanted):
         # x [tokens, in], weight [out, in]
-        x_row, x_col = quantize_pair(x, recipe.fprop_x, recipe.wgrad_x if wanted else None, noise)
+        x_row, x_col = quantize_pair(x, recipe.fprop_x, recipe.wgrad_x if wanted else None, own(noise))
         w_row, w_col = weight_forms or quantize_weight(weight, recipe, noise)
         save(ctx, x_col if wanted else None, w_col)  # wanted: the weight's gradient
         ctx.recipe, ctx.noise, ctx.dtypes = recipe, noise, (weight.dtype, None if bias is None else bias.dtype)
@@ -37,7 +38,7 @@ class _Linear(torch.autograd.Function):
         _refuse_second_derivative()
         x_col, w_col = saved(ctx)
         recipe, (w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
-        noise = later(ctx.noise, draws(*operands(recipe)[:FORWARD]))
+        noise = own(ctx.noise, draws(*operands(recipe)[:FORWARD]))
         wants_dx, wants_dw, wants_db = ctx.needs_input_grad[:3]
         dy_row, dy_col = quantize_pair(dy, recipe.dgrad_dy, recipe.wgrad_dy if wants_dw else None, noise)
         dx = matmul(dy_row, w_col, dy.dtype) if wants_dx else None  # dy [tokens, out] @ w_col [in, out].T
@@ -64,6 +65,7 @@ def linear(
     recipe: a LinearRecipe, or a Recipe or its name ("nvfp4", "nemotron3", "bf16") of which the default is used.
     noise: int64 [2] (seed, offset) for stochastic rounding; backward advances the offset in place, so that the next
         step rounds afresh and a checkpointed forward, run again, rounds alike. None draws a seed from torch's generator.
+        Where torch.distributed runs, each rank rounds x and dy by a seed of its own, which it adds its number to.
     weight_forms: the result of quantize_weight for this very weight, to quantize once a step and not once a micro-batch.
 
     Raises TypeError or ValueError naming the argument. A second derivative (create_graph=True) is refused, since
@@ -104,13 +106,24 @@ def draws(*specs: QuantSpec | None) -> int:
     return sum(spec is not None and spec.stochastic for spec in specs)
 
 
-def later(noise: Tensor | None, offsets: int) -> Tensor | None:
-    """The noise `offsets` draws further on."""
-    if noise is None or not offsets:
+def later(noise: Tensor | None, offsets: int, seeds: int = 0) -> Tensor | None:
+    """The noise `offsets` draws further on, of the seed `seeds` further on."""
+    if noise is None or not (offsets or seeds):
         return noise
     moved = noise.clone()
     moved[1] += offsets  # nothing travels from the host
+    if seeds:
+        moved[0] += seeds
     return moved
+
+
+def own(noise: Tensor | None, offsets: int = 0) -> Tensor | None:
+    """The noise `offsets` draws further on that this process rounds activations and gradients by.
+
+    (seed, offset) itself is equal on all ranks that train one model, so that it may be broadcast, and saved by one of them; by
+    equal noise their errors would not average out. Weights are rounded by `later`: all ranks compute with the same ones.
+    """
+    return later(noise, offsets, rank())
 
 
 def advance(noise: Tensor | None, recipe: LinearRecipe) -> None:

@@ -9,13 +9,14 @@ from nvfp4_kernels.cli.machine import keep_freed_memory, share_the_cores
 from nvfp4_kernels.train.settings import Settings
 
 HELP = "Train a model in NVFP4 or BF16; with no data named, on the Python standard library's sources of this machine."
-EXAMPLE = "nvfp4 train --preset tiny --recipe nvfp4 --minutes 5"
+EXAMPLE = """nvfp4 train --preset tiny --recipe nvfp4 --minutes 5
+  torchrun --nproc-per-node 2 -m nvfp4_kernels train --preset tiny --shard"""
 PRESETS = ("tiny", "small", "nano-30b", "super-120b", "ultra-550b")
 RECIPES = ("nvfp4", "nemotron3", "bf16")
 # What makes a run the run it is: a resumed one keeps it.
 FIXED = (
-    "preset", "config", "from_", "quantized", "train_only", "data", "bin_dtype", "tokenizer", "batch", "length", "accumulate",
-    "validation", "seed",
+    "preset", "config", "from_", "quantized", "train_only", "data", "bin_dtype", "tokenizer", "batch", "length", "validation",
+    "seed",
 )  # fmt: skip
 FINE_TUNING = {"lr": 1e-4}  # where a run starts from a checkpoint and not from a preset's random weights
 
@@ -36,7 +37,7 @@ FLAGS = {
     "tokenizer": ("data", str, "name", "bytes, or the path of a tokenizer.json", "tokenizer.json"),
     "batch": ("data", int, "sequences", "in a micro-batch", "16"),
     "length": ("data", int, "tokens", "in a sequence", "1024"),
-    "accumulate": ("data", int, "micro-batches", "a step sums the gradients of", "4"),
+    "accumulate": ("data", int, "micro-batches", "a step sums the gradients of, in each process", "4"),
     "validation": ("data", float, "share", "of the tokens held out, by document; 0 for none", "0.05"),
     "validation_tokens": ("data", int, "tokens", "looked at in each validation, at most", "1000000"),
     "validation_every": ("data", int, "steps", "between validations; 0 for one at the end", "100"),
@@ -82,9 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run each layer's forward again in backward rather than keep its activations; default off",
     )
     run.add_argument(
+        "--shard",
+        action="store_true",
+        default=None,
+        help="with torchrun, split weights, gradients and optimizer state over the processes, and gather a layer when it runs "
+        "(FSDP2); default: the whole model in each",
+    )
+    run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest whole checkpoint in --out; on the CPU bit for bit as if never stopped",
+        help="go on from the newest whole checkpoint in --out; on the CPU bit for bit as if never stopped, on as many "
+        "processes; on others with the same product of processes and --accumulate",
     )
     run.add_argument(
         "--ablate",
@@ -167,20 +176,31 @@ def run(arguments: argparse.Namespace) -> int:
         config = {"settings": dataclasses.asdict(settings), "model": build_config(settings).to_dict()}
         print(json.dumps(config, indent=2))
         return 0
-    if arguments.ablate:
-        from nvfp4_kernels.train.compare import ablate
+    from nvfp4_kernels.train.ranks import joined
 
-        print(ablate(settings))
-        return 0
-    from nvfp4_kernels.cli.generate import sample_text
-    from nvfp4_kernels.train.run import train
+    with joined() as ranks:
+        if arguments.ablate:
+            from nvfp4_kernels.train.compare import ablate
 
-    result = train(settings, arguments.resume)
+            if ranks.size > 1:
+                raise ValueError(f"ablate: got {ranks.size} processes; allowed: one")
+            print(ablate(settings))
+            return 0
+        from nvfp4_kernels.train.run import train
+
+        result = train(settings, arguments.resume, ranks=ranks)
     if result.stopped:
         return 130
+    if ranks.rank:
+        return 0
+    from nvfp4_kernels.cli.generate import sample_text
+
     summary = f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, {result.skipped} skipped"
     loss = "" if result.validation_loss is None else f"validation loss {result.validation_loss:.4f} {result.unit}, "
     print(f"{loss}{summary}; in {result.out}: loss.png, health.png, metrics.jsonl, checkpoints/")
     if arguments.sample > 0:
-        print(sample_text(result.model, result.tokenizer, arguments.prompt, arguments.sample))
+        from nvfp4_kernels.train.setup import load_run
+
+        model = load_run(result.out)[0] if settings.shard else result.model
+        print(sample_text(model, result.tokenizer, arguments.prompt, arguments.sample))
     return 0

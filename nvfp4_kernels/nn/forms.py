@@ -4,22 +4,23 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nvfp4_kernels.ops._library import transformed
 from nvfp4_kernels.recipe import LinearRecipe
 
-# Optimizer steps of this process. A weight's own version does not tell: the fused optimizers of torch 2.13 leave it as it was.
-_steps = 0
+# Changes of weights in this process whose own version does not tell: the steps of torch 2.13's fused optimizers leave it as it
+# was, and so does fully_shard, which gathers a weight into the place of the last time.
+_changes = 0
 
 
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
+def _count_change(*_) -> None:
+    global _changes
+    _changes += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_count_change)
 
 
 def _state(*tensors: Tensor | None) -> tuple:
@@ -27,7 +28,20 @@ def _state(*tensors: Tensor | None) -> tuple:
     present = [t for t in tensors if t is not None]
     if any(t.is_inference() for t in present):
         return (object(),)
-    return (_steps, *((t.data_ptr(), t.shape, t.dtype, t._version) for t in present))
+    return (_changes, *((t.data_ptr(), t.shape, t.dtype, t._version) for t in present))
+
+
+class Deriving(nn.Module):
+    """A module that keeps what it makes of its parameters; its `refresh()` forgets it, also when one of them is set anew.
+
+    fully_shard sets them whenever it has gathered or freed them.
+    """
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.__dict__.get("_parameters", ()):
+            _count_change()
+            self.refresh()
+        super().__setattr__(name, value)
 
 
 class FormsCache:

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.linear import linear, quantize_weight
 from nvfp4_kernels.autograd.plain import product
-from nvfp4_kernels.nn.forms import FormsCache
+from nvfp4_kernels.nn.forms import Deriving, FormsCache
 from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.recipe import HIGH, LinearRecipe
 
 
-class Linear(nn.Linear):
+class Linear(Deriving, nn.Linear):
     """y = x W^T + b by `recipe`; W stays an fp32 master weight (or what `dtype` says).
 
     recipe: LinearRecipe, None for high precision. It may be replaced at any time by assigning to `.recipe`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nvfp4_kernels.nn.forms import Derived
+from nvfp4_kernels.nn.forms import Derived, Deriving
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.norm import RMSNorm
 from nvfp4_kernels.ops._check import require
@@ -31,7 +31,7 @@ class Mamba2State:
         return y
 
 
-class Mamba2(nn.Module):
+class Mamba2(Deriving):
     """Rows of in_proj: gate z [inner], x [inner], B and C [groups * state] each, dt [heads]; inner = heads * head_dim.
 
     A_log, D and dt_bias stay fp32. The norm's groups are those of B and C; the gate comes before the norm.

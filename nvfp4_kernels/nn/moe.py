@@ -9,7 +9,7 @@ from nvfp4_kernels.autograd.experts import experts, quantize_experts
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.nn import served
 from nvfp4_kernels.nn.aside import aside
-from nvfp4_kernels.nn.forms import Derived, FormsCache
+from nvfp4_kernels.nn.forms import Derived, Deriving, FormsCache
 from nvfp4_kernels.nn.linear import Linear, new_noise
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops.expert_mlp.op import expert_mlp
@@ -73,7 +73,7 @@ class Router(nn.Module):
             self.e_score_correction_bias = self.e_score_correction_bias.view(torch.float32)
 
 
-class Experts(nn.Module):
+class Experts(Deriving):
     """The stacked matrices of all experts, each expert quantized by itself; `recipes` of the two may be replaced any time."""
 
     def __init__(self, num_experts: int, size: int, width: int):

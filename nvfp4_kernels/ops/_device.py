@@ -130,6 +130,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def rank() -> int:
+    """The number of this process among those of torch.distributed; 0 where it is alone."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

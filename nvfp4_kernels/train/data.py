@@ -101,6 +101,11 @@ class Packer:
             self.epoch, self.cursor, self.planned = self.epoch + 1, 0, None
         return list(zip(plan.start[segments], plan.size[segments], plan.end[segments], strict=True))
 
+    def skip(self) -> None:
+        """One batch onward, without it."""
+        for _ in range(self.batch):
+            self.next_row()
+
     def __next__(self) -> Batch:
         ids = np.empty(self.batch * self.length, np.int64)
         labels = np.empty(self.batch * self.length, np.int64)

@@ -1,7 +1,8 @@
 """The training loop: micro-batches, clipping, the step, and what to do when a gradient is not finite.
 
 It works with any module that has `loss(ids, labels, cu_seqlens) -> (.total, .lm, ...)`, `update_router_bias()` and
-`expert_load()`. Everything that decides the next step is in `state()`, so that a resumed run continues bit for bit.
+`expert_load()`. Everything that decides the next step is in `state()`, so that a resumed run continues bit for bit. Several
+processes take the micro-batches in turn and make the step that one of them would make of all.
 """
 
 import math
@@ -13,10 +14,12 @@ import torch
 from torch import nn
 
 from nvfp4_kernels.nn.health import Health, observe
+from nvfp4_kernels.nn.moe import Router
 from nvfp4_kernels.nn.nonfinite import Origin, tripwire
 from nvfp4_kernels.nn.quantized import QuantizedWeight
 from nvfp4_kernels.train.data import Batch, Packer
 from nvfp4_kernels.train.optimizer import load_state_tensors, state_tensors
+from nvfp4_kernels.train.ranks import ALONE, Ranks, is_sharded, placed
 from nvfp4_kernels.train.schedule import Schedule
 
 PATIENCE = 10  # skipped steps in a row after which a run is lost and says so
@@ -28,7 +31,7 @@ class Diverged(RuntimeError):
 
 @dataclass
 class StepReport:
-    """One step as it is logged. losses: nats a token, means over the step's targets."""
+    """One step as it is logged. losses: nats a token, means over the step's targets. health: of this rank's micro-batches."""
 
     step: int
     losses: dict[str, float]
@@ -43,7 +46,10 @@ class StepReport:
 
 
 class Trainer:
-    """One model, its data and its optimizer, moved a step at a time."""
+    """One model, its data and its optimizer, moved a step at a time; on each of `ranks` alike, each with the same data.
+
+    accumulate: micro-batches of each rank that a step sums the gradients of.
+    """
 
     def __init__(
         self,
@@ -54,9 +60,11 @@ class Trainer:
         accumulate: int = 1,
         clip: float = 1.0,
         health_every: int = 0,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.data, self.optimizer, self.schedule = model, data, optimizer, schedule
-        self.accumulate, self.clip, self.health_every = accumulate, clip, health_every
+        self.accumulate, self.clip, self.health_every, self.ranks = accumulate, clip, health_every, ranks
+        self.sharded = is_sharded(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.step, self.skipped, self.skipped_in_a_row, self.tokens, self.seconds = 0, 0, 0, 0, 0.0
@@ -68,18 +76,39 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "micro_batches": self.micro_batches,
             "data": self.data.state(),
         }
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on all ranks."""
+        return self.accumulate * self.ranks.size
+
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """model: weights and buffers, the noise of stochastic rounding among them; optimizer; rng."""
+        """model: weights and buffers, the noise of stochastic rounding among them; optimizer; rng.
+
+        They are the same on all ranks; of a sharded model rank 0 alone gets those of model and optimizer.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {"model": self.model.state_dict(), "optimizer": state_tensors(self.model, self.optimizer), "rng": rng}
+        model, optimizer = self.model.state_dict(), state_tensors(self.model, self.optimizer)
+        return {"model": self.ranks.gathered(model), "optimizer": self.ranks.gathered(optimizer), "rng": rng}
 
     def load(self, state: dict, tensors: Callable[[str], dict[str, torch.Tensor]]) -> None:
-        self.model.load_state_dict(tensors("model"))
+        """On as many ranks as then, bit for bit; on others, whose micro-batches of a step are as many, but for rounding.
+
+        Raises ValueError where they are not as many.
+        """
+        known = state.get("micro_batches", self.micro_batches)
+        if known != self.micro_batches:
+            raise ValueError(
+                f"accumulate: got {self.accumulate} on {self.ranks.size} processes; allowed: what gives {known} micro-batches "
+                "a step, as the run began with (do: change --accumulate, or torchrun's --nproc-per-node)"
+            )
+        like = self.model.state_dict()
+        self.model.load_state_dict({n: placed(t, like.get(n, t)) for n, t in tensors("model").items()})
         load_state_tensors(self.model, self.optimizer, tensors("optimizer"))
         rng = tensors("rng")
         torch.set_rng_state(rng["cpu"])
@@ -92,7 +121,7 @@ class Trainer:
     def run_step(self) -> StepReport:
         """One optimizer step over `accumulate` micro-batches; a step without finite gradients changes no weight."""
         begun = time.perf_counter()
-        batches = [next(self.data) for _ in range(self.accumulate)]
+        batches = self.next_batches()
         lr = self.schedule.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -103,7 +132,10 @@ class Trainer:
                 losses, before = self.accumulate_gradients(batches)
         else:
             losses, before = self.accumulate_gradients(batches)
+        if not self.sharded:
+            self.ranks.sum_gradients(self.parameters)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = norm.full_tensor() if self.sharded else norm
         bad = not (math.isfinite(norm) and math.isfinite(losses["total"]))
         origin, load = None, {}
         if bad:
@@ -111,19 +143,32 @@ class Trainer:
         else:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
             self.optimizer.step()
+            self.ranks.sum_(m.load for m in self.model.modules() if isinstance(m, Router))
             load = scalars(self.model.expert_load())
             self.model.update_router_bias()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = sum(batch.ids.numel() for batch in batches)
-        seconds = time.perf_counter() - begun
+        tokens = sum(batch.ids.numel() for batch in batches) * self.ranks.size
+        seconds = self.ranks.most(time.perf_counter() - begun)
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
         self.skipped, self.skipped_in_a_row = self.skipped + bad, self.skipped_in_a_row + 1 if bad else 0
         return StepReport(self.step, losses, float(norm), lr, tokens, seconds, origin, bad, health, load)
 
+    def next_batches(self) -> list[Batch]:
+        """This rank's: of the next micro-batches of all ranks each takes one in turn."""
+        mine = []
+        for i in range(self.micro_batches):
+            if i % self.ranks.size == self.ranks.rank:
+                mine.append(next(self.data))
+            else:
+                self.data.skip()
+        return mine
+
     def accumulate_gradients(self, batches: list[Batch]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Gradients of the mean loss over the targets of all micro-batches; also the buffers as they were before."""
+        """This rank's part of the gradients of the mean loss over the targets of all micro-batches (of a sharded model, the
+        sum of the parts); also the losses, of all, and the buffers as they were before."""
         before = changing_buffers(self.model)
-        targets = max(sum(batch.targets for batch in batches), 1)  # without any, losses and gradients are 0
+        (targets,) = self.ranks.total(sum(batch.targets for batch in batches))
+        targets = max(targets, 1)  # without any, losses and gradients are 0
         sums: dict[str, float] = {}
         for batch in batches:
             share = batch.targets / targets  # micro-batches with fewer targets weigh less, as in one large batch
@@ -131,17 +176,18 @@ class Trainer:
             (losses.total * share).backward()
             for name, value in named_losses(losses).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * share
-        return sums, before
+        return dict(zip(sums, self.ranks.total(*sums.values()), strict=True)), before
 
     def find_origin(self, batches: list[Batch], before: dict[str, torch.Tensor]) -> Origin | None:
         """Runs the same micro-batches again, from the same buffers and so the same noise, under the tripwire; leaves
-        the buffers as they were before the step."""
+        the buffers as they were before the step. Of several ranks' origins, one that is no sum of theirs, if there is one."""
         restore(self.model, before)
         self.optimizer.zero_grad(set_to_none=True)
         with tripwire(self.model) as caught:
             self.accumulate_gradients(batches)
         restore(self.model, before)
-        return caught.origin
+        origins = [origin for origin in self.ranks.all(caught.origin) if origin]
+        return min(origins, key=lambda origin: origin.tensor.startswith("d") and origin.tensor != "dy", default=None)
 
     def moved(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return batch.ids.to(self.device), batch.labels.to(self.device), batch.cu_seqlens.to(self.device)
@@ -150,11 +196,16 @@ class Trainer:
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean lm loss in nats a token over all targets; leaves no trace in the model."""
         self.model.eval()
-        total, targets = 0.0, 0
-        for batch in batches:
-            total += float(self.model.loss(*self.moved(batch)).lm) * batch.targets
-            targets += batch.targets
+        batches, total, targets = list(batches), 0.0, 0
+        for i in self.ranks.share(len(batches)):
+            batch = batches[min(i, len(batches) - 1)]  # beyond the last, one that does not count: layers are gathered by all
+            counted = batch.targets if i < len(batches) else 0
+            total += float(self.model.loss(*self.moved(batch)).lm) * counted
+            targets += counted
         self.model.train()
+        if self.sharded:
+            self.model.reshard()
+        total, targets = self.ranks.total(total, targets)
         return total / max(targets, 1)
 
     def check_patience(self) -> None:

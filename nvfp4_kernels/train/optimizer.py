@@ -7,6 +7,8 @@ scale or none, and an embedding row that a batch does not touch would only shrin
 import torch
 from torch import nn
 
+from nvfp4_kernels.train.ranks import placed
+
 UNDECAYED = ("bias", "A_log", "D", "dt_bias")
 
 
@@ -47,4 +49,4 @@ def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
         if name not in parameters:
             raise ValueError(f"checkpoint: it knows a parameter {name}, this model does not; do: use the run's config")
         p = parameters[name]
-        optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device, copy=True)
+        optimizer.state[p][key] = value.clone() if key == "step" else placed(value, p).to(p.device, copy=True)

@@ -18,7 +18,8 @@ class Metrics:
     def __init__(self, path: Path, keep_bytes: int = 0):
         """keep_bytes: how much of an existing file stays, at a resume: what was written up to the resumed step."""
         self.file = open(path, "ab")
-        self.file.truncate(min(keep_bytes, os.path.getsize(path)))
+        if os.path.getsize(path) > keep_bytes:
+            self.file.truncate(keep_bytes)
         self.file.seek(0, os.SEEK_END)
 
     def write(self, **values) -> None:

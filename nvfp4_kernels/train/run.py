@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nvfp4_kernels.train.loop import StepReport, Trainer
 from nvfp4_kernels.train.optimizer import build_optimizer
 from nvfp4_kernels.train.plots import plot_health, plot_loss
 from nvfp4_kernels.train.progress import Metrics, Progress
+from nvfp4_kernels.train.ranks import ALONE, Ranks
 from nvfp4_kernels.train.schedule import Budget, Schedule, as_steps
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.setup import build_config, build_model, load_data, split
@@ -28,7 +30,10 @@ from nvfp4_kernels.train.tokenizer import load_tokenizer
 
 @dataclass
 class Result:
-    """How a run ended. unit: of the losses, nats a byte where the text is known, else nats a token."""
+    """How a run ended. unit: of the losses, nats a byte where the text is known, else nats a token.
+
+    model: if it was sharded, this rank's shards.
+    """
 
     out: Path
     model: HybridModel
@@ -42,10 +47,13 @@ class Result:
 
 
 class Interrupts:
-    """The first Ctrl-C (or SIGTERM) asks to stop after the step, the second stops at once."""
+    """The first Ctrl-C (or SIGTERM) asks to stop after the step, the second stops at once.
 
-    def __init__(self):
-        self.asked = False
+    together: seconds in which further ones count as the first: torchrun hands on to its processes what they get themselves.
+    """
+
+    def __init__(self, together: float = 0.0):
+        self.asked, self.together = False, together
 
     def __enter__(self) -> "Interrupts":
         self.before = {}
@@ -55,23 +63,26 @@ class Interrupts:
         return self
 
     def ask(self, number, frame) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > self.together:
             raise KeyboardInterrupt
-        self.asked = True
 
     def __exit__(self, *error) -> None:
         for name, handler in self.before.items():
             signal.signal(name, handler)
 
 
-def train(settings: Settings, resume: bool = False, quiet: bool = False) -> Result:
+def train(settings: Settings, resume: bool = False, quiet: bool = False, ranks: Ranks = ALONE) -> Result:
     """Trains as `settings` say, in the folder `settings.out`; with `resume`, from its newest whole snapshot.
 
+    ranks: the processes that do so together (`ranks.joined`), each of them calling this; they stop after the same step.
     Raises ValueError with one line that says what to do.
     """
-    with Run(settings, resume, quiet=quiet) as run, Interrupts() as interrupts:
+    together = 0.0 if ranks.size == 1 else 5.0
+    with Run(settings, resume, quiet=quiet, ranks=ranks) as run, Interrupts(together) as interrupts:
         budget = Budget((settings.minutes or 5.0) * 60, settings.decay)
-        while not run.done and not interrupts.asked:
+        while not run.done and not ranks.most(interrupts.asked):
             run.advance(run.trainer.seconds / budget.seconds)
             if run.steps is None:
                 run.fix_steps(budget.steps(run.trainer.step, run.trainer.seconds))
@@ -82,6 +93,7 @@ class Run:
     """A run in its folder, a step at a time.
 
     recipe: instead of the one `settings` name. corpus: instead of reading it again. line: of the terminal, for its bar.
+    ranks: the processes that do the run together; the first of them writes and tells. All read data and snapshots.
     """
 
     def __init__(
@@ -92,7 +104,11 @@ class Run:
         quiet: bool = False,
         corpus: Corpus | None = None,
         line: int = 0,
+        ranks: Ranks = ALONE,
     ):
+        if settings.shard and ranks.size == 1:
+            raise ValueError("shard: got one process; allowed: several (do: torchrun --nproc-per-node 2 -m nvfp4_kernels train ...)")
+        self.ranks = ranks
         # Sums are split by thread: a run that is to be resumed bit for bit keeps the number it began with.
         self.settings = settings = settings.replace(threads=settings.threads or torch.get_num_threads())
         torch.set_num_threads(settings.threads)
@@ -108,10 +124,12 @@ class Run:
                 f"data: got {self.fingerprint}; allowed: {found.state['corpus']}, what the run began with "
                 "(do: give the same data)"
             )
+        if len(seen := set(ranks.all(f"{self.fingerprint}, to start at step {found.step if found else 0}"))) > 1:
+            raise ValueError(f"data, out: got {' and '.join(sorted(seen))}; allowed: the same in all processes")
         data, self.validation = split(settings, self.corpus)
         model = build_model(config, settings, self.recipe, found.path if found else None)
         optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
-        options = (settings.accumulate, settings.clip, settings.health_every)
+        options = (settings.accumulate, settings.clip, settings.health_every, ranks)
         self.trainer = Trainer(model, data, optimizer, Schedule(settings.lr, None), *options)
         if found:
             self.trainer.load(found.state["trainer"], found.tensors)
@@ -119,9 +137,10 @@ class Run:
             self.fix_steps(found.state["steps"], found.state.get("decay"))
         else:  # other --steps or --minutes than the run had
             self.fix_steps(settings.steps)
-        prepare_folder(self.out, settings, config)
-        self.metrics = Metrics(self.out / "metrics.jsonl", found.state["metrics_bytes"] if found else 0)
-        self.progress = Progress(self.recipe.name, self.trainer.step, quiet, line)
+        ranks.first(lambda: prepare_folder(self.out, settings, config))
+        metrics = self.out / "metrics.jsonl" if ranks.rank == 0 else Path(os.devnull)
+        self.metrics = Metrics(metrics, found.state["metrics_bytes"] if found else 0)
+        self.progress = Progress(self.recipe.name, self.trainer.step, quiet or ranks.rank > 0, line)
         self.saved, self.loss = self.trainer.step, None
         for text in damaged:
             self.progress.say(f"warning: {text}")
@@ -172,14 +191,17 @@ class Run:
         self.progress.say(f"{self.recipe.name} step {self.trainer.step}: validation {self.loss:.4f} {self.corpus.unit}")
 
     def save(self) -> None:
+        tensors = self.trainer.tensors()
+        self.ranks.first(lambda: self.write(tensors))
+        self.saved = self.trainer.step
+
+    def write(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         state = {
             "trainer": self.trainer.state(), "corpus": self.fingerprint, "metrics_bytes": self.metrics.position(),
             "minutes": self.settings.minutes, "steps": self.steps, "decay": self.trainer.schedule.decay,
         }  # fmt: skip
         texts = {"config.json": (self.out / "config.json").read_text()}
-        folder, keep = self.out / "checkpoints", self.settings.keep
-        snapshot.save(folder, self.trainer.step, self.trainer.tensors(), state, texts, keep)
-        self.saved = self.trainer.step
+        snapshot.save(self.out / "checkpoints", self.trainer.step, tensors, state, texts, self.settings.keep)
 
     def finish(self) -> Result:
         """The last validation, snapshot and plots; of a run that was stopped, the snapshot alone."""
@@ -188,8 +210,9 @@ class Run:
             self.validate()
         if self.saved != trainer.step:
             self.save()
-        plot_loss({self.recipe.name: out / "metrics.jsonl"}, out / "loss.png", self.corpus.unit)
-        plot_health(out / "metrics.jsonl", out / "health.png")
+        if self.ranks.rank == 0:
+            plot_loss({self.recipe.name: out / "metrics.jsonl"}, out / "loss.png", self.corpus.unit)
+            plot_health(out / "metrics.jsonl", out / "health.png")
         if not self.done:
             self.progress.say(f"stopped at step {trainer.step}, saved; do: nvfp4 train --out {out} --resume")
         pace = trainer.tokens / max(trainer.seconds, 1e-9)

@@ -36,6 +36,7 @@ class Settings:
     validation_every: int = 0
     validation_tokens: int = 65536
     checkpoint_activations: bool = False
+    shard: bool = False
     save_every: int = 200
     keep: int = 2
     health_every: int = 50

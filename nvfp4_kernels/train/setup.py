@@ -14,6 +14,7 @@ from nvfp4_kernels.ops._device import default_device
 from nvfp4_kernels.recipe import Recipe, get_recipe
 from nvfp4_kernels.train.corpus import Corpus, load_corpus
 from nvfp4_kernels.train.data import Batch, Packer, split_documents
+from nvfp4_kernels.train.ranks import shard
 from nvfp4_kernels.train.settings import Settings
 from nvfp4_kernels.train.tokenizer import load_tokenizer
 
@@ -29,18 +30,21 @@ def build_model(
 ) -> HybridModel:
     """The same weights for the same seed, whatever the recipe.
 
-    resumed: a snapshot of the run, which tells how the matrices of the checkpoint that it began from are kept.
+    resumed: a snapshot of the run, which tells how the matrices of the checkpoint that it began from are kept. What is sharded
+    is whole on the host first, in each process.
     """
     torch.manual_seed(settings.seed)
     recipe = recipe or get_recipe(settings.recipe)
     if settings.from_:
-        folder = resumed or settings.from_
-        model = from_pretrained(folder, torch.float32, default_device(), recipe, settings.quantized)
+        folder, device = resumed or settings.from_, "cpu" if settings.shard else default_device()
+        model = from_pretrained(folder, torch.float32, device, recipe, settings.quantized)
     else:
-        model = HybridModel(config, recipe=recipe).to(default_device())
+        model = HybridModel(config, recipe=recipe)
     model.train_only(settings.patterns)
     model.checkpoint_activations = settings.checkpoint_activations
-    return model
+    if settings.shard:
+        shard(model)
+    return model.to(default_device())
 
 
 def load_data(settings: Settings, config: HybridConfig, tokenizer) -> Corpus:

@@ -1,0 +1,162 @@
+"""Two processes train as one does with twice the micro-batches, replicated and sharded: the same bits where sums have one order."""
+
+import math
+
+import pytest
+import torch
+
+from nvfp4_kernels.checkpoint import snapshot
+from nvfp4_kernels.train.progress import read_metrics
+from nvfp4_kernels.train.ranks import ALONE, Ranks, buckets
+from nvfp4_kernels.train.settings import Settings
+from nvfp4_kernels.train.setup import load_run
+from tests.train import together
+from tests.train.together import CONFIG, Pair, outcome, trainer
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    made = Pair()
+    yield made
+    made.close()
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert tensor.equal(two[name]), name
+
+
+@pytest.mark.parametrize("recipe, clip", [("bf16", 0.1), ("nearest", math.inf)])
+def test_a_step_of_two_is_the_step_of_one_with_twice_the_micro_batches(pair, recipe, clip):
+    expected, model = outcome(trainer(ALONE, recipe, False, 2, clip))
+    (reports, first), (others, second) = pair(together.steps, recipe, False, 1, clip)
+    assert reports == others == expected
+    assert_same(first, model)
+    assert_same(second, model)
+
+
+def test_sharded_is_the_same_as_replicated(pair):
+    """With stochastic rounding too; the norm's sum alone, by which clipping multiplies, has another order."""
+    (reports, model), (others, second) = pair(together.steps, "nvfp4", False)
+    (sharded, gathered), (_, nothing) = pair(together.steps, "nvfp4", True)
+    for (losses, norm, *rest), (losses_2, norm_2, *rest_2) in zip(reports, sharded, strict=True):
+        assert losses == losses_2 and rest == rest_2 and norm == pytest.approx(norm_2, rel=1e-6)
+    assert_same(model, second)
+    assert_same(gathered, model)
+    assert others == reports and nothing == {}
+    assert any(int(t[1]) > 0 for name, t in model.items() if name.endswith("noise"))
+
+
+def test_routers_see_the_load_of_all_ranks(pair):
+    one, two = pair(together.load_of)
+    t = trainer(ALONE, "bf16", False, 2)
+    t.model.update_router_bias = lambda: None
+    t.run_step()
+    assert one == two == [n for r in t.model.routers().values() for n in r.load.tolist()]
+    assert len(set(one)) > 1
+
+
+def test_ranks_round_by_noise_of_their_own_from_equal_states(pair):
+    (dx, dw, noise), (dx_2, dw_2, noise_2) = pair(together.rounded_gradient)
+    alone = together.rounded_gradient(ALONE)
+    assert noise.equal(noise_2) and noise.equal(alone[2]) and int(noise[1]) > 0
+    assert dx.equal(alone[0]) and dw.equal(alone[1])
+    for one, two in ((dx, dx_2), (dw, dw_2)):
+        assert 0 < float((one - two).norm() / one.norm()) < 0.3
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_bad_gradient_of_one_rank_skips_the_step_of_all(pair, sharded):
+    (*first, model), (*second, other) = pair(together.bad_on_one, sharded)
+    assert first == second == [True, "backbone.layers.0.mixer.in_proj, y", True, False, 1]
+    if not sharded:
+        assert_same(model, other)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_validation_is_shared(pair, sharded):
+    """Three batches on two ranks, with different numbers of targets."""
+    t = trainer(ALONE, "bf16", False)
+    expected = t.validate([next(t.data) for _ in range(3)])
+    assert pair(together.validated, sharded) == [pytest.approx(expected, rel=1e-12)] * 2
+
+
+def test_buckets_hold_all_in_order(monkeypatch):
+    monkeypatch.setattr("nvfp4_kernels.train.ranks.BUCKET", 10)
+    tensors = [torch.zeros(n) for n in (4, 6, 1, 30, 2, 2)]
+    got = list(buckets(tensors))
+    assert [[t.numel() for t in b] for b in got] == [[4, 6], [1], [30], [2, 2]] and list(buckets([])) == []
+
+
+def test_shares_are_even():
+    assert [Ranks(r, 3).share(4) for r in range(3)] == [[0, 3], [1, 4], [2, 5]] and ALONE.share(2) == [0, 1]
+
+
+@pytest.fixture
+def settings(tmp_path, text) -> Settings:
+    CONFIG.save(tmp_path)
+    return Settings(
+        config=str(tmp_path / "config.json"), data=str(text), batch=2, length=48, steps=6, lr=5e-3, warmup=2, decay=0.3,
+        save_every=4, health_every=2, validation=0.1, validation_tokens=288, out=str(tmp_path / "run"), threads=1,
+    )  # fmt: skip
+
+
+def rows(run) -> list[dict]:
+    timed = "seconds", "tokens_per_second"
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def model_of(run):
+    return snapshot.newest(run / "checkpoints")[0].tensors("model")
+
+
+def test_a_run_stops_together_and_resumes_bit_for_bit(pair, settings, tmp_path):
+    whole = settings.replace(out=str(tmp_path / "whole"))
+    ended, other = pair(together.train, whole)
+    assert ended == other and ended[:2] == (6, False)
+    assert {p.name for p in (tmp_path / "whole").iterdir()} == {
+        "config.json", "run.json", "metrics.jsonl", "checkpoints", "loss.png", "health.png"}  # fmt: skip
+    stopped, other = pair(together.train, settings, False, 3)
+    assert stopped == other and stopped[:2] == (3, True)
+    run = tmp_path / "run"
+    for made in (settings, settings.replace(accumulate=4)):  # of one process, with other micro-batches a step
+        refused = together.train(ALONE, made, True)
+        assert f"accumulate: got {made.accumulate} on 1 processes; allowed: what gives 2 micro-batches a step" in refused
+    resumed, _ = pair(together.train, settings, True)
+    assert resumed[:3] == ended[:3] and rows(run) == rows(tmp_path / "whole")
+    assert_same(model_of(run), model_of(tmp_path / "whole"))
+    assert load_run(run)[2] == 6
+
+
+def test_a_sharded_run_goes_on_unsharded_and_in_one_process(pair, settings, tmp_path):
+    """Snapshots are the same in all three; without clipping so are the runs, but for the sums' rounding."""
+    settings = settings.replace(recipe="bf16", clip=math.inf, health_every=0)
+    whole = settings.replace(out=str(tmp_path / "whole"), accumulate=2)
+    together.train(ALONE, whole)
+    run = tmp_path / "run"
+    pair(together.train, settings.replace(shard=True), False, 2)
+    pair(together.train, settings, True, 4)
+    refused = together.train(ALONE, settings.replace(accumulate=2, shard=True), True)
+    assert refused == "shard: got one process; allowed: several (do: torchrun --nproc-per-node 2 -m nvfp4_kernels train ...)"
+    assert together.train(ALONE, settings.replace(accumulate=2), True)[:2] == (6, False)
+    for one, two in zip(rows(run), rows(tmp_path / "whole"), strict=True):
+        assert {k: v for k, v in one.items() if k != "gradient_norm"} == {
+            k: v for k, v in two.items() if k != "gradient_norm"
+        }
+    assert_same(model_of(run), model_of(tmp_path / "whole"))
+
+
+def test_processes_must_see_the_same(pair, settings, tmp_path):
+    """Here: a snapshot that the first alone finds."""
+    pair(together.train, settings.replace(steps=4))
+    refused = pair(together.train_apart, settings, str(tmp_path / "elsewhere"))
+    assert refused[0] == refused[1] and "to start at step 0 and" in refused[0] and "to start at step 4; allowed: the same" in refused[0]
+
+
+def test_what_fails_on_the_first_fails_on_all(pair, settings, tmp_path):
+    (tmp_path / "blocked").write_text("")
+    first, second = pair(together.train, settings.replace(out=str(tmp_path / "blocked/run")))
+    assert first == second and "blocked/run cannot be written" in first
