@@ -84,8 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--shard",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="with torchrun, split weights, gradients and optimizer state over the processes, and gather a layer when it runs "
         "(FSDP2); default: the whole model in each",
     )

@@ -26,7 +26,9 @@ class Caught:
 
     def check(self, layer: str, tensor: str, value) -> None:
         if self.origin is None and isinstance(value, Tensor) and value.is_floating_point():
-            value = value.to_local() if hasattr(value, "to_local") else value  # of a shard: no other rank may be waited for
+            value = (
+                value.to_local() if hasattr(value, "to_local") else value
+            )  # of a shard: no other rank may be waited for
             if not bool(torch.isfinite(value).all()):
                 self.origin = Origin(layer, tensor)
 

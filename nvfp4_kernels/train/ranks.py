@@ -124,7 +124,7 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def shard(model: HybridModel) -> None:
-    """Splits the model over all ranks, each layer by itself, and in one piece what lies around them, multi-token prediction too.
+    """Splits the model over all ranks, each layer by itself and the rest, with multi-token prediction, in one piece.
 
     Micro-batches' gradients are summed over the ranks one by one: what is kept of them is the shard.
     """

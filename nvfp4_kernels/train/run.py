@@ -107,7 +107,9 @@ class Run:
         ranks: Ranks = ALONE,
     ):
         if settings.shard and ranks.size == 1:
-            raise ValueError("shard: got one process; allowed: several (do: torchrun --nproc-per-node 2 -m nvfp4_kernels train ...)")
+            raise ValueError(
+                "shard: got one process; allowed: several (do: torchrun --nproc-per-node 2 -m nvfp4_kernels train ...)"
+            )
         self.ranks = ranks
         # Sums are split by thread: a run that is to be resumed bit for bit keeps the number it began with.
         self.settings = settings = settings.replace(threads=settings.threads or torch.get_num_threads())

@@ -3,6 +3,7 @@
 Each call of a Pair runs a function of this file in both, as function(ranks, *arguments), and gives both results.
 """
 
+import copy
 import math
 import os
 import pickle
@@ -12,20 +13,28 @@ import socket
 import subprocess
 import sys
 import traceback
+import warnings
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.model.config import HybridConfig
+from nvfp4_kernels.nn.block import Block
+from nvfp4_kernels.nn.mamba2 import Mamba2
+from nvfp4_kernels.nn.moe import Experts, MoE
+from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight, QuantizedWeight
 from nvfp4_kernels.recipe import get_recipe
 from nvfp4_kernels.train import run as runs
 from nvfp4_kernels.train.data import Packer
 from nvfp4_kernels.train.loop import Trainer
 from nvfp4_kernels.train.optimizer import build_optimizer
-from nvfp4_kernels.train.ranks import Ranks, joined, shard
+from nvfp4_kernels.train.ranks import Ranks, is_sharded, joined, shard
 from nvfp4_kernels.train.schedule import Schedule
 from nvfp4_kernels.train.settings import Settings
 
@@ -99,11 +108,14 @@ def serve() -> None:
             answers.flush()
 
 
-def trainer(ranks: Ranks, recipe: str, sharded: bool, accumulate: int = 1, clip: float = math.inf, **changes) -> Trainer:
+def trainer(
+    ranks: Ranks, recipe: str, sharded: bool, accumulate: int = 1, clip: float = math.inf, **changes
+) -> Trainer:
     """Documents of different lengths, so that micro-batches have different numbers of targets."""
     torch.manual_seed(3)
     model = nk.HybridModel(CONFIG.replace(**changes), RECIPES[recipe])
     if sharded:
+        model.checkpoint_activations = True
         shard(model)
     starts = np.cumsum(np.arange(3, 90))
     spans = np.stack([starts[:-1], starts[1:]], 1)
@@ -184,6 +196,128 @@ def train_apart(ranks: Ranks, settings: Settings, elsewhere: str):
         Path(elsewhere).mkdir()
         (Path(elsewhere) / "run.json").write_text(settings.to_json())
     return train(ranks, settings, True)
+
+
+def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        one, other = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (tensor, two[name]))
+        assert one.equal(other), name
+
+
+class Mine(nn.Module):
+    """Somebody's model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32)) for _ in range(3)
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def make(kind: str, recipe: str) -> nn.Module:
+    """A model by `kind`: converted, "frozen" (with two quantized matrices), or a layer of ours."""
+    torch.manual_seed(5)
+    match kind:
+        case "mamba":
+            model = Block(32, Mamba2(32, 4, 16, 16, 1))
+        case "moe":
+            model = Block(32, MoE(32, 4, 2, 32, 32, 16))
+        case _:
+            model = nk.convert(Mine(), RECIPES[recipe])
+    if kind in ("mamba", "moe"):
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.1)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.recipes = dict.fromkeys(module.recipes, RECIPES[recipe].default)
+        nk.convert(model, RECIPES[recipe].default)
+    if kind == "frozen":
+        one, two = model.layers[0][1], model.layers[1][1].requires_grad_(False)
+        model.layers[0][1] = NVFP4Weight.from_tensors(nk.quantize(one.weight.detach(), block="16x16"), one.bias)
+        scale = two.weight.detach().abs().amax() / 448
+        model.layers[1][1] = FP8Weight.from_tensors((two.weight / scale).to(torch.float8_e4m3fn), scale, two.bias)
+    return model
+
+
+def wrapped(model: nn.Module, how: str) -> nn.Module:
+    if how == "ddp":
+        frozen = any(isinstance(module, QuantizedWeight) for module in model.modules())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for it
+            return DistributedDataParallel(model, broadcast_buffers=False) if frozen else DistributedDataParallel(model)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if how == "fsdp bf16" else MixedPrecisionPolicy()
+    for part in (*getattr(model, "layers", ()), model):
+        fully_shard(part, mp_policy=policy)
+    return model
+
+
+def half(rank: int) -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(11))[rank]
+
+
+def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = model(x)
+    return (y[0] if isinstance(y, tuple) else y).float().square().mean()
+
+
+def alone(kind: str, recipe: str, dtype: torch.dtype, steps: int = 2):
+    """What `parallel` gives, of one process that takes both halves one after the other and means their gradients."""
+    model = make(kind, recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        low = copy.deepcopy(model).to(dtype)
+        for rank in range(2):
+            low.zero_grad()
+            loss(low, half(rank).to(dtype)).backward()
+            for p, q in zip(model.parameters(), low.parameters(), strict=True):
+                p.grad = q.grad.float() / 2 + (0 if p.grad is None else p.grad)
+        optimizer.step()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return gradients, model.state_dict()
+
+
+def parallel(ranks: Ranks, kind: str, recipe: str, how: str):
+    """Gradients of the second of two steps, and the state after it, whole."""
+    model = wrapped(make(kind, recipe), how)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model, half(ranks.rank)).backward()
+        optimizer.step()
+    whole = lambda t: t.full_tensor() if is_sharded(t) else t  # noqa: E731
+    gradients = {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
+    return gradients, {name.removeprefix("module."): whole(t) for name, t in model.state_dict().items()}
+
+
+def reloaded(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Before and after other weights are loaded without a step of an optimizer; and how many forms a layer still holds."""
+    model = wrapped(make("converted", "nearest"), "fsdp")
+    x = half(0)
+    with torch.no_grad():
+        before = model(x)
+        model.reshard()
+        model.load_state_dict({name: t * 2 for name, t in model.state_dict().items()})
+        after = model(x)
+    held = sum(layer[1]._forms._forms is not None for layer in model.layers)
+    return before, after, held
+
+
+def same_input(ranks: Ranks) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """With rank 0's buffers sent to all, as DistributedDataParallel does by default: the gradient of one input on both."""
+    model = wrapped(make("converted", "nvfp4"), "ddp")
+    for _ in range(2):
+        x = half(0).requires_grad_()
+        loss(model, x).backward()
+    return x.grad, model.module.state_dict()
 
 
 if __name__ == "__main__":
