@@ -156,7 +156,10 @@ class HybridModel(nn.Module):
         return dict(self._routers)
 
     def update_router_bias(self) -> None:
-        """Move each router's bias against the load since the last call; to be called after an optimizer step."""
+        """Move each router's bias against the load since the last call; to be called after an optimizer step.
+
+        Of several processes each knows its own load alone: sum the routers' `load` over them first.
+        """
         for router in self.routers().values():
             router.balance(self.config.router_bias_update_rate if router.weight.requires_grad else 0.0)
 

@@ -26,9 +26,9 @@ class Caught:
 
     def check(self, layer: str, tensor: str, value) -> None:
         if self.origin is None and isinstance(value, Tensor) and value.is_floating_point():
-            value = (
-                value.to_local() if hasattr(value, "to_local") else value
-            )  # of a shard: no other rank may be waited for
+            value = value.detach()  # a checkpointed layer would save what isfinite does, and not when it runs again
+            if hasattr(value, "to_local"):  # a shard: other ranks do not ask now
+                value = value.to_local()
             if not bool(torch.isfinite(value).all()):
                 self.origin = Origin(layer, tensor)
 

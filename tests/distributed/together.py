@@ -16,6 +16,7 @@ import traceback
 import warnings
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -53,9 +54,12 @@ RECIPES = {
 
 
 class Pair:
-    """Two processes, started when it is made."""
+    """Two processes, started at the first call, and anew after one that failed."""
 
     def __init__(self):
+        self.processes = []
+
+    def start(self) -> None:
         with closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -72,6 +76,8 @@ class Pair:
         ]
 
     def __call__(self, function, *arguments) -> list:
+        if not self.processes:
+            self.start()
         for process in self.processes:
             pickle.dump((function.__name__, arguments), process.stdin)
             process.stdin.flush()
@@ -89,6 +95,7 @@ class Pair:
         for process in self.processes:
             process.kill()
             process.wait()
+        self.processes = []
 
 
 def serve() -> None:
@@ -170,7 +177,7 @@ def validated(ranks: Ranks, sharded: bool) -> float:
 
 
 def train(ranks: Ranks, settings: Settings, resume: bool = False, stop_after: int = 0):
-    """A run, or what it says when it refuses; rank 1 alone gets a signal after `stop_after` steps."""
+    """A run, or what it says when it refuses; rank 1 alone gets a signal after `stop_after` steps. Plots stay empty."""
     real = Trainer.run_step
 
     def run_step(self):
@@ -179,18 +186,20 @@ def train(ranks: Ranks, settings: Settings, resume: bool = False, stop_after: in
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
-    Trainer.run_step = run_step
-    try:
-        result = runs.train(settings, resume, ranks=ranks)
-        return result.steps, result.stopped, result.validation_loss, result.tokens_per_second
-    except ValueError as error:
-        return str(error)
-    finally:
-        Trainer.run_step = real
+    with (
+        patch.object(Trainer, "run_step", run_step),
+        patch.object(runs, "plot_loss", lambda runs, target, unit: target.touch()),
+        patch.object(runs, "plot_health", lambda metrics, target: target.touch()),
+    ):
+        try:
+            result = runs.train(settings, resume, ranks=ranks)
+        except ValueError as error:
+            return str(error)
+    return result.steps, result.stopped, result.validation_loss, result.tokens_per_second
 
 
 def train_apart(ranks: Ranks, settings: Settings, elsewhere: str):
-    """Resumed where rank 1 has a folder of its own, with a run in it that has no snapshot yet."""
+    """Resumed where rank 1 has a folder of its own, with a run in it that has no snapshot."""
     if ranks.rank == 1:
         settings = settings.replace(out=elsewhere)
         Path(elsewhere).mkdir()
@@ -201,8 +210,7 @@ def train_apart(ranks: Ranks, settings: Settings, elsewhere: str):
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        one, other = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (tensor, two[name]))
-        assert one.equal(other), name
+        assert tensor.equal(two[name]), name
 
 
 class Mine(nn.Module):
@@ -238,7 +246,7 @@ def make(kind: str, recipe: str) -> nn.Module:
         for module in model.modules():
             if isinstance(module, Experts):
                 module.recipes = dict.fromkeys(module.recipes, RECIPES[recipe].default)
-        nk.convert(model, RECIPES[recipe].default)
+        nk.convert(model, RECIPES[recipe].default, include="*")
     if kind == "frozen":
         one, two = model.layers[0][1], model.layers[1][1].requires_grad_(False)
         model.layers[0][1] = NVFP4Weight.from_tensors(nk.quantize(one.weight.detach(), block="16x16"), one.bias)
@@ -282,7 +290,7 @@ def alone(kind: str, recipe: str, dtype: torch.dtype, steps: int = 2):
                 p.grad = q.grad.float() / 2 + (0 if p.grad is None else p.grad)
         optimizer.step()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return gradients, model.state_dict()
+    return gradients, whole(model.state_dict())
 
 
 def parallel(ranks: Ranks, kind: str, recipe: str, how: str):
@@ -293,9 +301,13 @@ def parallel(ranks: Ranks, kind: str, recipe: str, how: str):
         optimizer.zero_grad()
         loss(model, half(ranks.rank)).backward()
         optimizer.step()
-    whole = lambda t: t.full_tensor() if is_sharded(t) else t  # noqa: E731
-    gradients = {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
-    return gradients, {name.removeprefix("module."): whole(t) for name, t in model.state_dict().items()}
+    return whole({name: p.grad for name, p in model.named_parameters()}), whole(model.state_dict())
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the model's own names, shards gathered; fp8 as bytes, since it does not pickle."""
+    made = {name.removeprefix("module."): t.full_tensor() if is_sharded(t) else t for name, t in tensors.items()}
+    return {name: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for name, t in made.items()}
 
 
 def reloaded(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, int]:
