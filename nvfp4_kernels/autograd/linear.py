@@ -65,7 +65,7 @@ def linear(
     recipe: a LinearRecipe, or a Recipe or its name ("nvfp4", "nemotron3", "bf16") of which the default is used.
     noise: int64 [2] (seed, offset) for stochastic rounding; backward advances the offset in place, so that the next
         step rounds afresh and a checkpointed forward, run again, rounds alike. None draws a seed from torch's generator.
-        Where torch.distributed runs, each rank rounds x and dy by a seed of its own, which it adds its number to.
+        Where torch.distributed runs, each rank rounds x and dy by its own noise, that of the seed plus its number.
     weight_forms: the result of quantize_weight for this very weight, to quantize once a step and not once a micro-batch.
 
     Raises TypeError or ValueError naming the argument. A second derivative (create_graph=True) is refused, since
