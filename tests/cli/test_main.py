@@ -43,7 +43,7 @@ def test_help_of_every_command(command, capsys):
 
 def test_every_setting_has_a_flag_with_unit_default_and_example(capsys):
     fields = set(Settings.__dataclass_fields__)
-    assert fields - set(FLAGS) == {"checkpoint_activations"} and set(FLAGS) <= fields
+    assert fields - set(FLAGS) == {"checkpoint_activations", "shard"} and set(FLAGS) <= fields
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
