@@ -28,12 +28,16 @@ def compiler() -> str | None:
 
 
 def run(*command: str) -> None:
-    """Run a build command; on failure print its output and name the first compiler error."""
+    """Run a build command; on failure print its output, name the first error, and say what goes without a compiler."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         print(done.stdout, file=sys.stderr)
-        errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
-        sys.exit(f"csrc: {command[0]} failed: {errors[0].strip() if errors else done.stdout.strip()[-300:]}")
+        lines = done.stdout.splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -5)
+        words = " ".join(" ".join(lines[first:][:6]).split())  # CMake's reasons stand some lines below
+        sys.exit(
+            f"csrc: {command[0]} failed: {words}; do: set CXX, or NVFP4_BUILD=python for the reference backend alone"
+        )
 
 
 class BuildNative(build_ext):

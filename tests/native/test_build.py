@@ -49,6 +49,15 @@ def test_build_without_a_compiler_says_so_once():
     assert (done.stdout + done.stderr).count("no C++ compiler found") == 1
 
 
+@pytest.mark.skipif(shutil.which("false") is None, reason="no false")
+def test_a_compiler_that_does_not_work_is_an_error_with_a_way_out(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = run("env", "-C", str(tmp_path), sys.executable, "setup.py", "build_ext", CXX="false")
+    assert done.returncode != 0 and "is not able to compile" in done.stderr.splitlines()[-1], done.stderr
+    assert done.stderr.rstrip().endswith("or NVFP4_BUILD=python for the reference backend alone")
+
+
 def test_package_works_without_the_module():
     code = (
         "import sys, warnings; sys.modules['nvfp4_kernels._native'] = None; warnings.simplefilter('always')\n"
