@@ -112,6 +112,19 @@ def test_second_interrupt_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_interrupts_of_one_moment_are_one():
+    """torchrun hands on what the terminal sends to all."""
+    with runs.Interrupts(0.1) as interrupts:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), name)
+            time.sleep(0.01)
+        assert interrupts.asked
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
 def test_damaged_snapshot_falls_back_to_the_one_before(settings, tmp_path, capsys):
     whole = settings.replace(out=str(tmp_path / "whole"))
     runs.train(whole, quiet=True)
