@@ -38,12 +38,12 @@ class Patch:
 def patch_transformers(*models: str) -> Patch:
     """Replace convolution, scan and state update in transformers' models, all of MODELS or those named.
 
-    Models built before and after use the kernels, forward, backward and decoding. In training without a cache transformers hands
-    the weight of a mixer's out_proj to the fused function, past its module: whatever nk.convert gave that layer as a recipe, this
-    product is then in high precision.
+    Models built before and after use the kernels, forward, backward and decoding. In training without a cache transformers
+    hands the weight of a mixer's out_proj to the fused function, past its module: whatever recipe nk.convert gave that layer,
+    this product is then in high precision.
 
-    Raises ImportError without transformers 5, ValueError for a model that is not among MODELS, RuntimeError where a model's file
-    has the names no more.
+    Raises ImportError without transformers 5, ValueError for a model that is not among MODELS, RuntimeError where a model's
+    file has the names no more.
     """
     unknown = sorted(set(models) - set(MODELS))
     if unknown:
