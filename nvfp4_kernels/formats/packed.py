@@ -123,7 +123,9 @@ def _unpack_scales(words: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedNVFP4Tensor(QuantizedTensor):
-    """A weight [rows, cols] in the layout above; rows a multiple of 16.
+    """A weight [rows, cols] as the CUDA kernels for bf16 tokens read it (layout: formats/packed.py); rows a multiple of 16.
+
+    Made by `pack`; `unpack` gives the same bytes back.
 
     codes: int32 [rows / 16, ceil64(cols) / 64, 32, 4], the tiles a multiple of two: zeros pad cols to a multiple of 128.
     scales: int32 [rows / 16, ceil128(cols) / 128, 32].

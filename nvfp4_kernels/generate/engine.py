@@ -24,8 +24,8 @@ from nvfp4_kernels.ops._check import require
 
 
 class Request:
-    """A sequence: `tokens` are the new ones so far; `finished` is None while it grows, then "stop", "length", "cancelled", or
-    "failed": a step of its engine raised an error."""
+    """A sequence, as Engine.add gives it: `tokens` are the new ones so far; `finished` is None while it grows, then "stop",
+    "length", "cancelled", or "failed": a step of its engine raised an error."""
 
     def __init__(self, prompt: list[int], sampling: Sampling, max_new_tokens: int, stop_ids: frozenset[int]):
         self.prompt, self.sampling, self.max_new_tokens, self.stop_ids = prompt, sampling, max_new_tokens, stop_ids

@@ -97,8 +97,9 @@ def stream(
 ) -> Iterator[str]:
     """The text after `prompt` (token ids) in pieces, as it comes; no piece ends within a character.
 
-    tokenizer: has decode(ids) -> bytes and bytewise (see text.Detokenizer). stop: texts that end it; neither they nor what
-    follows is among the pieces. pace: is filled in. Leaving the iterator early frees the engine's slot.
+    tokenizer: has decode(ids) -> bytes and bytewise (see text.Detokenizer). sampling, max_new_tokens, stop_ids: as in
+    Engine.add. stop: texts that end it; neither they nor what follows is among the pieces. pace: is filled in. Leaving the
+    iterator early frees the engine's slot. Raises as Engine.add does; RuntimeError where another caller's step failed.
     """
     pace, detokenizer, ending = pace or Pace(), Detokenizer(tokenizer), StopStrings(stop)
     request = engine.add(prompt, sampling, max_new_tokens, stop_ids)

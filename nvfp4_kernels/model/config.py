@@ -42,6 +42,13 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True)
 class HybridConfig:
+    """The geometry of a Nemotron-H model, in the field names of its published config.json.
+
+    hybrid_override_pattern: a letter a layer: M Mamba-2, E mixture of experts, * attention, - dense MLP. torch_dtype: of the
+    activations. `load(folder)` reads a config.json, `save(folder)` writes one, `replace(**changes)` gives another.
+    Raises ValueError for fields that do not fit together.
+    """
+
     hybrid_override_pattern: str
     vocab_size: int = 131072
     hidden_size: int = 4096

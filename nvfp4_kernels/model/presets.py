@@ -52,7 +52,10 @@ TRAINING = {
 
 
 def preset(name: str, **changes) -> HybridConfig:
-    """The named config, with some fields changed. Raises ValueError for an unknown name or field."""
+    """The config of this name (tiny, small, nano-30b, super-120b, ultra-550b), with the fields that `changes` names changed.
+
+    Raises ValueError for an unknown name or field.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset: got {name!r}; allowed: {', '.join(PRESETS)}")
     return HybridConfig(**PRESETS[name]).replace(**changes)

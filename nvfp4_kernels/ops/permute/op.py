@@ -12,7 +12,7 @@ from nvfp4_kernels.ops.route.op import Routing, check_routing
 def permute(x: Tensor, routing: Routing) -> Tensor:
     """Row r of the result is the token of the r-th slot in expert order.
 
-    x: [tokens, features]. Returns [tokens * top_k, features] of x's dtype; differentiable in x.
+    x: [tokens, features]. routing: of these tokens. Returns [tokens * top_k, features] of x's dtype; differentiable in x.
     Raises TypeError or ValueError naming the argument.
     """
     check_routing(routing)
@@ -26,7 +26,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
 def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Tensor:
     """Each token's sum over its slots of y's rows, times weights[token, choice] where given.
 
-    y: [tokens * top_k, features], sorted by expert. weights: float [tokens, top_k] or None.
+    y: [tokens * top_k, features], sorted by expert as `routing` says. weights: float [tokens, top_k] or None.
     Returns [tokens, features] of y's dtype; differentiable in y and weights. The sum over a token's slots runs in a fixed
     order, in fp32 when weighted. Raises TypeError or ValueError naming the argument.
     """

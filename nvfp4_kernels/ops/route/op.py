@@ -12,13 +12,20 @@ from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
 @dataclass(frozen=True)
 class Routing:
-    """The slots (token, choice) of a batch of tokens, and their order once sorted by expert, tokens in order within one."""
+    """The slots (token, choice) of a batch of tokens, and their order once sorted by expert, tokens in order within one.
 
-    indices: Tensor  # int64 [tokens, top_k]: the experts of each token
-    weights: Tensor  # float [tokens, top_k]: their weights, differentiable in the logits
-    offsets: Tensor  # int64 [experts + 1]: expert e has the sorted rows offsets[e] : offsets[e + 1]
-    inverse: Tensor  # int64 [tokens, top_k]: the sorted row of each slot
-    order: Tensor  # int64 [tokens * top_k]: the slot (token * top_k + choice) of each sorted row
+    indices: int64 [tokens, top_k], the experts of each token. weights: float [tokens, top_k], theirs, differentiable in the
+    logits.
+    offsets: int64 [experts + 1]; expert e has the sorted rows offsets[e] to offsets[e + 1].
+    inverse: int64 [tokens, top_k], the sorted row of each slot.
+    order: int64 [tokens * top_k], the slot (token * top_k + choice) of each sorted row.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    offsets: Tensor
+    inverse: Tensor
+    order: Tensor
 
     def sizes(self) -> list[int]:
         """Rows of each expert, on the host."""
