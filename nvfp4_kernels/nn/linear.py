@@ -8,17 +8,19 @@ from nvfp4_kernels.autograd.linear import linear, quantize_weight
 from nvfp4_kernels.autograd.plain import product
 from nvfp4_kernels.nn.forms import Deriving, FormsCache
 from nvfp4_kernels.ops.matmul.op import few_rows
-from nvfp4_kernels.recipe import HIGH, LinearRecipe
+from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe
 
 
 class Linear(Deriving, nn.Linear):
-    """y = x W^T + b by `recipe`; W stays an fp32 master weight (or what `dtype` says).
+    """y = x W^T + b by `recipe`, x [..., in] to y [..., out]; W stays an fp32 master weight (or what `dtype` says).
 
-    recipe: LinearRecipe, None for high precision. It may be replaced at any time by assigning to `.recipe`.
+    in_features, out_features, device, dtype: as of torch.nn.Linear. bias: unlike there, none by default.
+    recipe: as nk.linear's; None for high precision. `.recipe` is a LinearRecipe; another may be assigned at any time.
     noise: buffer, int64 [2] (seed, offset) of the stochastic rounding; part of the state_dict, advanced by each backward.
 
     The quantized weight is kept until the weight changes, so that all micro-batches of a step share it. Steps of any
     torch.optim.Optimizer and changes in place are seen; whoever writes through `weight.data` by hand calls `refresh()`.
+    Raises as nk.linear does.
     """
 
     def __init__(
@@ -26,20 +28,20 @@ class Linear(Deriving, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        recipe: LinearRecipe | None = None,
+        recipe: "Recipe | LinearRecipe | str | None" = None,
         device=None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._follow(recipe)
 
-    def _follow(self, recipe: LinearRecipe | None) -> None:
-        self.recipe = recipe or HIGH
+    def _follow(self, recipe: "Recipe | LinearRecipe | str | None") -> None:
+        self.recipe = recipe if isinstance(recipe, LinearRecipe) else get_recipe(recipe).default
         self.register_buffer("noise", new_noise(self.weight.device))
         self._forms = FormsCache(quantize_weight)
 
     @classmethod
-    def from_linear(cls, source: nn.Linear, recipe: LinearRecipe | None = None) -> "Linear":
+    def from_linear(cls, source: nn.Linear, recipe: "Recipe | LinearRecipe | str | None" = None) -> "Linear":
         """`source` itself, become a Linear: its parameters, hooks and places in the model stay as they are."""
         source.__class__ = cls
         source._follow(recipe)

@@ -141,6 +141,13 @@ def test_convert_include_exclude():
     assert all(m.recipe == HIGH for m in again.modules() if isinstance(m, nk.Linear))
 
 
+def test_a_recipe_by_name():
+    assert nk.Linear(16, 8, recipe="nvfp4").recipe == nk.Linear(16, 8, recipe=nk.recipes.nvfp4).recipe == NVFP4
+    assert nk.Linear(16, 8).recipe == nk.Linear.from_linear(nn.Linear(16, 8)).recipe == HIGH
+    with pytest.raises(ValueError, match="recipe: got 'fp4'"):
+        nk.Linear(16, 8, recipe="fp4")
+
+
 def test_convert_keeps_the_modules():
     """What others hold of a model is what is converted: hooks, a layer used twice, a pruned weight."""
     first, hits = nn.Linear(16, 16), []
