@@ -67,7 +67,8 @@ class FormsCache:
         if key != self._key or weight is not self._held:
             with torch.inference_mode(False):  # a training step may be the next to read them
                 forms = self._make(weight, recipe, noise)
-            self._key, self._forms, self._held = key, forms, weight  # held, so that no other weight gets its address
+            # held, so that no other weight gets its address; the key last, for other threads
+            self._forms, self._held, self._key = forms, weight, key
         return self._forms
 
     def __deepcopy__(self, memo) -> "FormsCache":
@@ -102,8 +103,9 @@ class Derived:
         key = _state(*tensors)
         if key != self._key or any(known() is not t for known, t in zip(self._known, tensors, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                self._key, self._made = key, self._make(*tensors)
-            self._known = [_nothing if t is None else weakref.ref(t) for t in tensors]
+                made = self._make(*tensors)
+            known = [_nothing if t is None else weakref.ref(t) for t in tensors]
+            self._made, self._known, self._key = made, known, key  # the key last, for other threads
         return self._made
 
     def __deepcopy__(self, memo) -> "Derived":
