@@ -83,6 +83,7 @@ class Engine:
     round by shape in decoding too.
     On CUDA devices a step that grows sequences by a token each is one CUDA graph, made when its shape is first met (decode.py);
     reading prompts and speculative decoding are not.
+    One thread steps and cancels; `add` may be called by others meanwhile.
     The engine works on a copy of the model, which shares what needs no other form (weights.serving): later training of the
     model does not reach it. Raises ValueError or TypeError naming the argument.
     """

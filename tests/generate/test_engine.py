@@ -1,6 +1,7 @@
 """Sequences that enter and leave, chunks, seeds and masks against each sequence alone and against the whole context anew."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -87,6 +88,21 @@ def test_after_an_error_within_the_layers(build, greedy, steps):
     again = engine.add([1, 2, 3], max_new_tokens=9)
     run(engine)
     assert waiting.tokens == greedy(model, [4, 5], 6) and again.tokens == greedy(model, [1, 2, 3], 9)
+
+
+def test_requests_come_from_other_threads(build, greedy):
+    model = build("M")
+    engine, requests = Engine(model, slots=2), []
+
+    def add(first):
+        requests.extend(engine.add([first, i], max_new_tokens=3) for i in range(8))
+
+    threads = [threading.Thread(target=add, args=(first,)) for first in (1, 2)]
+    for thread in threads:
+        thread.start()
+    while engine.busy or any(thread.is_alive() for thread in threads):
+        engine.step()
+    assert len(requests) == 16 and all(r.tokens == greedy(model, r.prompt, 3) for r in requests)
 
 
 def test_stop_ids_and_length(build, greedy):
