@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nvfp4_kernels.checkpoint import names
 from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems, Want
 from nvfp4_kernels.checkpoint.source import Entry
+from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.nn.linear import new_noise
 from nvfp4_kernels.nn.quantized import QuantizedExperts, QuantizedWeight
 
@@ -41,7 +42,7 @@ class Files:
         self._open: dict[str, object] = {}
 
     def read(self, piece: Piece) -> dict[str, Tensor]:
-        """The parts, as views of the file where the checkpoint does not hold the reciprocal."""
+        """The parts, as views of the file where the checkpoint does not hold the reciprocal. Block scales of -0 are 0."""
         from safetensors import safe_open
 
         needed = {entry.shard for entry, _ in piece.parts.values()}
@@ -51,6 +52,8 @@ class Files:
             if entry.shard not in self._open:
                 self._open[entry.shard] = safe_open(entry.shard, "pt", device="cpu")
             value = self._open[entry.shard].get_tensor(entry.name)
+            if part.endswith("_scale") and value.dtype == torch.float8_e4m3fn:
+                value = e4m3.with_unsigned_zeros(value)
             values[part] = value.reciprocal() if reciprocal else value
         return values
 
@@ -192,8 +195,7 @@ def _held(module: str, part: str, shape: tuple[int, ...], dtype: torch.dtype, re
 def _sound(scale: Tensor) -> bool:
     """Finite, and not negative; zero is that of a matrix of zeros."""
     if scale.dtype == torch.float8_e4m3fn:
-        codes = scale.view(torch.uint8)
-        return bool(((codes < 0x7F) | (codes == 0x80)).all())  # 0x7F is NaN, 0x80 is -0
+        return bool((scale.view(torch.uint8) < 0x7F).all())  # 0x7F is NaN
     return all(0 <= value < math.inf for value in scale.flatten().tolist())
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats import e4m3
+
 
 class QuantizedTensor:
     """What the containers share: moving, copying, cutting and naming their tensors as one.
@@ -87,7 +89,9 @@ class NVFP4Tensor(QuantizedTensor):
     """value[..., j] = e2m1(code[..., j]) * scales[..., j // 16] * global_scale
 
     codes: uint8 [..., ceil16(cols) / 2], two E2M1 codes a byte, element 2j in the low nibble.
-    scales: float8_e4m3fn [..., ceil16(cols) / 16], row-major.
+    scales: float8_e4m3fn [..., ceil16(cols) / 16], row-major, 0 to 448, or NaN, which makes its block NaN. Negative ones, -0
+        among them, are not NVFP4, whose scales have no sign: a product may read them as any number or as NaN. They are not
+        looked for here, for a product of one row takes as long as reading them all; parts from elsewhere pass `checked`.
     global_scale: fp32, scalar; NaN when the source held a NaN or an infinity, so that no decoded value is finite.
     shape: the logical shape [..., cols], without padding.
     hadamard: None, or the sign mask of the transform the values went through; a GEMM wants both operands alike.
@@ -112,6 +116,13 @@ class NVFP4Tensor(QuantizedTensor):
             "global_scale": (torch.float32, ()),
         }
         _check_parts(self, wanted)
+
+    def checked(self) -> "NVFP4Tensor":
+        """This tensor once its scales have been read, with 0 for those of -0. Raises ValueError where one is negative."""
+        scales = e4m3.with_unsigned_zeros(self.scales)
+        if e4m3.has_negative(scales):
+            raise ValueError("scales: got a negative block scale; allowed: 0 to 448, or NaN")
+        return replace(self, scales=scales)
 
     @property
     def float4(self) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.weight_only import weight_only, weight_only_experts
+from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -179,9 +180,13 @@ class NVFP4Weight(QuantizedWeight):
         finally:
             self._buffers = held
 
-    def _load_from_state_dict(self, *arguments):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
         self.unpack()
-        super()._load_from_state_dict(*arguments)
+        name, errors = prefix + "weight_scale", rest[-1]
+        scales = state_dict.get(name)
+        if scales is not None and not scales.is_meta and e4m3.has_negative(scales):
+            errors.append(f"{name}: got a negative block scale; allowed: 0 to 448, or NaN")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn, recurse=True):
         made = super()._apply(fn, recurse)

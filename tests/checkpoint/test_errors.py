@@ -181,6 +181,15 @@ def test_scales_that_cannot_be(case, tmp_path, parts):
             nk.HybridModel.from_pretrained(tmp_path, quantized="dequantize")
 
 
+def test_a_block_scale_of_minus_zero_is_zero(tmp_path, parts):
+    config, tensors = parts
+    drawn = drawn_nvfp4(*tensors.pop(f"{SHARED}.weight").shape, torch.Generator().manual_seed(1))
+    drawn["weight_scale"].view(torch.uint8)[0, 1] = 0x80
+    write(tmp_path, config, tensors | {f"{SHARED}.{name}": t for name, t in drawn.items()})
+    kept = nk.HybridModel.from_pretrained(tmp_path).get_submodule(SHARED).weight_scale.view(torch.uint8)
+    assert kept[0, 1] == 0 and torch.equal(kept[1:], drawn["weight_scale"].view(torch.uint8)[1:])
+
+
 def test_quantized_matrix_without_its_scales(tmp_path, parts):
     config, tensors = parts
     tensors[f"{SHARED}.weight"] = torch.zeros(48, 24, dtype=torch.uint8)

@@ -76,6 +76,19 @@ def test_misfitting_parts_are_refused():
         nk.NVFP4Tensor(q.codes, q.scales, q.global_scale.view(1), (4, 32))
 
 
+def test_scales_from_elsewhere():
+    q = nk.quantize(torch.randn(4, 32))
+    codes = q.scales.view(torch.uint8)
+    codes[1] = torch.tensor([0x80, 0x7F])  # -0, NaN
+    checked = q.checked()
+    assert checked.scales.view(torch.uint8).tolist() == [codes[0].tolist(), [0, 0x7F], *codes[2:].tolist()]
+    assert codes[1, 0] == 0x80 and checked.codes is q.codes
+    for negative in (0x81, 0xFE, 0xFF):
+        codes[2, 1] = negative
+        with pytest.raises(ValueError, match="scales: got a negative block scale; allowed: 0 to 448"):
+            q.checked()
+
+
 def test_every_code_and_scale_decodes_to_its_definition():
     """All 16 x 256 pairs of code and scale byte (NaN scales included) against Python arithmetic."""
     from tests.oracles.nvfp4_brute import GRID, e4m3_value

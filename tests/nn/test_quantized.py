@@ -168,3 +168,11 @@ def test_errors():
         NVFP4Weight.from_tensors(nk.quantize(drawn(16, 16), hadamard=0x1234))
     with pytest.raises(ValueError, match="bias: got True for experts"):
         FP8Weight(16, 16, bias=True, experts=2)
+
+
+def test_a_state_dict_with_negative_block_scales_is_refused():
+    state = nvfp4_layer(16, 32).state_dict()
+    NVFP4Weight(32, 16).load_state_dict(state)
+    state["weight_scale"].view(torch.uint8)[3, 1] = 0xB8
+    with pytest.raises(RuntimeError, match="weight_scale: got a negative block scale; allowed: 0 to 448, or NaN"):
+        NVFP4Weight(32, 16).load_state_dict(state)
