@@ -15,6 +15,7 @@ from nvfp4_kernels.formats.spec import DEFAULT_SIGNS, QuantSpec
 from nvfp4_kernels.ops import _triton
 from nvfp4_kernels.ops._dispatch import implementation
 from nvfp4_kernels.ops._triton_numerics import load_runs
+from nvfp4_kernels.ops.quantize import _triton_amax
 from tests.ops.quantize_checks import (
     EXTREMES,
     NOISE,
@@ -195,3 +196,15 @@ def test_dequantize(block, dtype):
     mine, theirs = run("dequantize", *parts), reference(*parts)
     assert torch.equal(mine.isnan(), theirs.isnan())
     assert same_bytes(*(torch.where(got.isnan(), 3.0, got) for got in (mine, theirs)))
+
+
+@pytest.mark.parametrize("rows", [524286, 524287, 524288])
+def test_lengths_beside_two_to_the_31(rows):
+    """The maximum's kernel rounds a length up to whole tiles: within 31 bits, or in 64, which it has from 2^31 on."""
+    with _triton.recorded((9, 0)) as launches:
+        _triton_amax.amaxes(
+            torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta"), nk.QuantSpec(), None, True, None
+        )
+    ((_, arguments, constants, _, _),) = launches
+    length = arguments[3]
+    assert length >= 2**31 or length + constants["LENGTH"] - 1 < 2**31

@@ -111,7 +111,9 @@ def amaxes(x: Tensor, row: QuantSpec | None, col: QuantSpec | None, wide: bool, 
     row_signs, col_signs = (None if spec is None else spec.hadamard for spec in (row, col))
     rows, cols = x.shape
     if row_signs is None and col_signs is None:
-        lines, length = (1, rows * cols) if x.is_contiguous() else (rows, cols)
+        # as one line, unless the kernel, which rounds its length up to whole tiles in 31 bits, would find it negative
+        one = x.is_contiguous() and not 2**31 - 8192 < rows * cols < 2**31
+        lines, length = (1, rows * cols) if one else (rows, cols)
         tile_length = min(8192, next_power_of_2(length))
         tile_lines = min(8192 // tile_length, next_power_of_2(lines))
         programs = _programs(lines, length, tile_lines, tile_length, programs)
