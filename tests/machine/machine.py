@@ -46,7 +46,10 @@ class Machine:
         tensors,
         races=True,
         order=None,
+        contract=False,
     ):
+        if contract:
+            kernel = contraction.contracted(kernel)
         self.kernel, self.grid, self.threads = kernel, tuple(grid), threads
         self.blocks = int(np.prod(grid))
         self.lanes = self.blocks * threads
@@ -400,11 +403,20 @@ def execute(kernel: Kernel, grid, threads: int, shared: int, parameters: bytes, 
     """Run a launch, which may touch these tensors, or those that its parameters point to.
 
     races: whether to look for hazards in shared memory, or "strict" (races.py); order: in which those go on that parted ways
-    (Machine.next).
+    (Machine.next); contract: products and sums that may become one fma do (contraction.py).
     """
     tensors = tensors_at(parameters) if tensors is None else tensors
     Machine(kernel, (*grid, 1, 1)[:3], threads, shared, parameters, tensors, **options).run()
 
 
 # these register their instructions
-from tests.machine import arithmetic, barriers, conversions, moves, tensor_cores, tensor_memory, wgmma  # noqa: E402, F401
+from tests.machine import (  # noqa: E402
+    arithmetic,  # noqa: F401
+    barriers,
+    contraction,
+    conversions,  # noqa: F401
+    moves,  # noqa: F401
+    tensor_cores,  # noqa: F401
+    tensor_memory,
+    wgmma,
+)
