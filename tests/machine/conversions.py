@@ -4,9 +4,12 @@ import numpy as np
 
 from tests.machine.arithmetic import flushed
 from tests.machine.machine import TYPES, instruction
-from tests.machine.rounding import rounded, small_values, small_words, to_f32, values16, words16
+from tests.machine.rounding import E2M1, rounded, small_values, small_words, to_f32, values16, words16
 
 SMALL = {"e4m3x2": "e4m3", "e5m2x2": "e5m2", "e2m1x2": "e2m1"}
+# Of cvt.rs to e2m1x4: the bits of its random word that each operand reads, the highest first. The PTX ISA leaves this open; so
+# does the machine, which goes by a public probe of a B300 (QuACK, quack/rounding.py) where nobody says otherwise.
+RANDOM_BITS = [[*range(23, 15, -1)], [*range(0, 8)], [*range(31, 23, -1)], [*range(8, 16)]]
 INTEGERS = {f"{s}{b}" for s in "us" for b in (8, 16, 32, 64)}
 
 
@@ -17,6 +20,8 @@ def cvt(machine, i):
     how = next((m for m in ("rn", "rz", "rna", "rni", "rzi", "rmi", "rpi", "rs", "rp") if m in i.parts), None)
     if to in INTEGERS and source in INTEGERS:
         return integers(machine, i, to, source, write)
+    if to == "e2m1x4" and how == "rs":
+        return stochastic(machine, i, write)
     if to in SMALL and source == "f32":
         return to_small(machine, i, SMALL[to], write)
     if source in SMALL:
@@ -122,6 +127,29 @@ def to_small(machine, i, form, write):
     return lambda mask: write(
         (small_words(upper(), form).astype(dtype) << dtype(bits)) | small_words(lower(), form).astype(dtype), mask
     )
+
+
+def stochastic(machine, i, write):
+    """Four fp32 to E2M1, the first to the highest bits: away from zero where the sum of eight random bits and of those that are
+    cut off the magnitude carries (PTX ISA, cvt, ".rs")."""
+    if i.parts[1:3] != ["rs", "satfinite"] or len(i.parts) != 5:
+        raise KeyError(i.name)
+    values = [as_double(machine, operand, "f32") for operand in i.operands[1].parts]
+    word = machine.reader(i.operands[2], "u32")
+
+    def run(mask):
+        random, out = np.asarray(word()), np.uint16(0)
+        for read, bits in zip(values, RANDOM_BITS, strict=True):
+            x = read()
+            below = np.searchsorted(E2M1, np.minimum(np.abs(x), 6.0), "right") - 1  # of NaN: 7
+            lost = np.floor(256 * (np.abs(x) - E2M1[below]) / np.diff(E2M1, append=np.inf)[below])
+            added = sum((random >> np.uint32(bit) & np.uint32(1)) << np.uint32(7 - n) for n, bit in enumerate(bits))
+            code = below + (lost + added >= 256)
+            sign = np.where(np.isnan(x), 0, np.signbit(x)) * 8
+            out = out << np.uint16(4) | (code + sign).astype(np.uint16)
+        write(out, mask)
+
+    return run
 
 
 def from_small(machine, i, form, to, write):

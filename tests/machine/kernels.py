@@ -38,15 +38,15 @@ def launch(text: str, *arrays: np.ndarray, threads: int = 32, blocks: int = 1, s
     execute(parsed(text), (blocks,), threads, shared, parameters, tensors=tensors, **options)
 
 
-def elementwise(instructions: str, dtype, *inputs, arch: str = "90a") -> np.ndarray:
-    """What instructions write to d, of this type, for each element of the inputs: registers a, b, c, e."""
+def elementwise(instructions: str, dtype, *inputs, arch: str = "90a", **options) -> np.ndarray:
+    """What instructions write to d, of this type, for each element of the inputs: registers a, b, c, e, f."""
     inputs = [np.ascontiguousarray(x) for x in np.broadcast_arrays(*inputs)]
     count, dtype = inputs[0].size, np.dtype(dtype)
-    declared = [f".reg .b{max(16, 8 * x.itemsize)} {name};" for name, x in zip("abce", inputs, strict=False)]
+    declared = [f".reg .b{max(16, 8 * x.itemsize)} {name};" for name, x in zip("abcef", inputs, strict=False)]
     declared.append(f".reg .b{max(16, 8 * dtype.itemsize)} d;\n")
     loads = "".join(
         f"mad.wide.u32 %rd9, %r2, {x.itemsize}, %rd{n + 1};\nld.global.b{8 * x.itemsize} {name}, [%rd9];\n"
-        for n, (name, x) in enumerate(zip("abce", inputs, strict=False))
+        for n, (name, x) in enumerate(zip("abcef", inputs, strict=False))
     )
     body = (
         f"setp.ge.u32 %p0, %r2, {count};\n@%p0 bra END;\n{loads}{instructions}\n"
@@ -54,5 +54,5 @@ def elementwise(instructions: str, dtype, *inputs, arch: str = "90a") -> np.ndar
     )
     text = kernel(body, 1 + len(inputs), arch=arch, declarations=" ".join(declared))
     out = np.zeros(count, dtype)
-    launch(text, out, *inputs, threads=ELEMENTWISE, blocks=-(-count // ELEMENTWISE))
+    launch(text, out, *inputs, threads=ELEMENTWISE, blocks=-(-count // ELEMENTWISE), **options)
     return out.reshape(inputs[0].shape)

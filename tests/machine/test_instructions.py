@@ -1,6 +1,7 @@
 """Arithmetic, bits and conversions of the machine against integers, fractions and torch's casts."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.machine import conversions
 from tests.machine.kernels import elementwise, kernel, launch
 from tests.machine.memory import Fault
 
@@ -585,6 +587,25 @@ def test_cvt_to_fp4():
     codes = np.arange(256, dtype=np.uint16)
     got = elementwise(".reg .b8 q;\ncvt.u8.u16 q, a;\ncvt.rn.f16x2.e2m1x2 d, q;", np.uint32, codes, arch="100a")
     assert (got == (values[codes & 15] | values[codes >> 4].astype(np.uint32) << np.uint32(16))).all()
+
+
+def test_cvt_to_fp4_by_random_bits(monkeypatch):
+    """Fractions of a step, 0, 1, 128 and 255.9 of 256, each with bytes of random bits that carry and that do not quite."""
+    monkeypatch.setattr(conversions, "RANDOM_BITS", [range(8 * n + 7, 8 * n - 1, -1) for n in (3, 2, 1, 0)])
+    grid = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
+    x, r, want = [], [], []
+    for code, (low, high) in enumerate(itertools.pairwise(grid)):
+        for part, needs in ((0, 256), (1, 255), (128, 128), (Fraction(2559, 10), 1)):
+            for byte in {0, min(needs, 255), max(needs - 1, 0)}:
+                x.append(float(low + (high - low) * part / 256))
+                r.append(byte)
+                want.append(code + (byte >= needs))
+    x, r, want = (np.array(column) for column in (x + [6, 1e30, math.inf], r + [255] * 3, want + [7] * 3))
+    x, r, want = np.float32([*x, *-x, math.nan]), np.uint32([*r, *r, 0]), np.uint16([*want, *want + 8, 7])
+    words = sum(np.roll(r, n) << np.uint32(8 * (3 - n)) for n in range(4))
+    text = "cvt.rs.satfinite.e2m1x4.f32 d, {a, b, c, e}, f;"
+    got = elementwise(text, np.uint16, *(np.roll(x, n) for n in range(4)), words, arch="100a")
+    assert (got == sum(np.roll(want, n) << np.uint16(4 * (3 - n)) for n in range(4))).all()
 
 
 def test_cvt_to_tf32():

@@ -69,3 +69,17 @@ def test_bf16_decoding():
         expected = scales[:127, None] * values / 512
         np.testing.assert_array_equal(out.view(torch.bfloat16)[:127].float().numpy(), expected.numpy())
         assert out.view(torch.bfloat16)[127].isnan().all()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_probe_of_a_chips_rounding_finds_its_order_of_random_bits(monkeypatch, swapped):
+    from nvfp4_kernels.testing import rounding_probe
+    from tests.machine import conversions
+
+    places = [conversions.RANDOM_BITS[n] for n in ((2, 0, 3, 1) if swapped else range(4))]
+    monkeypatch.setattr(conversions, "RANDOM_BITS", places)
+    monkeypatch.setattr(_device, "rounds_stochastically", lambda device: True)
+    wanted = [
+        {"nibble": 3 - n, "weights": {bit: 7 - at for at, bit in enumerate(bits)}} for n, bits in enumerate(places)
+    ]
+    assert rounding_probe.probe("cpu") == wanted

@@ -44,8 +44,7 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, _semant
     results = []
     for word, kind in zip(made, dtypes, strict=True):
         word = word.reshape(shape)
-        data = (
-            word.astype(np.uint16) if kind == tl.bfloat16 else word.view(np.float32 if kind == tl.float32 else np.int32)
-        )
+        narrow = {tl.bfloat16: np.uint16, tl.int16: np.int16}.get(kind)
+        data = word.astype(narrow) if narrow else word.view(np.float32 if kind == tl.float32 else np.int32)
         results.append(tl.core.tensor(type(like.handle)(data.copy(), kind), tl.block_type(kind, list(shape))))
     return tuple(results) if isinstance(dtype, tuple) else results[0]
