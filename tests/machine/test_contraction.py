@@ -9,8 +9,8 @@ A = np.float32([1 + 2.0**-12, 3.0, -1 - 2.0**-12])
 ONE = np.ones(3, np.float32)
 EXACT, ROUNDED = A.astype(np.float64) ** 2, (A * A).astype(np.float64)
 SUMS = {
-    "add.f32 d, %r8, b;": lambda square: square + 1,
-    "add.f32 d, b, %r8;": lambda square: square + 1,
+    "neg.f32 b, b; add.f32 d, %r8, b;": lambda square: square - 1,
+    "neg.f32 b, b; add.f32 d, b, %r8;": lambda square: square - 1,
     "sub.f32 d, %r8, b;": lambda square: square - 1,
     "sub.f32 d, b, %r8;": lambda square: 1 - square,
 }
