@@ -20,19 +20,14 @@ from nvfp4_kernels.ops.matmul._packed import packed
 from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, side
 from nvfp4_kernels.tune.cases import Case, cases
 from nvfp4_kernels.tune.measure import backends, tiles
-from tests import machine
 
 CHIP = _device.Chip("meta", "Some GPU/1", "sm_90", "")  # tensors of the meta device stand for its own
 QUANTIZE = torch.empty(4, 32, device="meta"), nk.QuantSpec(), None, None
 interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="the kernels run in Triton's interpreter")
-executed = pytest.mark.skipif(
-    not (_triton.INTERPRETED or machine.ON),
-    reason="the kernels run in Triton's interpreter, or on the machine of tests",
-)
 
 
 @pytest.fixture(autouse=True)
-def untuned(monkeypatch, tmp_path):
+def machine(monkeypatch, tmp_path):
     """A machine with a GPU that nobody has tuned."""
     monkeypatch.setenv("NVFP4_CACHE", str(tmp_path))
     monkeypatch.setattr(_device, "chips", lambda: [CHIP])
@@ -73,7 +68,7 @@ def products():
     }
 
 
-@executed
+@interpreted
 @pytest.mark.parametrize("name", ["decoded", "FP4", "rows", "many rows", "sums"])
 def test_tiles_of_a_product_give_the_same_bits(name, steady_dot, monkeypatch):
     monkeypatch.setattr(_device, "multiprocessors", lambda device: 1)  # for one program, or two, in all that stay
@@ -98,7 +93,7 @@ def test_tiles_of_a_product_give_the_same_bits(name, steady_dot, monkeypatch):
                 assert not torch.equal(run(), expected), "another K must show, or nothing does"
 
 
-@executed
+@interpreted
 @pytest.mark.parametrize("form", ["1x16", "16x16", "noise"])
 def test_tiles_of_quantize_give_the_same_bits(form):
     row, col = {
