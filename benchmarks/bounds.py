@@ -147,8 +147,10 @@ def unit(kernel: str, constants: dict) -> float:
 
 # What marks the hot path of kernels that read their options when they run: (wanted, shunned).
 MARKS = {
-    # the transform of columns and no rows'
-    "amax_transforms": (r"LDGSTS|LDS$|FADD", r"LDS\S*\.128"),
+    # the transform of columns and no rows', and no division: that is for groups alone
+    "amax_transforms": ("LDSM", r"I2F\.U32"),
+    "quantize_kernel": (WANTED, None),
+    "quantize_": (WANTED, r"I2F\.U32"),
     "turned_kernel": ("LDG", None),
     "state_update": (WANTED + "|MUFU", None),
 }

@@ -1,16 +1,6 @@
 // Every line of inline PTX, each with the section of the PTX ISA that defines it and, beside it, its model on the CPU.
 #pragma once
-#include "numerics/e2m1.h"
 #include "numerics/lane.h"
-
-#if defined(__CUDACC__)
-// The conversion to E2M1 exists in the targets of its architectures and families alone (PTX ISA, cvt).
-#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
-#if __CUDA_ARCH__ >= 1000
-#define NVFP4_CONVERTS_TO_E2M1
-#endif
-#endif
-#endif
 
 namespace nvfp4 {
 
@@ -116,6 +106,21 @@ static __device__ __forceinline__ void load_once16(const void* p, u32* v) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 
+// The largest of all lanes' numbers, which all come to it (PTX ISA, redux.sync).
+static __device__ __forceinline__ u32 warp_largest(u32 x) {
+    u32 most;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(x));
+    return most;
+}
+
+// 16 bytes of global memory that nobody writes meanwhile, or zeros (PTX ISA, ld.global.nc).
+static __device__ __forceinline__ void load16_if(bool there, const void* p, u32* v) {
+    asm volatile("{ .reg .pred there; setp.ne.u32 there, %5, 0;\n"
+                 "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+                 "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+                 : "=&r"(v[0]), "=&r"(v[1]), "=&r"(v[2]), "=&r"(v[3]) : "l"(p), "r"(static_cast<u32>(there)));
+}
+
 // 16 bytes that other blocks will read, after a fence here and one there (__threadfence).
 static __device__ __forceinline__ void store_for_others16(float* p, const float* v) {
     *reinterpret_cast<float4*>(p) = {v[0], v[1], v[2], v[3]};
@@ -125,23 +130,6 @@ static __device__ __forceinline__ void load_from_others16(const float* p, float*
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "l"(p) : "memory");
 }
-
-#if defined(NVFP4_CONVERTS_TO_E2M1)
-// E2M1 codes of eight values, to nearest, ties to even, beyond 6 to 6; v[0] in the lowest four bits (PTX ISA, cvt.e2m1x2: the
-// second operand goes to the lower half). As e2m1_nearest, but for NaN, which op.py's contract keeps away.
-static __device__ __forceinline__ u32 e2m1_word(const F32x1* v) {
-    u32 word;
-    asm("{ .reg .b8 a, b, c, d;\n"
-        "cvt.rn.satfinite.e2m1x2.f32 a, %2, %1;\n"
-        "cvt.rn.satfinite.e2m1x2.f32 b, %4, %3;\n"
-        "cvt.rn.satfinite.e2m1x2.f32 c, %6, %5;\n"
-        "cvt.rn.satfinite.e2m1x2.f32 d, %8, %7;\n"
-        "mov.b32 %0, {a, b, c, d}; }"
-        : "=r"(word)
-        : "f"(v[0].v), "f"(v[1].v), "f"(v[2].v), "f"(v[3].v), "f"(v[4].v), "f"(v[5].v), "f"(v[6].v), "f"(v[7].v));
-    return word;
-}
-#endif
 
 #else  // the model
 
@@ -237,6 +225,19 @@ static inline u16 fp32_to_fp16(float x) {
 }
 
 static inline void load_once16(const void* p, u32* v) { std::memcpy(v, p, 16); }
+static inline u32 warp_largest(u32 x) {
+    const auto* all = host_model::exchange("redux.sync", &x, sizeof x);
+    for (int i = 0; i < 32; ++i) {
+        u32 other;
+        std::memcpy(&other, all[i], sizeof other);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+static inline void load16_if(bool there, const void* p, u32* v) {
+    if (there) std::memcpy(v, p, 16);
+    else v[0] = v[1] = v[2] = v[3] = 0;
+}
 static inline void store_for_others16(float* p, const float* v) {
     host_model::stored_for_others(p);
     std::memcpy(p, v, 16);
@@ -247,41 +248,5 @@ static inline void load_from_others16(const float* p, float* v) {
 }
 
 #endif
-
-// What is added to m = |q|, at most 6, so that a unit in the last place of the sum is the step of E2M1 at m over 2^fraction, and
-// its low bits, over 2^fraction, m's code: they begin with the steps of the binades below, an even number, which leaves ties alone.
-static __device__ __forceinline__ F32x1 e2m1_anchor(F32x1 m, int fraction) {
-    const u32 exponent = bits(F32x1(fmaxf(m.v, 1.0f))).v >> 23;
-    return real(U32x1(exponent * ((1u << 23) + (2u << fraction)) + (static_cast<u32>(22 - fraction) << 23) - (254u << fraction)));
-}
-// The code of magnitude `code & 7` with q's sign.
-static __device__ __forceinline__ u32 e2m1_signed(u32 code, F32x1 q) {
-    const u32 sign = bits(q).v >> 28;
-    return (code & 7u) | (sign & ~7u);
-}
-
-#if !defined(NVFP4_CONVERTS_TO_E2M1)
-static __device__ __forceinline__ u32 e2m1_word(const F32x1* q) {
-    u32 word = 0;
-    NVFP4_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        const F32x1 m(fminf(fabsf(q[j].v), 6.0f));
-        word += e2m1_signed(bits(m + e2m1_anchor(m, 0)).v, q[j]) << (4 * j);
-    }
-    return word;
-}
-#endif
-
-// As e2m1_stochastic, but for NaN: the codes of eight values, up in magnitude by `noise`, a byte for each.
-static __device__ __forceinline__ u32 e2m1_stochastic_word(const F32x1* q, const u32* noise) {
-    u32 word = 0;
-    NVFP4_UNROLL
-    for (int j = 0; j < 8; ++j) {
-        const F32x1 m(fminf(fabsf(q[j].v), 6.0f));
-        const u32 steps = add_down(m, e2m1_anchor(m, 8)).v + (noise[j / 4] >> (8 * (j % 4)) & 0xFFu);
-        word += e2m1_signed(steps >> 8, q[j]) << (4 * j);
-    }
-    return word;
-}
 
 }  // namespace nvfp4

@@ -1,24 +1,26 @@
 // Values in memory, by dtype: how many a word holds, and what they are in fp32.
 #pragma once
 #include "arch/kernel.cuh"
+#include "arch/ptx_pairs.cuh"
 
 namespace nvfp4 {
 
 struct Single {
     using Raw = u32;
     static constexpr int in_word = 1;
+    static constexpr bool is_bf16 = false;
     static __device__ __forceinline__ void widen(u32 word, F32x1* out) { out[0] = real(U32x1(word)); }
     static __device__ __forceinline__ u32 narrow(float x) { return bits(F32x1(x)).v; }
-    // Largest magnitude of a word's values and of `most`, as bits of fp32: ordered as the magnitudes are, Inf and NaN last.
-    static __device__ __forceinline__ u32 largest(u32 word, u32 most) {
-        word &= 0x7FFFFFFFu;
-        return word > most ? word : most;
-    }
+    // The larger of magnitudes and of those in another word, value by value, NaN if there is one; and the largest of a word of
+    // magnitudes, as bits of fp32: ordered as these are, Inf and NaN last.
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return larger_fp32(a, b); }
+    static __device__ __forceinline__ u32 largest(u32 word) { return word; }
 };
 
 struct Brain {
     using Raw = u16;
     static constexpr int in_word = 2;
+    static constexpr bool is_bf16 = true;
     static __device__ __forceinline__ void widen(u32 word, F32x1* out) {
         out[0] = real(U32x1(word << 16));
         out[1] = real(U32x1(word & 0xFFFF0000u));
@@ -27,23 +29,24 @@ struct Brain {
         const u32 b = bits(F32x1(x)).v;
         return (b & 0x7FFFFFFFu) > 0x7F800000u ? b >> 16 | 0x40u : (b + 0x7FFFu + (b >> 16 & 1u)) >> 16;
     }
-    static __device__ __forceinline__ u32 largest(u32 word, u32 most) {
-        return Single::largest(word << 16, Single::largest(word & 0xFFFF0000u, most));
-    }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return larger_bf16x2(a, b); }
+    static __device__ __forceinline__ u32 largest(u32 word) { return Single::larger(word << 16, word & 0xFFFF0000u); }
 };
 
 struct Half {
     using Raw = u16;
     static constexpr int in_word = 2;
+    static constexpr bool is_bf16 = false;
     static __device__ __forceinline__ void widen(u32 word, F32x1* out) {
         out[0] = F32x1(fp16_to_fp32(static_cast<u16>(word)));
         out[1] = F32x1(fp16_to_fp32(static_cast<u16>(word >> 16)));
     }
     static __device__ __forceinline__ u32 narrow(float x) { return fp32_to_fp16(x); }
-    static __device__ __forceinline__ u32 largest(u32 word, u32 most) {
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return larger_f16x2(a, b); }
+    static __device__ __forceinline__ u32 largest(u32 word) {
         F32x1 v[2];
         widen(word, v);
-        return Single::largest(bits(v[0]).v, Single::largest(bits(v[1]).v, most));
+        return Single::larger(bits(v[0]).v, bits(v[1]).v);
     }
 };
 
@@ -52,15 +55,6 @@ static __device__ __forceinline__ F32x1 widen_one(typename T::Raw raw) {
     F32x1 v[2];
     T::widen(raw, v);
     return v[0];
-}
-
-static __device__ __forceinline__ u32 warp_largest(u32 x) {
-    NVFP4_UNROLL
-    for (int d = 16; d > 0; d /= 2) {
-        const u32 other = __shfl_xor_sync(all_lanes, x, d);
-        x = other > x ? other : x;
-    }
-    return x;
 }
 
 // Of the whole block of `warps` warps, known to every thread; one barrier before and one after.

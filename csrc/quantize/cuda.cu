@@ -3,89 +3,178 @@
 //   g = 448 * 6 / amax,  scale = e4m3(amax_block * g / 6),  code = e2m1(x / (scale / g))        (numerics/block_scale.h)
 //
 // Bytes a value, bf16 in: 2 + 2 read, 0.5625 written a form. Nothing is read by the host: the amax kernels leave what each
-// block found, and every block of the quantizing kernel takes the largest of it.
+// block found, and every block of the quantizing kernel takes the largest of it. What follows from a block's scale is worked out
+// for all scales once a block of threads. Both forms of a weight have the same codes: they are transposed, and not made twice.
 #include "encode.cuh"
 
 namespace nvfp4 {
 
-struct Target {
-    const FormLaunch& f;
-    const i64 &lines, &runs, &first;  // of what is wanted; blocks that the form has before it
+// Where a thread's two blocks of a tile go, `size` bytes of codes each.
+template <int size>
+struct Blocks {
+    u8 *codes, *scales;     // of the first block
+    u64 number;             // that it has in the form
+    const i64 step, apart;  // blocks of the form from a tile to the next, and from the first block to the second
 
-    // The number of a block in the form.
-    __device__ __forceinline__ i64 at(i64 line, i64 run) const { return first + line * f.runs + run; }
-    // Whether `count` blocks from `run`, a multiple of it, exist and lie at a multiple of it.
-    __device__ __forceinline__ bool whole(i64 run, int count) const {
-        return ((first | f.runs) & (count - 1)) == 0 && run + count <= runs;
+    __device__ __forceinline__ Blocks(const FormLaunch& f, i64 at, i64 step, i64 apart)
+        : codes(f.codes + at * size), scales(f.scales + scale(at)), number(static_cast<u64>(at)), step(step), apart(apart) {}
+    static __device__ __forceinline__ i64 scale(i64 at) { return size == 16 ? at / 2 : at; }
+    __device__ __forceinline__ void to_next_tile() {
+        codes += step * size;
+        scales += scale(step);
+        number += static_cast<u64>(step);
     }
-    // Eight bytes of codes; nothing outside the matrix.
-    __device__ __forceinline__ void store_codes(i64 line, i64 run, const u32* word) const {
-        if (line >= lines || run >= runs) return;
-        *reinterpret_cast<u64*>(f.codes + at(line, run) * 8) = word[0] | static_cast<u64>(word[1]) << 32;
+    __device__ __forceinline__ u64 block(int half) const { return half ? number + static_cast<u64>(apart) : number; }
+    __device__ __forceinline__ void store(int half, const Codes& made, u32 scale) const {
+        *reinterpret_cast<u64*>(codes + half * apart * size) = made.word[0] | static_cast<u64>(made.word[1]) << 32;
+        scales[half * apart] = static_cast<u8>(scale);
     }
-    // Four scales, those of the runs that exist.
-    __device__ __forceinline__ void store_scales(i64 line, i64 run, u32 four) const {
-        if (line >= lines || run >= runs) return;
-        u8* to = f.scales + at(line, run);
-        if (whole(run, 4)) {
-            *reinterpret_cast<u32*>(to) = four;
-            return;
-        }
-        for (int i = 0; i < 4 && run + i < runs; ++i) to[i] = static_cast<u8>(four >> (8 * i));
-    }
-    // MXFP8: half a block's codes, and from its first half the scale.
-    __device__ __forceinline__ void store_bytes(i64 line, i64 run, const u32* word, u32 scale) const {
-        if (line >= lines || run >= runs) return;
-        *reinterpret_cast<Chunk*>(f.codes + at(line, run) * 16) = {word[0], word[1], word[2], word[3]};
-        if (run % 2 == 0) f.scales[at(line, run) / 2] = static_cast<u8>(scale);
+    // MXFP8: half a block, whose scale is the first half's to write.
+    __device__ __forceinline__ void store(int half, const Bytes& made, bool first) const {
+        *reinterpret_cast<Chunk*>(codes + half * apart * size) = {made.word[0], made.word[1], made.word[2], made.word[3]};
+        if (first) scales[scale(half * apart)] = static_cast<u8>(made.scale);
     }
 };
 
-// What the columns of a tile became, until whole memory sectors of it can be written. The 4 words of padding send the two
-// halves of a column's 32 bytes to different banks.
+// The rows of a part's tiles.
+template <int size>
+struct Rows : Blocks<size> {
+    int left;  // rows of the block of threads from this thread's first on; 0 where it has no block
+
+    __device__ __forceinline__ Rows(const FormLaunch& f, const Part& part, i64 first_block)
+        : Blocks<size>(f, part.row_first + (part.tile * tile_side + row_of_lane()) * f.runs + first_block + block_of_lane(),
+                       tile_side * f.runs, 8 * f.runs),
+          left(first_block + block_of_lane() < f.runs ? part.rows_left() - row_of_lane() : 0) {}
+    __device__ __forceinline__ void to_next_tile() {
+        Blocks<size>::to_next_tile();
+        left -= tile_side;
+    }
+    __device__ __forceinline__ bool has(int half) const { return 8 * half < left; }
+};
+
+// The columns of a part's tiles, a thread's block by block.
+template <int size>
+struct Columns : Blocks<size> {
+    int left;         // blocks of its lines from the thread's first on, not counted beyond those of the block of threads
+    const int lines;  // from its first line on, likewise
+
+    __device__ __forceinline__ Columns(const FormLaunch& f, const Part& part, i64 cols, i64 first_col)
+        : Blocks<size>(f, part.col_first + (first_col + column_of_lane()) * f.runs + part.tile * 4 + warp_index(), 4, 32 * f.runs),
+          left(part.runs_left() - warp_index()), lines(least_int(cols - first_col, tile_side) - column_of_lane()) {}
+    __device__ __forceinline__ void to_next_tile() {
+        Blocks<size>::to_next_tile();
+        left -= 4;
+    }
+    __device__ __forceinline__ bool has(int half) const { return left > 0 && 32 * half < lines; }
+};
+
+// What the columns of a tile became, until whole memory sectors of it can be written. A column lies at `place` of it, and 4 words
+// of padding send the two halves of its 32 bytes to different banks.
 struct Staged {
     u64 codes[4][tile_side + 4];
     u8 scales[tile_side][4];
+
+    static __device__ __forceinline__ int place(int column) { return column ^ (column >> 2 & 4); }
+    __device__ __forceinline__ void put(int half, const Codes& made, u32 scale) {
+        const int column = column_of_lane() + 32 * half;
+        codes[warp_index()][place(column)] = made.word[0] | static_cast<u64>(made.word[1]) << 32;
+        scales[column][warp_index()] = static_cast<u8>(scale);
+    }
 };
 
-template <int known>
-static __device__ __forceinline__ void write_rows(const Target& to, const Encoded& made, i64 row, i64 block) {
-    const int lane = lane_index();
-    NVFP4_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const i64 line = row + 16 * warp_index() + (lane & 7) + 8 * half;
-        to.store_codes(line, block + (lane >> 3), made.word[half]);
-        u32 four = made.scale[half] << (lane & 24);  // of the row's four blocks, in four lanes
-        four |= __shfl_xor_sync(all_lanes, four, 8);
-        four |= __shfl_xor_sync(all_lanes, four, 16);
-        if (lane < 8) to.store_scales(line, block, four);
-    }
-}
+// The codes of a tile, whose rows become columns. Of a block of columns two rows lie side by side that are 32 apart, in odd blocks
+// the other way round, and pairs of rows at places that send those which are read together to different banks.
+struct alignas(16) Crossing {
+    u64 codes[4][tile_side / 2][2];
+    u8 scales[4][4];  // of a block of columns, of each block of rows
 
-static __device__ __forceinline__ void write_cols(const Target& to, const Encoded& made, Staged& staged, i64 col, i64 block) {
-    const int lane = lane_index(), warp = warp_index(), thread = static_cast<int>(threadIdx.x);
-    *reinterpret_cast<Chunk*>(&staged.codes[warp][2 * lane]) = {made.word[0][0], made.word[0][1], made.word[1][0], made.word[1][1]};
-    staged.scales[2 * lane][warp] = static_cast<u8>(made.scale[0]);
-    staged.scales[2 * lane + 1][warp] = static_cast<u8>(made.scale[1]);
-    __syncthreads();
-    const int c = thread >> 1, half = thread & 1;
-    const u64 codes[2] = {staged.codes[2 * half][c], staged.codes[2 * half + 1][c]};
-    const u32 words[4] = {static_cast<u32>(codes[0]), static_cast<u32>(codes[0] >> 32), static_cast<u32>(codes[1]),
-                          static_cast<u32>(codes[1] >> 32)};
-    const i64 run = block + 2 * half;
-    if (col + c < to.lines && to.whole(run, 2)) {
-        *reinterpret_cast<Chunk*>(to.f.codes + to.at(col + c, run) * 8) = {words[0], words[1], words[2], words[3]};
-    } else {
-        to.store_codes(col + c, run, words);
-        to.store_codes(col + c, run + 1, words + 2);
+    static __device__ __forceinline__ int place(int row) { return (row & 31) ^ (row >> 2 & 6); }
+    __device__ __forceinline__ void put(int half, const Codes& made, u32 scale) {
+        const int row = row_of_lane() + 8 * half, block = block_of_lane();
+        codes[block][place(row)][(row >> 5 ^ block) & 1] = made.word[0] | static_cast<u64>(made.word[1]) << 32;
+        if (half == 0 && (lane_index() & 7) == 0) scales[block][warp_index()] = static_cast<u8>(scale);
     }
-    if (thread < tile_side) to.store_scales(col + thread, block, *reinterpret_cast<const u32*>(staged.scales[thread]));
-}
+    // Lane 4 g + q of warp w: eight rows of four columns, a word for each: columns 16 w + 4 (g % 4) to 3 further on, rows 8 q to 7
+    // further on of the half that `lower` says.
+    static __device__ __forceinline__ bool lower() { return ((lane_index() >> 4 ^ warp_index()) & 1) != 0; }
+    __device__ __forceinline__ void columns(u32 (&column)[4]) const {
+        const int lane = lane_index();
+        u32 rows[4];  // 2 m and 2 m + 1, four codes each
+        load_matrices_transposed(rows, codes[warp_index()][place(8 * (lane >> 1 & 3) + 2 * (lane >> 3) + (lane & 1))]);
+        NVFP4_UNROLL
+        for (int i = 0; i < 2; ++i) {  // columns 2 i and 2 i + 1 are byte i of each row
+            const u32 first = i ? bytes_of<0x7351u>(rows[0], rows[1]) : bytes_of<0x6240u>(rows[0], rows[1]);
+            const u32 second = i ? bytes_of<0x7351u>(rows[2], rows[3]) : bytes_of<0x6240u>(rows[2], rows[3]);
+            const u32 even = bytes_of<0x5410u>(first, second), odd = bytes_of<0x7632u>(first, second);
+            column[2 * i] = (even & 0x0F0F0F0Fu) | (odd << 4 & 0xF0F0F0F0u);
+            column[2 * i + 1] = (even >> 4 & 0x0F0F0F0Fu) | (odd & 0xF0F0F0F0u);
+        }
+    }
+};
+
+// Where the columns of a tile go, in whole sectors of memory: a thread has 16 bytes of codes from Staged, two blocks of a column, or
+// from Crossing half of a block of each of four columns; the first 64 threads have a column's four scales.
+template <bool crossing>
+struct Sectors {
+    u8 *codes, *scales;
+    int left;              // blocks of its lines from the thread's on, not counted beyond those of the block of threads
+    const i64 runs;        // from a line to the next
+    const int lines;       // from the thread's first on, likewise
+    const bool has_scales, pairs, fours;  // whether the thread's scales exist; whether blocks lie at multiples of so many
+
+    static __device__ __forceinline__ int column() {
+        return crossing ? 16 * warp_index() + 4 * (lane_index() >> 2 & 3) : static_cast<int>(threadIdx.x) >> 1;
+    }
+    static __device__ __forceinline__ int block() {
+        return crossing ? 2 * Crossing::lower() + (lane_index() >> 1 & 1) : 2 * (static_cast<int>(threadIdx.x) & 1);
+    }
+    __device__ __forceinline__ Sectors(const FormLaunch& f, const Part& part, i64 cols, i64 first_col)
+        : left(part.runs_left() - block()), runs(f.runs), lines(least_int(cols - first_col, tile_side) - column()),
+          has_scales(threadIdx.x < tile_side && first_col + threadIdx.x < cols), pairs(((part.col_first | runs) & 1) == 0),
+          fours(((part.col_first | runs) & 3) == 0) {
+        const i64 first = part.col_first + part.tile * 4;
+        codes = f.codes + (first + (first_col + column()) * runs + block()) * 8 + (crossing ? 4 * (lane_index() & 1) : 0);
+        scales = f.scales + first + (first_col + threadIdx.x) * runs;
+    }
+    __device__ __forceinline__ void to_next_tile() {
+        codes += 4 * 8;
+        scales += 4;
+        left -= 4;
+    }
+    __device__ __forceinline__ void store(const Staged& staged) const {
+        const int place = Staged::place(column()), from = block();
+        const u64 found[2] = {staged.codes[from][place], staged.codes[from + 1][place]};
+        if (lines > 0 && pairs && left >= 2) {
+            *reinterpret_cast<Chunk*>(codes) = {static_cast<u32>(found[0]), static_cast<u32>(found[0] >> 32), static_cast<u32>(found[1]),
+                                                static_cast<u32>(found[1] >> 32)};
+        } else if (lines > 0) {
+            for (int i = 0; i < 2 && i < left; ++i) *reinterpret_cast<u64*>(codes + 8 * i) = found[i];
+        }
+        if (has_scales) store_scales(*reinterpret_cast<const u32*>(staged.scales[threadIdx.x]));
+    }
+    __device__ __forceinline__ void store(const Crossing& crossed) const {
+        u32 column[4];
+        crossed.columns(column);
+        NVFP4_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if (i < lines && left > 0) *reinterpret_cast<u32*>(codes + i * runs * 8) = column[i];
+        }
+        if (has_scales) store_scales(*reinterpret_cast<const u32*>(crossed.scales[threadIdx.x >> 4]));
+    }
+    __device__ __forceinline__ void store_scales(u32 found) const {
+        const int exist = left + block();
+        if (fours && exist >= 4) {
+            *reinterpret_cast<u32*>(scales) = found;
+            return;
+        }
+        for (int i = 0; i < 4 && i < exist; ++i) scales[i] = static_cast<u8>(found >> (8 * i));
+    }
+};
 
 // Of all that the pass before found.
 static __device__ __forceinline__ u32 largest(const u32* found, i64 count) {
     u32 most = 0;
-    for (i64 i = threadIdx.x; i < count; i += tile_threads) most = found[i] > most ? found[i] : most;
+    for (u32 i = threadIdx.x; i < static_cast<u32>(count); i += tile_threads) most = found[i] > most ? found[i] : most;
     return block_largest<tile_threads / 32>(most);
 }
 
@@ -103,42 +192,97 @@ static __device__ __forceinline__ TensorScale form_scale(Options<known> o, u32 v
 // Zeros for the blocks of each line beyond the last group's, of which there is less than one for each block of the grid.
 static __device__ __forceinline__ void clear_rest(const QuantizeLaunch& p, i64 left) {
     const i64 last = p.starts[p.groups] / 16, line = left + threadIdx.x;
-    const i64 first = 0;
-    const Target to{p.col, p.cols, p.col.runs, first};
-    const u32 nothing[4] = {0, 0, 0, 0};
     if (threadIdx.x >= tile_side || line >= p.cols) return;
     for (i64 run = (last < 0 ? 0 : last) + blockIdx.y; run < p.col.runs; run += gridDim.y) {
+        const i64 at = line * p.col.runs + run;
         if (p.col.block == static_cast<i32>(Block::b1x32)) {
-            to.store_bytes(line, run, nothing, 0);
+            *reinterpret_cast<Chunk*>(p.col.codes + at * 16) = {0, 0, 0, 0};
+            p.col.scales[at / 2] = 0;
         } else {
-            to.store_codes(line, run, nothing);
-            p.col.scales[to.at(line, run)] = 0;
+            *reinterpret_cast<u64*>(p.col.codes + at * 8) = 0;
+            p.col.scales[at] = 0;
         }
     }
 }
 
+// A thread's two blocks as the form takes them: as they are, rotated, or, where only the launch knows, in fp32. `load` gets them,
+// again if their sums were too large. All lanes come here together.
+template <int known, class T>
+struct Taken {
+    static constexpr bool any = (known & anything) != 0, turns = (known & rotated) != 0;
+    template <bool condition, class A, class B> struct Choice { using Type = B; };
+    template <class A, class B> struct Choice<true, A, B> { using Type = A; };
+    using Type = typename Choice<any, Single, typename Choice<turns, Brain, T>::Type>::Type;
+
+    template <class Load>
+    static __device__ __forceinline__ void take(Options<known> o, Load load, Run<Type> (&x)[2]) {
+        if constexpr (any) {
+            if (o.is_rotated()) {
+                Run<Brain> y[2];
+                rotate<T>(load, o.f, y);
+                widen(y, x);
+            } else {
+                Run<T> y[2];
+                load(y);
+                widen(y, x);
+            }
+        } else if constexpr (turns) {
+            rotate<T>(load, o.f, x);
+        } else {
+            load(x);
+        }
+    }
+    template <class Y>
+    static __device__ __forceinline__ void widen(const Run<Y> (&y)[2], Run<Single> (&x)[2]) {
+        NVFP4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            NVFP4_UNROLL
+            for (int k = 0; k < 8; ++k) {
+                const Pair v = pair_of(y[half], k);
+                x[half].word[2 * k] = bits(F32x1(v.x)).v;
+                x[half].word[2 * k + 1] = bits(F32x1(v.y)).v;
+            }
+        }
+    }
+};
+
 template <class T, int row_known, int col_known>
 static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
-    NVFP4_DYNAMIC_SHARED(memory);
+    constexpr bool crosses = row_known == col_known && row_known == (present | tiles16);  // both forms have the same codes
+    NVFP4_DYNAMIC_SHARED(memory);  // a tile
     NVFP4_SHARED(Staged, staged);
+    using Crossings = Crossing[2];
+    NVFP4_SHARED(Crossings, crossings);
+    NVFP4_SHARED(Factors, row_factors);
+    NVFP4_SHARED(Factors, col_factors);
+    NVFP4_SHARED(Part, part);
     const Options<row_known> row{p.row};
     const Options<col_known> col{p.col};
-    NVFP4_SHARED(Part, part);
     find_part(p, sizeof(typename T::Raw), part);
-    const Target rows{p.row, part.rows, p.row.runs, part.row_first}, cols{p.col, p.cols, part.col_runs, part.col_first};
     const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
+
+    constexpr bool gathers = row_known == absent || row_known == anything;  // beside a row form nobody does
+    Reader<T, gathers> reader(p, part, left);
+    Run<T> x[2];
+    const auto load = [&](int half) { reader.load(half, x[half]); };
+    load(0);
+    load(1);
+    reader.to_next_tile();
 
     const u32* const amax = p.amax + part.matrix * 3 * p.programs;
     const bool first = blockIdx.x + threadIdx.x == 0;
-    u32 values = largest(amax, p.programs), col_values = values;
+    const u32 values = largest(amax, p.programs);
+    u32 col_values = values;
     TensorScale row_scale = {}, col_scale = {};
     if (row.is_present()) {
         const u32 turned = row.is_rotated() ? largest(amax + p.programs, p.programs) : 0;
         row_scale = form_scale(row, values, turned, first && blockIdx.y == 0 ? p.row.global_scale + part.matrix : nullptr);
+        put_factors(row_scale, row_factors);
     }
     if (col.is_present() && p.offsets == nullptr) {
         const u32 turned = col.is_rotated() ? largest(amax + 2 * p.programs, p.programs) : 0;
-        col_scale = form_scale(col, values, turned, first && blockIdx.y == 0 ? p.col.global_scale + part.matrix : nullptr);
+        float* const out = first && blockIdx.y == 0 ? p.col.global_scale + part.matrix : nullptr;
+        col_scale = form_scale(col, values, turned, out);
     } else if (col.is_present()) {
         clear_rest(p, left);
         if (part.group < 0) return;
@@ -146,91 +290,131 @@ static __device__ __forceinline__ void quantize(const QuantizeLaunch& p) {
         float* const out = first && part.tile == 0 ? p.col.global_scale + part.group : nullptr;
         col_scale = form_scale(col, col_values, amax[2 * p.groups + part.group], out);
     }
-    const bool bad = values >= 0x7F800000u, col_bad = col_values >= 0x7F800000u;
+    if (col.is_present() && !crosses) put_factors(col_scale, col_factors);
     u64 seed = 0, offset = 0;
     if (row.is_stochastic() || col.is_stochastic()) {
         seed = p.noise[0];
         offset = p.noise[1];
     }
+    __syncthreads();
 
-    constexpr bool gathers = row_known == absent || row_known == anything;  // beside a row form nobody does
-    const TileRing<T, gathers> ring{p, memory, left, part};
-    ring.walk([&](const unsigned char* tile, i64 top) {
-        const int lane = lane_index(), warp = warp_index();
-        F32x1 v[2][16];
+    Rows<8> rows(p.row, part, left / 16);
+    Columns<8> columns(p.col, part, p.cols, left);
+    Sectors<crosses> sectors(p.col, part, p.cols, left);
+    if (values >= 0x7F800000u && row.is_present()) {  // the group may have none of what is not finite
+        NVFP4_KEEP_LOOP
+        for (int tiles = part.tiles(); tiles > 0; --tiles, rows.to_next_tile()) {
+            NVFP4_KEEP_LOOP
+            for (int half = 0; half < 2; ++half) {
+                if (rows.has(half)) rows.store(half, Codes{}, 0);
+            }
+        }
+    }
+    if (col_values >= 0x7F800000u) {
+        reader.left = 0;
+        x[0] = x[1] = Run<T>{};
+    }
+
+    int turn = 0;
+    for (int tiles = part.tiles(); tiles > 0; --tiles) {
+        if (col.is_present() && !crosses) Tile<T>::store_rows(memory, x);
         if (row.is_present()) {
-            row_blocks<T>(tile, v);
-            const i64 line = top + 16 * warp + (lane & 7), block = left / 16 + (lane >> 3);
-            const i64 index[2] = {rows.at(line, block), rows.at(line + 8, block)};
-            Encoded made = encode<row_known, false>(row, row_scale, v, index, seed, offset + static_cast<u64>(p.row.advance));
-            if (bad) made = Encoded{};
-            write_rows<row_known>(rows, made, top, left / 16);
+            Run<typename Taken<row_known, T>::Type> y[2];
+            const auto copy = [&](Run<T> (&to)[2]) { to[0] = x[0], to[1] = x[1]; };
+            Taken<row_known, T>::take(row, copy, y);
+            u32 scale[2];
+            scales_of<row_known, false>(row, row_scale, row_factors, y, scale);
+            u32 noise[2][4] = {};
+            draw(row, rows.block(0), rows.block(1), offset + static_cast<u64>(p.row.advance), seed, noise);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const Codes made = encode(row, y[half], row_factors[scale[half]], noise[half]);
+                if (rows.has(half)) rows.store(half, made, scale[half]);
+                if (crosses) crossings[turn].put(half, made, scale[half]);
+                load(half);  // on its way while the other half is worked at
+            }
+            rows.to_next_tile();
+        } else {
+            load(0);
+            load(1);
         }
-        if (col.is_present()) {
-            col_blocks<T>(tile, v);
-            const i64 line = left + 2 * lane, block = top / 16 + warp;
-            const i64 index[2] = {cols.at(line, block), cols.at(line + 1, block)};
-            Encoded made = encode<col_known, true>(col, col_scale, v, index, seed, offset + static_cast<u64>(p.col.advance));
-            if (col_bad) made = Encoded{};
-            write_cols(cols, made, staged, left, top / 16);
+        reader.to_next_tile();
+        if (!col.is_present()) continue;
+        __syncthreads();
+        if (crosses) {
+            sectors.store(crossings[turn]);
+            turn ^= 1;
+        } else {
+            Run<typename Taken<col_known, T>::Type> y[2];
+            Taken<col_known, T>::take(col, [&](Run<T> (&to)[2]) { Tile<T>::load_columns(memory, to); }, y);
+            u32 scale[2];
+            scales_of<col_known, true>(col, col_scale, col_factors, y, scale);
+            u32 noise[2][4] = {};
+            draw(col, columns.block(0), columns.block(1), offset + static_cast<u64>(p.col.advance), seed, noise);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                staged.put(half, encode(col, y[half], col_factors[scale[half]], noise[half]), scale[half]);
+            }
+            columns.to_next_tile();
+            __syncthreads();
+            sectors.store(staged);
         }
-    });
+        sectors.to_next_tile();
+    }
 }
 
 // Either form or both in MXFP8, whose scales are the blocks' own: x is read once.
 template <class T>
 static __device__ __forceinline__ void quantize_mxfp8(const QuantizeLaunch& p) {
-    using Magnitudes = u32[4][tile_side];
-    NVFP4_DYNAMIC_SHARED(memory);
-    NVFP4_SHARED(Magnitudes, halves);
+    using Magnitudes = u32[2][4][tile_side];
+    NVFP4_DYNAMIC_SHARED(memory);  // a tile
+    NVFP4_SHARED(Magnitudes, magnitudes);
     NVFP4_SHARED(Part, part);
     find_part(p, sizeof(typename T::Raw), part);
-    const Target rows{p.row, part.rows, p.row.runs, part.row_first}, cols{p.col, p.cols, part.col_runs, part.col_first};
     const i64 left = static_cast<i64>(blockIdx.x) * tile_side;
     if (p.offsets != nullptr) {
         clear_rest(p, left);
         if (part.group < 0) return;
     }
-    const TileRing<T> ring{p, memory, left, part};
-    ring.walk([&](const unsigned char* tile, i64 top) {
-        const int lane = lane_index(), warp = warp_index();
-        F32x1 v[2][16];
-        u32 most[2];
-        const auto largest_of_mine = [&] {
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                most[half] = 0;
-                NVFP4_UNROLL
-                for (int j = 0; j < 16; ++j) most[half] = Single::largest(bits(v[half][j]).v, most[half]);
-            }
-        };
-        const auto with = [&](int half, u32 other) { most[half] = other > most[half] ? other : most[half]; };
+    Reader<T, true> reader(p, part, left);
+    Rows<16> rows(p.row, part, left / 16);
+    Columns<16> columns(p.col, part, p.cols, left);
+    int turn = 0;
+    for (int tiles = part.tiles(); tiles > 0; --tiles) {
+        Run<T> x[2];
+        reader.load(0, x[0]);
+        reader.load(1, x[1]);
+        reader.to_next_tile();
+        if (p.col.codes != nullptr) Tile<T>::store_rows(memory, x);
         if (p.row.codes != nullptr) {
-            row_blocks<T>(tile, v);
-            largest_of_mine();
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) with(half, __shfl_xor_sync(all_lanes, most[half], 8));
-            const EncodedBytes made = encode_mxfp8(v, most);
             NVFP4_UNROLL
             for (int half = 0; half < 2; ++half) {
-                rows.store_bytes(top + 16 * warp + (lane & 7) + 8 * half, left / 16 + (lane >> 3), made.word[half], made.scale[half]);
+                const u32 mine = bits(largest_of(x[half])).v, others = __shfl_xor_sync(all_lanes, mine, 8);
+                const Bytes made = encode_mxfp8(x[half], mine > others ? mine : others);
+                if (rows.has(half)) rows.store(half, made, block_of_lane() % 2 == 0);
             }
+            rows.to_next_tile();
         }
-        if (p.col.codes != nullptr) {
-            col_blocks<T>(tile, v);
-            largest_of_mine();
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) halves[warp][2 * lane + half] = most[half];
-            __syncthreads();
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) with(half, halves[warp ^ 1][2 * lane + half]);
-            const EncodedBytes made = encode_mxfp8(v, most);
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                cols.store_bytes(left + 2 * lane + half, top / 16 + warp, made.word[half], made.scale[half]);
-            }
+        if (p.col.codes == nullptr) continue;
+        __syncthreads();
+        Tile<T>::load_columns(memory, x);
+        const int warp = warp_index();
+        u32 mine[2];
+        NVFP4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            mine[half] = bits(largest_of(x[half])).v;
+            magnitudes[turn][warp][32 * half + lane_index()] = mine[half];
         }
-    });
+        __syncthreads();
+        NVFP4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const u32 others = magnitudes[turn][warp ^ 1][32 * half + lane_index()];
+            const Bytes made = encode_mxfp8(x[half], mine[half] > others ? mine[half] : others);
+            if (columns.has(half)) columns.store(half, made, warp % 2 == 0);
+        }
+        columns.to_next_tile();
+        turn ^= 1;
+    }
 }
 
 // The largest magnitudes that the scales want, each block's to its place in p.amax. Of the values alone: 16 bytes a load,
@@ -244,7 +428,7 @@ static __device__ __forceinline__ void amax_of_values(const QuantizeLaunch& p) {
     constexpr i64 piece = static_cast<i64>(amax_threads) * amax_loads * values;
     const auto* x = static_cast<const Raw*>(p.x) + blockIdx.z * p.matrix_stride;
     const i64 pieces = (p.cols + piece - 1) / piece;
-    u32 most = 0;
+    u32 most = 0;  // of each value's place in a word
     for (i64 at = blockIdx.x; at < p.rows * pieces; at += gridDim.x) {
         const Raw* line = x + at / pieces * p.row_stride;
         const i64 begin = at % pieces * piece;
@@ -255,54 +439,52 @@ static __device__ __forceinline__ void amax_of_values(const QuantizeLaunch& p) {
             NVFP4_UNROLL
             for (int i = 0; i < amax_loads; ++i) {
                 NVFP4_UNROLL
-                for (int w = 0; w < 4; ++w) most = T::largest(v[i][w], most);
+                for (int w = 0; w < 4; ++w) most = T::larger(most, v[i][w]);
             }
             continue;
         }
         const i64 end = begin + piece < p.cols ? begin + piece : p.cols;
-        for (i64 j = begin + threadIdx.x; j < end; j += amax_threads) most = T::largest(line[j], most);
+        for (i64 j = begin + threadIdx.x; j < end; j += amax_threads) most = T::larger(most, line[j]);
     }
-    most = block_largest<amax_threads / 32>(most);
-    if (threadIdx.x == 0) p.amax[blockIdx.z * 3 * p.programs + blockIdx.x] = most;
+    const u32 found = block_largest<amax_threads / 32>(T::largest(most));
+    if (threadIdx.x == 0) p.amax[blockIdx.z * 3 * p.programs + blockIdx.x] = found;
 }
 
 // Of the values and of the transforms of those forms that have one; of each group by itself, in whatever order its blocks come:
 // the largest of them is the same.
 template <class T>
 static __device__ __forceinline__ void amax_of_transforms(const QuantizeLaunch& p) {
-    NVFP4_DYNAMIC_SHARED(memory);
+    NVFP4_DYNAMIC_SHARED(memory);  // a tile
     NVFP4_SHARED(Part, part);
     find_part(p, sizeof(typename T::Raw), part);
-    u32 values = 0, turned[2] = {0, 0};
-    const auto turn = [&](const F32x1* given, i32 signs, u32& most) {
-        F32x1 v[16];
+    Reader<T, true> reader(p, part, static_cast<i64>(blockIdx.x) * tile_side);
+    u32 most = 0;  // of each value's place in a word
+    float quarter[2] = {0.0f, 0.0f};
+    for (int tiles = part.tiles(); tiles > 0; --tiles) {
+        Run<T> x[2];
+        reader.load(0, x[0]);
+        reader.load(1, x[1]);
+        reader.to_next_tile();
         NVFP4_UNROLL
-        for (int j = 0; j < 16; ++j) {
-            v[j] = given[j];
-            values = Single::largest(bits(v[j]).v, values);
-        }
-        if (signs < 0) return;
-        hadamard16(v, static_cast<u32>(signs));
-        NVFP4_UNROLL
-        for (int j = 0; j < 16; ++j) most = Single::largest(bits(v[j]).v, most);
-    };
-    const TileRing<T> ring{p, memory, static_cast<i64>(blockIdx.x) * tile_side, part};
-    ring.walk([&](const unsigned char* tile, i64) {
-        F32x1 v[2][16];
-        if (p.row.hadamard >= 0 || p.col.hadamard < 0) {
-            row_blocks<T>(tile, v);
+        for (int half = 0; half < 2; ++half) {
             NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) turn(v[half], p.row.hadamard, turned[0]);
+            for (int k = 0; k < Run<T>::words; ++k) most = T::larger(most, x[half].word[k]);
         }
-        if (p.col.hadamard >= 0) {
-            col_blocks<T>(tile, v);
-            NVFP4_UNROLL
-            for (int half = 0; half < 2; ++half) turn(v[half], p.col.hadamard, turned[1]);
-        }
-    });
-    values = block_largest<tile_threads / 32>(values);
+        if (p.col.hadamard >= 0) Tile<T>::store_rows(memory, x);
+        if (p.row.hadamard >= 0) quarter[0] = largest_turned(x, p.row, quarter[0]);
+        if (p.col.hadamard < 0) continue;
+        __syncthreads();
+        Tile<T>::load_columns(memory, x);
+        quarter[1] = largest_turned(x, p.col, quarter[1]);
+        __syncthreads();
+    }
+    const u32 values = block_largest<tile_threads / 32>(T::largest(most));
+    u32 turned[2];
     NVFP4_UNROLL
-    for (int form = 0; form < 2; ++form) turned[form] = block_largest<tile_threads / 32>(turned[form]);
+    for (int form = 0; form < 2; ++form) {
+        const F32x1 rounded = round_bf16_saturating(F32x1(quarter[form]) * F32x1(4.0f));
+        turned[form] = block_largest<tile_threads / 32>(bits(rounded).v);
+    }
     if (threadIdx.x != 0) return;
     const u32 found[3] = {values, turned[0], turned[1]};
     const i64 at = part.matrix * 3 * p.programs + static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;

@@ -14,6 +14,7 @@ struct FormLaunch {
     i32 stochastic;
     i32 four_over_six;    // FourOverSix
     i32 hadamard;         // sign mask, or -1
+    u32 turn[8];          // its signs, those of values 2k and 2k + 1 as two bf16 have them
 };
 
 struct QuantizeLaunch {

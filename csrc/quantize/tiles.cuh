@@ -1,17 +1,18 @@
-// 64 x 64 tiles of x on their way through shared memory: a block of 128 threads walks down a strip of x, two tiles in flight
-// (cp.async) while it works at a third. Rows of a tile are rotated by XOR of their 16-byte chunks with the row's number, so
-// that reading whole blocks along rows (8 lanes, 8 rows, one chunk each) and words along columns (32 lanes, one row) both
-// meet every bank once.
+// What a block of threads has of x, and how its 64 x 64 tiles get to the threads: rows straight from memory to registers, in
+// whole blocks of 16 values, from there to shared memory, and columns from shared memory.
 #pragma once
 #include "arch/values.cuh"
 #include "launch.h"
 
 namespace nvfp4 {
 
-constexpr int tile_side = 64, tile_threads = 128, tile_stages = 3;
+constexpr int tile_side = 64, tile_threads = 128;
 
-// What a block has of x: rows of all of it, of a matrix of a stack, or of one group. It lies in shared memory: the loop over
-// tiles has no registers left for it.
+// The smaller of two, the second of which an int holds; not below 0.
+static __device__ __forceinline__ int least_int(i64 a, i64 b) { return a < 0 ? 0 : static_cast<int>(a < b ? a : b); }
+
+// What a block has of x: rows of all of it, of a matrix of a stack, or of one group. It lies in shared memory: one
+// thread finds it.
 struct Part {
     const void* x;             // where what it is part of begins
     const i64* index;          // which rows from there on are the part's; null: the first and those after it
@@ -20,6 +21,12 @@ struct Part {
     i64 tile, end;             // the block's tiles
     i64 row_first, col_first;  // blocks of 16 values that each form has before it
     i64 col_runs;              // blocks of 16 of its rows
+
+    // Rows from the first of the block's tiles to the end of its last.
+    __device__ __forceinline__ int rows_left() const { return least_int(rows - tile * tile_side, (end - tile) * tile_side); }
+    // Blocks of a column from there on.
+    __device__ __forceinline__ int runs_left() const { return least_int(col_runs - tile * 4, (end - tile) * 4); }
+    __device__ __forceinline__ int tiles() const { return static_cast<int>(end - tile); }
 };
 
 // Blocks of 16 values that a line of a form has for so many of them.
@@ -31,14 +38,16 @@ static __device__ __forceinline__ i64 runs_of(const FormLaunch& f, i64 values) {
 // group's is as many further as its rows need at least, so that nobody adds up groups, and rows / S + groups blocks are enough.
 // Offsets that do not ascend give wrong parts of x, and none outside it.
 static __device__ __forceinline__ void find_group(const QuantizeLaunch& p, i64 size, Part& part) {
-    const i64 height = p.tiles_down * tile_side, place = static_cast<i64>(blockIdx.y);
+    const u32 down = static_cast<u32>(p.tiles_down);
+    const i64 place = static_cast<i64>(blockIdx.y);
     const auto offset = [&](i64 e) {
         const i64 given = p.offsets[e];
         return given < 0 ? 0 : given < p.rows ? given : p.rows;
     };
+    const auto blocks_to = [&](i64 row) { return static_cast<i64>(static_cast<u32>(row / tile_side) / down); };  // of whole ones
     u32 found = 0;  // groups whose first block is here or before
     for (i64 e = threadIdx.x; e < p.groups; e += tile_threads) {
-        if (offset(e) / height + e <= place) found = static_cast<u32>(e) + 1;
+        if (blocks_to(offset(e)) + e <= place) found = static_cast<u32>(e) + 1;
     }
     found = block_largest<tile_threads / 32>(found);
     if (threadIdx.x != 0) return;
@@ -52,7 +61,7 @@ static __device__ __forceinline__ void find_group(const QuantizeLaunch& p, i64 s
     if (p.index != nullptr) part.index = p.index + begin;
     else part.x = static_cast<const unsigned char*>(p.x) + begin * p.row_stride * size;
     part.rows = fits ? end - begin : 0;
-    part.tile = (place - begin / height - part.group) * p.tiles_down;
+    part.tile = (place - blocks_to(begin) - part.group) * down;
     part.row_first = begin * p.row.runs;
     part.col_first = start;
 }
@@ -77,116 +86,113 @@ static __device__ __forceinline__ void find_part(const QuantizeLaunch& p, i64 si
     __syncthreads();
 }
 
-// gathers: whether the kernel can be given an index.
-template <class T, bool gathers = true>
-struct TileRing {
-    static constexpr int size = sizeof(typename T::Raw);
-    static constexpr int chunks = tile_side * size / 16;  // of a row
-    static constexpr int row_bytes = tile_side * size, bytes = tile_side * row_bytes;
+// Sixteen values that follow one another, as they lie in memory.
+template <class T>
+struct Run {
+    static constexpr int words = 16 / T::in_word;
+    u32 word[words];
+};
+
+// Of a tile's values a thread has two blocks in either direction:
+//   along rows      lane l of warp w: rows 16 w + l % 8 and 8 rows below, block l / 8: eight lanes hold a 16x16 tile
+//   along columns   lane l of warp w: columns 8 (l % 4) + l / 4 and 32 columns on, rows 16 w .. 16 w + 15: 16 lanes hold a tile
+static __device__ __forceinline__ int row_of_lane() { return 16 * warp_index() + (lane_index() & 7); }
+static __device__ __forceinline__ int block_of_lane() { return lane_index() >> 3; }
+static __device__ __forceinline__ int column_of_lane() { return 8 * (lane_index() & 3) + (lane_index() >> 2); }
+
+// Rows of a part on their way to registers, tile after tile. gathers: whether the kernel can be given an index.
+template <class T, bool gathers>
+struct Reader {
+    using Raw = typename T::Raw;
 
     const QuantizeLaunch& p;
-    unsigned char* memory;
-    i64 col;
-    const Part& part;
+    const i64* index;
+    const Raw* at;       // the block in the first of the thread's rows of the tile, or of x, if there is an index
+    int left;            // rows of the block of threads from that row on
+    int inside;          // values of the block that x has
+    const bool chunks;   // whether it is read by 16 bytes
+    const i64 stride;    // from a row to the next
 
-    static __device__ __forceinline__ int place(int row, int chunk) { return row * row_bytes + ((chunk ^ (row & 7)) << 4); }
-
-    // Starts the loads of the tile whose first row is `row`, to stage `to`; zeros outside x.
-    __device__ __forceinline__ void load(i64 row, int to) const {
-        if (gathers && part.index != nullptr) {
-            load(to, [&](int r) {
-                const i64 named = row + r < part.rows ? part.index[row + r] : -1;
-                return named < p.tokens ? named : -1;
-            });
-        } else {
-            load(to, [&](int r) { return row + r < part.rows ? row + r : -1; });
-        }
+    __device__ __forceinline__ Reader(const QuantizeLaunch& p, const Part& part, i64 first_col)
+        : p(p), index(gathers ? part.index : nullptr), left(part.rows_left() - row_of_lane()),
+          inside(least_int(p.cols - first_col - 16 * block_of_lane(), 16)), chunks(p.wide && inside == 16), stride(p.row_stride) {
+        const i64 row = part.tile * tile_side + row_of_lane();
+        at = static_cast<const Raw*>(part.x) + first_col + 16 * block_of_lane();
+        if (gathers && index != nullptr) index += row;
+        else at += row * stride;
     }
 
-    // place_of: the row of part.x that is row r of the tile, or less than 0 for none.
-    template <class PlaceOf>
-    __device__ __forceinline__ void load(int to, PlaceOf place_of) const {
-        unsigned char* tile = memory + to * bytes;
-        const auto* x = static_cast<const typename T::Raw*>(part.x);
-        const int thread = static_cast<int>(threadIdx.x);
-        if (p.wide) {
-            constexpr int apart = tile_threads / chunks;  // of a thread's rows: a multiple of 8, so that each has its chunk at one place
-            const int c = thread % chunks, r = thread / chunks;
-            const i64 left = (p.cols - col) * size - c * 16;
-            const int inside = left < 0 ? 0 : static_cast<int>(left < 16 ? left : 16);
-            unsigned char* at = tile + place(r, c);
-            x += col + c * (16 / size);
-            NVFP4_UNROLL
-            for (int i = 0; i < tile_side / apart; ++i) {
-                const i64 from = place_of(r + i * apart);
-                const bool there = from >= 0 && inside > 0;
-                copy_async16(at + i * apart * row_bytes, there ? x + from * p.row_stride : p.x, there ? inside : 0);
-            }
-            return;
-        }
-        for (int at = thread; at < tile_side * tile_side; at += tile_threads) {
-            const int r = at / tile_side, c = at % tile_side;
-            const i64 from = place_of(r);
-            auto* to_element = reinterpret_cast<typename T::Raw*>(tile + place(r, c * size / 16) + c * size % 16);
-            *to_element = from >= 0 && col + c < p.cols ? x[from * p.row_stride + col + c] : static_cast<typename T::Raw>(0);
-        }
+    __device__ __forceinline__ void to_next_tile() {
+        left -= tile_side;
+        if (gathers && index != nullptr) index += tile_side;
+        else at += tile_side * stride;
     }
 
-    // Calls work(tile, first row of it in the part) for each tile of the block. Every tile begins with a barrier.
-    template <class Work>
-    __device__ __forceinline__ void walk(Work work) const {
-        const i64 first = part.tile, end = part.end;
-        for (int i = 0; i < tile_stages - 1; ++i) {
-            if (first + i < end) load((first + i) * tile_side, i);
-            commit_copies();
+    // The block in the first of the thread's rows, or 8 rows below; zeros outside x.
+    __device__ __forceinline__ void load(int half, Run<T>& x) const {
+        bool there = 8 * half < left;
+        const Raw* from = at + 8 * half * stride;
+        if (gathers && index != nullptr) {
+            const i64 named = there ? index[8 * half] : -1;
+            there = named >= 0 && named < p.tokens;
+            from = at + named * stride;
         }
-        int stage = 0;
-        for (i64 tile = first; tile < end; ++tile) {
-            wait_copies<tile_stages - 2>();
-            __syncthreads();  // everybody's part of the tile is here, and everybody is done with the stage loaded next
-            const i64 next = tile + tile_stages - 1;
-            if (next < end) load(next * tile_side, stage == 0 ? tile_stages - 1 : stage - 1);
-            commit_copies();
-            work(memory + stage * bytes, tile * tile_side);
-            stage = stage == tile_stages - 1 ? 0 : stage + 1;
+        NVFP4_UNROLL
+        for (int i = 0; i < Run<T>::words; i += 4) load16_if(there && chunks, from + i * T::in_word, x.word + i);
+        if (chunks || !there) return;
+        NVFP4_UNROLL
+        for (int j = 0; j < 16; ++j) {
+            if (j < inside) x.word[j / T::in_word] |= static_cast<u32>(from[j]) << (16 * (j % T::in_word));
         }
-        wait_copies<0>();
     }
 };
 
-// A thread's part of a tile in either direction: two blocks of 16 values. Eight lanes hold a 16x16 tile.
-//   along rows      lane l of warp w: rows 16 w + l % 8 and 8 rows below, block l / 8
-//   along columns   lane l of warp w: columns 2 l and 2 l + 1, rows 16 w .. 16 w + 15
+// A tile in shared memory. Of a row's 16-byte chunks each lies where XOR with a number of the row's sends it: so that eight rows
+// of a chunk meet every bank once, and so do four chunks of a row and of the next.
 template <class T>
-static __device__ __forceinline__ void row_blocks(const unsigned char* tile, F32x1 (&v)[2][16]) {
-    constexpr int chunks = TileRing<T>::size, values = 16 / TileRing<T>::size;  // chunks of a block, values of a chunk
-    const int lane = lane_index(), row = 16 * warp_index() + (lane & 7), block = lane >> 3;
-    NVFP4_UNROLL
-    for (int half = 0; half < 2; ++half) {
+struct Tile {
+    static constexpr int row_bytes = tile_side * sizeof(typename T::Raw), bytes = tile_side * row_bytes;
+    static constexpr int chunks = sizeof(typename T::Raw);  // of a block
+
+    static __device__ __forceinline__ int place(int row, int chunk) {
+        return row * row_bytes + ((chunk ^ ((row & 1) << 2 | (row >> 1 & 3))) << 4);
+    }
+
+    static __device__ __forceinline__ void store_rows(unsigned char* tile, const Run<T> (&x)[2]) {
+        const int row = row_of_lane(), block = block_of_lane();
         NVFP4_UNROLL
         for (int i = 0; i < chunks; ++i) {
-            const Chunk c = *reinterpret_cast<const Chunk*>(tile + TileRing<T>::place(row + 8 * half, block * chunks + i));
-            F32x1* to = v[half] + i * values;
-            T::widen(c.x, to);
-            T::widen(c.y, to + T::in_word);
-            T::widen(c.z, to + 2 * T::in_word);
-            T::widen(c.w, to + 3 * T::in_word);
+            unsigned char* const to = tile + place(row, block * chunks + i);
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {  // 8 rows below, the chunk lies as here
+                const u32* w = x[half].word + 4 * i;
+                *reinterpret_cast<Chunk*>(to + 8 * half * row_bytes) = {w[0], w[1], w[2], w[3]};
+            }
         }
     }
-}
 
-template <class T>
-static __device__ __forceinline__ void col_blocks(const unsigned char* tile, F32x1 (&v)[2][16]) {
-    const int at = 2 * lane_index() * TileRing<T>::size, chunk = at / 16, within = at % 16;
-    NVFP4_UNROLL
-    for (int i = 0; i < 16; ++i) {
-        const auto* word = reinterpret_cast<const u32*>(tile + TileRing<T>::place(16 * warp_index() + i, chunk) + within);
-        F32x1 pair[2];
-        T::widen(word[0], pair);
-        if (T::in_word == 1) T::widen(word[1], pair + 1);
-        v[0][i] = pair[0];
-        v[1][i] = pair[1];
+    static __device__ __forceinline__ void load_columns(const unsigned char* tile, Run<T> (&x)[2]) {
+        const int lane = lane_index(), first = 16 * warp_index();
+        if constexpr (T::in_word == 2) {
+            // lane 8 m + 2 q + e names row 2 m + e in chunk q: of its column of chunk q a lane gets rows 2 m and 2 m + 1
+            const unsigned char* const from = tile + place(first + 2 * (lane >> 3) + (lane & 1), lane >> 1 & 3);
+            const unsigned char* const right = tile + place(first + 2 * (lane >> 3) + (lane & 1), 4 + (lane >> 1 & 3));
+            load_matrices_transposed(x[0].word, from);
+            load_matrices_transposed(x[0].word + 4, from + 8 * row_bytes);
+            load_matrices_transposed(x[1].word, right);
+            load_matrices_transposed(x[1].word + 4, right + 8 * row_bytes);
+        } else {
+            const int column = column_of_lane();
+            NVFP4_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                NVFP4_UNROLL
+                for (int i = 0; i < 16; ++i) {
+                    const unsigned char* const from = tile + place(first + i, 8 * half + column / 4);
+                    x[half].word[i] = reinterpret_cast<const u32*>(from)[column % 4];
+                }
+            }
+        }
     }
-}
+};
 
 }  // namespace nvfp4

@@ -45,8 +45,6 @@ TABLE: dict[str, tuple[str, ...]] = {
 # benchmarks/results/bounds.json, to which a test holds it. Target 80, which serves all of its generation, is judged by A100.
 FAST_MEMORY = ("80", "90a", "100a", "103a")
 TRITON_FIRST: dict[str, dict[str, tuple[str, ...]]] = {
-    "quantize": {"1 forms": FAST_MEMORY[1:]}
-    | dict.fromkeys(("2 forms", "2 forms, rotated", "2 forms, stochastic, rotated"), FAST_MEMORY),
     "state_update": {
         f"{dtype}, {few} sequences, noise": FAST_MEMORY for dtype in ("float16", "bfloat16") for few in ("few", "many")
     },

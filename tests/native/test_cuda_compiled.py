@@ -58,11 +58,11 @@ def test_instructions(compiled, op, arch):
             assert found["HMMA"] >= 2 * int(name.rsplit("_", 1)[1]) and found["LDGSTS"] >= 13, name
         elif op == "mixer_scan":  # a square of scores, C S, scores x, 16 tokens' update of the state
             assert found["HMMA"] == 16 + 64 + 20 + 16, name
-        elif (
-            name == "quantize_row_bf16"
-        ):  # two blocks of 16 codes a thread, two codes an instruction, where there is one
-            assert found.get("F2FP", 0) == (16 if arch[:2] in ("10", "12") else 0), name
-            assert found["LDGSTS"] >= 4
+        elif name == "quantize_row_bf16":
+            # two blocks of 16 codes a thread, two codes an instruction, and each block's scale, where there is one; for each
+            # scale a pair of bf16
+            codes, scales = 16 * (arch[:2] in ("10", "12")), 2 * (arch != "80")
+            assert found["F2FP"] == codes + scales + 1, name
 
 
 def test_refusal_without_a_compiler(monkeypatch):

@@ -81,12 +81,13 @@ def test_what_comes_first_on_a_gpu_is_what_the_bounds_say():
 
 @pytest.mark.parametrize("capability, first", [((9, 0), "triton"), ((12, 1), "native"), (None, "native")])
 def test_bounds_come_after_measurements_and_names(capability, first, monkeypatch):
-    call = torch.empty(4, 32, device="meta"), nk.QuantSpec(), None, None
+    x = torch.empty(4, 1, 2, 64, dtype=torch.float16, device="meta")
+    call = x, x, *[None] * 9, x, True, 0.0, torch.inf  # state_update, with noise
     with _device.assumed(capability):
-        assert _dispatch.candidates("quantize", call)[0] == first
-        assert _dispatch.candidates("quantize") == _dispatch.TABLE["quantize"]
+        assert _dispatch.candidates("state_update", call)[0] == first
+        assert _dispatch.candidates("state_update") == _dispatch.TABLE["state_update"]
         for answer in ("native", "triton"):
-            with _tuned.trying({"quantize: 1 forms": answer}):
-                assert _dispatch.candidates("quantize", call)[0] == answer
+            with _tuned.trying({"state_update: float16, few sequences, noise": answer}):
+                assert _dispatch.candidates("state_update", call)[0] == answer
         with nk.backend("native", "reference"):
-            assert _dispatch.candidates("quantize", call) == ("native", "reference")
+            assert _dispatch.candidates("state_update", call) == ("native", "reference")

@@ -10,13 +10,13 @@ from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops._cuda import address
 from nvfp4_kernels.ops.quantize._forms import Groups, exchanged, put_amax, spares
 
-SIDE, THREADS, STAGES = 64, 128, 3  # csrc/quantize/tiles.cuh
+SIDE, THREADS = 64, 128  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
 BLOCKS_PER_PROCESSOR = 8
 
-FORM = struct.Struct("QQQqqiiii")  # csrc/quantize/launch.h
+FORM = struct.Struct("QQQqqiiii8I")  # csrc/quantize/launch.h
 HEAD, TAIL = struct.Struct("QqqqqQqQ"), struct.Struct("qqQQqQq")
-NOTHING = FORM.pack(0, 0, 0, 0, 0, 0, 0, 0, -1)
+NOTHING = FORM.pack(0, 0, 0, 0, 0, 0, 0, 0, -1, *[0] * 8)
 BLOCKS, CHOICES = {"1x16": 1, "16x16": 2, "1x32": 3}, {None: 0, "mae": 1, "mse": 2}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -55,8 +55,8 @@ def tiles_down(rows: int, cols: int, processors: int, matrices: int = 1) -> int:
 
 
 def shared_bytes(itemsize: int) -> int:
-    """Of the ring of tiles."""
-    return STAGES * SIDE * SIDE * itemsize
+    """Of a tile."""
+    return SIDE * SIDE * itemsize
 
 
 def run(
@@ -131,4 +131,6 @@ def _form(spec: QuantSpec | None, parts: tuple[Tensor, ...], advance: int) -> by
         -1 if spec.hadamard is None else spec.hadamard,
     )
     runs = parts[1].shape[-1] * (spec.run // 16)
-    return FORM.pack(*(part.data_ptr() for part in parts), runs, advance, *options)
+    signs = spec.hadamard or 0
+    turn = [(signs >> 2 * k & 1) << 15 | (signs >> 2 * k + 1 & 1) << 31 for k in range(8)]
+    return FORM.pack(*(part.data_ptr() for part in parts), runs, advance, *options, *turn)

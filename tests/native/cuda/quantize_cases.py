@@ -57,7 +57,7 @@ def test_every_form_and_pair(shape, dtype):
     ],
 )
 def test_recipe(model, row, col, dtype):
-    """The kernels that know their forms: tiles beyond the edges, the ring's three stages twice over."""
+    """The kernels that know their forms: tiles beyond the edges, and a block that goes through several."""
     for shape in ((450, 100), (33, 1856), (128, 64)):
         assert_same((torch.randn(shape) * torch.exp(torch.randn(shape))).to(dtype), row, col)
     assert model.kernels.count(_cuda.kernel(dtype, row, col)) == 3
