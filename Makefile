@@ -17,7 +17,7 @@ demo: $(BUILT)
 	$(RUN) -m nvfp4_kernels demo $(ARGS)
 
 test: $(BUILT)
-	$(RUN) -m pytest -n logical --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(BUILT)
 	$(RUN) -m nvfp4_kernels bench $(ARGS)
