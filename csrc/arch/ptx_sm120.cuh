@@ -1,6 +1,7 @@
 // Inline PTX of sm_120 and sm_121 (the family target 120f), as ptx.cuh has that of all architectures.
 #pragma once
 #include "arch/kernel.cuh"
+#include "numerics/e2m1.h"
 #include "numerics/e4m3.h"
 
 // The block-scaled mma.sync exists in the targets of its architectures and their family alone (PTX ISA, mma, "Target ISA
