@@ -2,7 +2,7 @@
 
     python benchmarks/resources.py                    all kernels, all architectures; writes benchmarks/results/resources.json
     python benchmarks/resources.py --op matmul --arch 90 100    a part of it, only printed
-    python benchmarks/resources.py --few              every kernel for every architecture, each case for one; only printed
+    python benchmarks/resources.py --few              every kernel for every architecture, not every case; only printed
     python benchmarks/resources.py --cold             seconds of one core in which first calls compile for sm_90
 
 A case runs an op on tensors of the meta device at a size that counts; what it would have launched is compiled as Triton itself
@@ -96,15 +96,19 @@ def row(compiled, disassembled: bool = True) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name) if disassembled else ""
-    ptx = {name: len(re.findall(products, compiled.asm["ptx"])) for name, products in PRODUCTS.items()}
+        if disassembled:
+            instructions = counted(tool("nvdisasm", "-c", file.name))
+        else:
+            instructions = {
+                n: count for n, ptx in PRODUCTS.items() if (count := len(re.findall(ptx, compiled.asm["ptx"])))
+            }
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return {
         "registers": registers,
         "spills": stack,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "instructions": counted(sass) if disassembled else {name: count for name, count in ptx.items() if count},
+        "instructions": instructions,
     }
 
 

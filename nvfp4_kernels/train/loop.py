@@ -198,9 +198,8 @@ class Trainer:
         self.model.eval()
         batches, total, targets = list(batches), 0.0, 0
         for i in self.ranks.share(len(batches)):
-            batch = batches[
-                min(i, len(batches) - 1)
-            ]  # beyond the last, one that does not count: layers are gathered by all
+            # beyond the last, one that does not count: layers are gathered by all
+            batch = batches[min(i, len(batches) - 1)]
             counted = batch.targets if i < len(batches) else 0
             total += float(self.model.loss(*self.moved(batch)).lm) * counted
             targets += counted
