@@ -9,8 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.autograd.linear import quantize_weight
+from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
 from nvfp4_kernels.recipe import MXFP8, NVFP4
+from tests.ops.test_hadamard import matrix
 from tests.ops.test_matmul import error, values
+from tests.oracles import nvfp4_brute as brute
 
 BACKENDS = ("reference", "native")
 RECIPES = {
@@ -58,6 +61,26 @@ def test_gradients_are_near_those_of_a_plain_linear():
     x2, w2 = x.detach().requires_grad_(), w.detach().requires_grad_()
     F.linear(x2, w2).backward(dy)
     assert error(x.grad, x2.grad.double()) < 0.2 and error(w.grad, w2.grad.double()) < 0.2
+
+
+def test_the_mean_gradient_of_the_weight_is_its_expectation():
+    """Over the noise of 500 steps, within 5 standard errors: each element, and all of it along the expected gradient, where a
+    bias of 4e-4 in all values shows. What block scales clip is in the expectation, and moves it by 1% (QuantSpec)."""
+    x, w, _, _ = tensors(64, 128, 256)
+    x = x.detach()
+    dy = (torch.randn(64, 256) * 16).round() / 16  # whose transform is exact before it is rounded to bf16
+    noise, forms, steps = torch.tensor([3, 0]), quantize_weight(w, NVFP4), 500
+    for _ in range(steps):
+        nk.linear(x, w, recipe=NVFP4, noise=noise, weight_forms=forms).backward(dy)
+    rotated = (dy.double().t().unflatten(-1, (-1, 16)) @ matrix(DEFAULT_SIGNS)).flatten(-2).bfloat16()
+    mean, variance = (torch.from_numpy(part) for part in brute.mean_and_variance(rotated.float().numpy()))
+    x_col = values(nk.quantize(x, NVFP4.wgrad_x, transpose=True))
+    expected, variances = mean @ x_col.t(), variance @ (x_col**2).t() / steps
+    off = w.grad / steps - expected
+    assert (off.abs() < 5 * variances.sqrt()).all()
+    along = (variance * (expected @ x_col) ** 2).sum() / steps
+    assert (off * expected).sum().abs() < 5 * along.sqrt() < 4e-4 * (expected**2).sum()
+    assert 0.008 < error(expected, rotated.double() @ x_col.t()) < 0.012
 
 
 def test_shapes_dtypes_and_empty_batches():

@@ -68,3 +68,15 @@ def quantize_1x16(x: np.ndarray, seed_offset: tuple[int, int] | None = None, ama
                         code = min(7, low + (random_byte(r * scales.shape[1] + b, j, *seed_offset) + share >= 256))
                     codes[r, 16 * b + j] = code | (8 if np.signbit(value) else 0)
     return codes, scales, g_dec
+
+
+def mean_and_variance(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the values that x decodes to, over all random bytes, fp64 [rows, cols]; for x without blocks of zeros."""
+    _, scales, g_dec = quantize_1x16(x)
+    decode = np.float32(POSITIVE)[scales].repeat(16, 1) * g_dec
+    v = np.minimum(np.abs(x * (F(1) / decode)), F(6)).astype(np.float64)
+    low = np.searchsorted(GRID, v, "right") - 1
+    step = np.diff(GRID, append=8.0)[low]
+    share = np.floor(256 * (v - np.array(GRID)[low]) / step) / 256
+    mean = np.sign(x) * (np.array(GRID)[low] + share * step) * decode
+    return mean, share * (1 - share) * (step * decode) ** 2
