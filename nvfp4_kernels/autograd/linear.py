@@ -5,10 +5,9 @@ gradient that of W alone.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nvfp4_kernels.autograd.plain import product
+from nvfp4_kernels.autograd.plain import dense
 from nvfp4_kernels.autograd.saved import Operand, save, saved
 from nvfp4_kernels.formats.spec import QuantSpec
 from nvfp4_kernels.formats.tensor import QuantizedTensor
@@ -76,9 +75,7 @@ def linear(
     _check(x, weight, bias)
     x = autocast(x)
     if not recipe.quantized or x.numel() == 0:
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        y = product(x, weight, bias)
-        return F.linear(x, weight, bias) if y is None else y
+        return dense(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if not torch.compiler.is_compiling() and transformed():
         raise RuntimeError("nk.linear: got a transform of torch.func; allowed: torch.autograd, or recipe='bf16'")
     if noise is None and draws(*operands(recipe)):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nvfp4_kernels.autograd.experts import tokens_of
 from nvfp4_kernels.autograd.linear import autocast
+from nvfp4_kernels.autograd.plain import product
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -89,5 +90,10 @@ def _times(dy: Tensor, weight: NVFP4Tensor | MXFP8Tensor) -> Tensor:
     dx, most = dy.new_empty(rows, cols), max(128, DECODED // (out * dy.element_size()) // 128 * 128)
     for first in range(0, cols, most):
         last = min(first + most, cols)
-        torch.mm(dy, weight.columns(first, last).dequantize(dy.dtype), out=dx[:, first:last])
+        part = weight.columns(first, last).dequantize(dy.dtype)
+        made = product(dy, part.t())
+        if made is None:
+            torch.mm(dy, part, out=dx[:, first:last])
+        else:
+            dx[:, first:last] = made
     return dx

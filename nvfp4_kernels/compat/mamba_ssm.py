@@ -7,9 +7,9 @@ of sequences); `cu_seqlens` of nk.selective_scan costs none.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nvfp4_kernels.autograd.plain import dense
 from nvfp4_kernels.compat.packing import boundaries, first_of_rows
 from nvfp4_kernels.ops._check import float_operand, floating_point, require
 from nvfp4_kernels.ops._gate import gate
@@ -157,7 +157,7 @@ def mamba_split_conv1d_scan_combined(
         gates, values = first.chunk(2, -1)
         y = torch.cat([gate(values, gates), y], -1)
     if outproj_weight is not None:
-        y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
+        y = dense(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import quantize_experts
 from nvfp4_kernels.autograd.linear import quantize_weight
+from nvfp4_kernels.autograd.plain import dense
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -42,7 +43,7 @@ class ServedLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         count = rows.shape[0]
         if self.plain and (count > _PARTS * self.few or x.dtype == torch.float64):
-            return F.linear(x, self.weight, self.bias)
+            return dense(x, self.weight, self.bias)
         if not self.plain and (isinstance(self.weight, PackedNVFP4Tensor) or not x.is_cpu):
             return matmul(x, self.weight, x.dtype, bias=self.bias)
         rest = self.weight, self.bias, x.dtype, None, False

@@ -1,11 +1,10 @@
 """Linear: torch.nn.Linear whose three GEMMs follow a recipe."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.linear import linear, quantize_weight
-from nvfp4_kernels.autograd.plain import product
+from nvfp4_kernels.autograd.plain import dense
 from nvfp4_kernels.nn.forms import Deriving, FormsCache
 from nvfp4_kernels.ops.matmul.op import few_rows
 from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe
@@ -63,8 +62,7 @@ class Linear(Deriving, nn.Linear):
             if y is not None:
                 return y
             bias = None if self.bias is None else self.bias.to(x.dtype)  # of a bf16 checkpoint it is fp32
-            y = product(x, self.weight, bias)
-            return F.linear(x, self.weight, bias) if y is None else y
+            return dense(x, self.weight, bias)
         forms = self._forms.get(self.weight, self.recipe, self.noise)
         return linear(x, self.weight, self.bias, self.recipe, noise=self.noise, weight_forms=forms)
 

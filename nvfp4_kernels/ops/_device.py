@@ -1,6 +1,7 @@
 """What each chip is and can do, as data: the only place that asks a device for its capabilities."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -117,6 +118,14 @@ def multiprocessors(device: torch.device) -> int:
 def multiplies_by_mkl() -> bool:
     """Whether torch's products in fp32 on the CPU are MKL's."""
     return torch.backends.mkl.is_available()
+
+
+@functools.cache
+def slow_in_16_bits() -> bool:
+    """Whether torch's products in bf16 and fp16 on the CPU are loops of its own, without instructions for them: an x86 with
+    AVX2 alone, for which oneDNN has no kernels (those for AVX2 take AVX-NE-CONVERT)."""
+    by_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not by_onednn
 
 
 def most_shared(device: torch.device) -> int:

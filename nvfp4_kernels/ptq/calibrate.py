@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.autograd.experts import sorted_rows
+from nvfp4_kernels.autograd.plain import dense
 from nvfp4_kernels.formats import e2m1, e4m3
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.moe import Experts
@@ -100,7 +101,7 @@ def observe(model: nn.Module) -> Iterator[Amaxes]:
             for e, (rows, share) in enumerate(zip(x.split(sizes), shares, strict=True)):
                 if len(rows):
                     # What passes between the two matrices is worked out a second time: the module keeps it to itself.
-                    inner = relu2(rows @ module.up_proj[e].to(rows.dtype).t(), share)
+                    inner = relu2(dense(rows, module.up_proj[e].to(rows.dtype)), share)
                     amaxes.see(f"{name}.up_proj", rows, len(sizes), e)
                     amaxes.see(f"{name}.down_proj", inner, len(sizes), e)
 

@@ -42,9 +42,14 @@ def refuses(
     return refuses_device(a if isinstance(a, Tensor) else a.codes)
 
 
-def outruns_torch() -> bool:
-    """Whether large products in fp32 on the CPU are faster here: torch's are MKL's, and the processor an AMD with AVX-512."""
-    return native is not None and native.outruns_mkl() and _device.multiplies_by_mkl()
+def outruns_torch(dtype: torch.dtype) -> bool:
+    """Whether large products of `dtype` on the CPU are faster here. In fp32: torch's are MKL's, and the processor an AMD with
+    AVX-512. In bf16 and fp16: torch makes them without instructions for them, on a processor with AVX2 alone."""
+    if native is None or dtype not in DTYPES:
+        return False
+    if dtype == torch.float32:
+        return native.outruns_mkl() and _device.multiplies_by_mkl()
+    return native.isa() != "scalar" and _device.slow_in_16_bits()
 
 
 def run(
