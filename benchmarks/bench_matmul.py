@@ -1,6 +1,6 @@
-"""matmul: quantized x quantized, and bf16 x quantized weight. Yardstick: torch's bf16 matmul (linear) of the same shape.
+"""matmul: quantized x quantized, bf16 x quantized weight, bf16 x bf16. Yardstick: torch's bf16 matmul (linear) of its shape.
 
-The limit of large products is torch's bf16 rate at 2048^3; of few rows, the copy bandwidth over the packed weight.
+The limit of large products is torch's bf16 rate at 2048^3; of few rows, the copy bandwidth over the weight as it is stored.
 """
 
 import pytest
@@ -14,6 +14,10 @@ PRODUCTS = (*((n, n, n) for n in (128, 256, 512, 1024, 2048)), (4096, 512, 192),
 FEW_ROWS = tuple((m, 4096, 4096) for m in (1, 2, 4, 8, 16, 32, 64))
 
 
+def values(x):
+    return x.float() if isinstance(x, torch.Tensor) else x.dequantize()
+
+
 def measure(benchmark, run, truth, shape, case, backend, dtype, **amounts):
     assert ((run().float() - truth).norm() / truth.norm()).item() < 1e-2
     benchmark.extra_info.update(
@@ -24,7 +28,7 @@ def measure(benchmark, run, truth, shape, case, backend, dtype, **amounts):
     )
 
 
-@pytest.mark.parametrize("kind", ["torch", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("kind", ["torch", "bf16", "nvfp4", "mxfp8"])
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 def test_product(benchmark, matmul_rate, shape, kind):
     torch.manual_seed(0)
@@ -36,15 +40,15 @@ def test_product(benchmark, matmul_rate, shape, kind):
     if kind == "torch":
         measure(benchmark, lambda: a @ b.t(), a.float() @ b.float().t(), shape, "product", kind, "bf16", **amounts)
         return
-    block = "1x16" if kind == "nvfp4" else "1x32"
-    left, right = nk.quantize(a, block=block), nk.quantize(b, block=block)
-    truth = left.dequantize() @ right.dequantize().t()
+    block = {"nvfp4": "1x16", "mxfp8": "1x32", "bf16": None}[kind]
+    left, right = (nk.quantize(x, block=block) if block else x for x in (a, b))
+    truth = values(left) @ values(right).t()
     run = implementation("matmul", "native").run
     call = (left, right, None, torch.bfloat16, None, False)
     measure(benchmark, lambda: run(*call), truth, shape, "product", "native", kind, **amounts)
 
 
-@pytest.mark.parametrize("kind", ["torch", "bf16 x nvfp4", "fp32 x nvfp4", "nvfp4 x nvfp4"])
+@pytest.mark.parametrize("kind", ["torch", "bf16", "bf16 x nvfp4", "fp32 x nvfp4", "nvfp4 x nvfp4"])
 @pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
 def test_weight_only(benchmark, copy_bandwidth, shape, kind):
     torch.manual_seed(0)
@@ -66,10 +70,9 @@ def test_weight_only(benchmark, copy_bandwidth, shape, kind):
             **amounts,
         )
         return
-    weight = nk.quantize(b)
+    weight = b if kind == "bf16" else nk.quantize(b)
     a = {"bf16": a.bfloat16(), "fp32": a, "nvfp4": nk.quantize(a)}[kind.split(" ")[0]]
-    values = a.dequantize() if isinstance(a, nk.NVFP4Tensor) else a.float()
-    truth = values @ weight.dequantize().t()
+    truth = values(a) @ values(weight).t()
     run = implementation("matmul", "native").run
     call = (a, weight, None, torch.bfloat16, None, False)
     amounts = {"bytes": weight.nbytes, "limit_bytes": copy_bandwidth, "yardstick": False} | place

@@ -156,7 +156,7 @@ static inline bool multiply_cols(const MatmulParams& p, float g, i64 k, Range co
     };
     bool ok = true;
     if (p.b.kind != Kind::nvfp4) {
-        ok = multiply_few_plain<P>(p, cols, done);
+        for (i64 r = 0; r < m; r += few_plain) ok = multiply_few_plain<P>(p, r, at_most(few_plain, m - r), cols, done) && ok;
     } else {
         for (i64 r = 0; r < m; r += few_rows) ok = multiply_few_rows<P>(p, r, at_most(few_rows, m - r), cols, done) && ok;
     }

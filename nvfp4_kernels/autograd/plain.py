@@ -3,7 +3,9 @@
 In fp32 on AMD's processors with AVX-512, of whose width MKL uses half: measured at 2048 x 256 x 256 on one core of an AMD EPYC,
 52 products a nanosecond against 100, forward and both gradients alike.
 
-In bf16 and fp16 on processors with AVX2 alone, TODO.
+In bf16 and fp16 on processors with AVX2 alone, for which torch has loops without instructions for 16 bits: measured on one core
+of a first EPYC, in bf16, at 2048 x 256 x 256 7.6 times as fast forward and 9.1 times with both gradients, at 2048 x 1024 x 1024
+6.5 and 20 times; in fp16 at 2048 x 256 x 256 6.5 and 16 times.
 """
 
 import torch
