@@ -32,15 +32,11 @@ def near(found, exact, dtype):
 @pytest.mark.parametrize("strided", [False, True])
 def test_derivatives(strided, dtype):
     torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(3, 150, 112, dtype=dtype),
-        torch.randn(96, 112, dtype=dtype),
-        torch.randn(96, dtype=dtype),
-    )
-    dy, ddx = torch.randn(3, 150, 96, dtype=dtype), torch.randn(3, 150, 112, dtype=dtype)
+    shapes = (3, 150, 112), (96, 112), (96,), (3, 150, 96), (3, 150, 112)
+    x, weight, bias, dy, ddx = (torch.randn(shape, dtype=dtype) for shape in shapes)
     if strided:
-        x, dy, weight = x.transpose(0, 1), dy.transpose(0, 1), weight.t().contiguous().t()
-        ddx = ddx.transpose(0, 1)
+        x, dy, ddx = (t.transpose(0, 1) for t in (x, dy, ddx))
+        weight = weight.t().contiguous().t()
     results = []
     for kind, layer in ((dtype, product), (torch.float64, torch.nn.functional.linear)):
         leaves = [t.detach().to(kind).requires_grad_() for t in (x, weight, bias, dy)]
@@ -113,23 +109,20 @@ def test_attention_without_instructions_for_16_bits(dtype):
     """With gradients it is made in fp32, and errs less than torch's; without, and compiled, it is torch's."""
 
     def torch_s(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2)
 
     torch.manual_seed(0)
     dy, *given = (torch.randn(2, 65, heads, 32, dtype=dtype) for heads in (4, 4, 2, 2))
-    errors = []
-    exact = None
+    results = []
     for kind, attention in ((torch.float64, torch_s), (dtype, attend), (dtype, torch_s)):
         leaves = [t.to(kind).requires_grad_() for t in given]
         y = attention(*leaves)
-        made = [y.detach(), *torch.autograd.grad(y, leaves, dy.to(kind))]
-        exact = made if exact is None else exact
-        assert all(t.dtype == kind for t in made)
-        errors.append([(a.double() - e).norm() / e.norm() for a, e in zip(made, exact, strict=True)])
-    assert all(ours <= torchs for ours, torchs in zip(*errors[1:], strict=True))
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(kind))])
+        assert all(t.dtype == kind for t in results[-1])
+    for exact, ours, torchs in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() <= (torchs.double() - exact).norm()
     with torch.no_grad():
         assert torch.equal(attend(*given), torch_s(*given))
     leaves = [t.clone().requires_grad_() for t in given]
