@@ -185,15 +185,28 @@ public:
         const u32 lane = 32 * quarter + row % 32, word = *cells(lane, (tensor & 0xFFFFu) + row / 32, 1);
         const u32 code = word >> 8 * block & 0xFFu;
         if (code & 0x80u) host_model::fail("a block scale with a sign");
-        return e4m3_decode<F32x1>(U32x1(code)).v;
+        return values().of_e4m3[code];
+    }
+    struct Values {
+        float of_e2m1[16], of_e4m3[128];
+        Values() {
+            for (u32 i = 0; i < 16; ++i) of_e2m1[i] = e2m1_decode<F32x1>(U32x1(i)).v;
+            for (u32 i = 0; i < 128; ++i) of_e4m3[i] = e4m3_decode<F32x1>(U32x1(i)).v;
+        }
+    };
+    static const Values& values() {
+        static const Values all;
+        return all;
     }
     void decode(u64 matrix, u32 scales, u32 row, u32 quarter, float* out) {
         if (scales >> 16 || scales % 4) host_model::fail("tcgen05.mma: scales begin at lane 0, at a multiple of four columns");
         for (u32 block = 0; block < 4; ++block) {
             const float s = scale(scales, row, block, quarter);
-            for (u32 i = 0; i < 16; ++i) {
-                const u32 byte = matrix_byte(matrix, row, 8 * block + i / 2), code = byte >> 4 * (i % 2) & 15u;
-                out[16 * block + i] = e2m1_decode<F32x1>(U32x1(code)).v * s;
+            for (u32 i = 0; i < 8; ++i) {
+                const u32 byte = matrix_byte(matrix, row, 8 * block + i);
+                for (u32 half = 0; half < 2; ++half) {
+                    out[16 * block + 2 * i + half] = values().of_e2m1[byte >> 4 * half & 15u] * s;
+                }
             }
         }
     }
