@@ -112,24 +112,32 @@ def row(compiled, disassembled: bool = True) -> dict:
     }
 
 
-def case_rows(index: int, arch: int, disassembled: bool) -> list[dict]:
-    """What one of CHOSEN takes on one architecture; in a process of its own, which has it from the fork."""
+def case_rows(index: int, arch: int, kernels: set[str], disassembled: bool) -> list[dict]:
+    """What these kernels of one of CHOSEN take on one architecture; in a process of its own, which has it from the fork."""
     op, name, run = CHOSEN[index]
-    found = launches(run, arch)
+    found = [launch for launch in launches(run, arch) if launch[0].__name__ in kernels]
     about = [{"op": op, "case": name, "kernel": kernel.__name__, "arch": arch} for kernel, *_ in found]
     return [first | row(compile_for(arch, *launch), disassembled) for first, launch in zip(about, found, strict=True)]
 
 
-def tasks(archs, few: bool = False) -> list[tuple[int, int]]:
-    """(index of one of CHOSEN, architecture). few: each case for one architecture, in turns, and for those where it has a
-    kernel that the cases of its op before it have not."""
+def tasks(archs, few: bool = False) -> list[tuple[int, int, set[str]]]:
+    """(index of one of CHOSEN, architecture, names of kernels). few: each case for one architecture, in turns, and what is
+    missing then of its op's kernels for one."""
+    made = {
+        (index, arch): {kernel.__name__ for kernel, *_ in launches(run, arch)}
+        for index, (_, _, run) in enumerate(CHOSEN)
+        for arch in archs
+    }
+    if not few:
+        return [(*where, kernels) for where, kernels in made.items()]
     found, seen = [], collections.defaultdict(set)
-    for index, (op, _, run) in enumerate(CHOSEN):
-        for turn, arch in enumerate(archs):
-            kernels = {kernel.__name__ for kernel, *_ in launches(run, arch)} if few else set()
-            if not few or index % len(archs) == turn or not kernels <= seen[op, arch]:
-                found.append((index, arch))
-                seen[op, arch] |= kernels
+    for in_turn in (True, False):
+        for (index, arch), kernels in made.items():
+            if (archs[index % len(archs)] == arch) is in_turn:
+                of_op = seen[CHOSEN[index][0], arch]
+                if new := kernels if in_turn else kernels - of_op:
+                    found.append((index, arch, new))
+                    of_op |= new
     return found
 
 

@@ -117,7 +117,7 @@ def test_sampled_text_has_the_distribution_of_plain_text(build, depth):
     model = speculating(build, "M*E", 3, vocab_size=5, initializer_range=0.4)
     sampling, n = dict(temperature=1.3, top_k=4), 1500
     first = int(model(torch.tensor([[1, 2]]))[0, -1].argmax())
-    engine = Engine(model, slots=500, speculative=depth)
+    engine = Engine(model, slots=500, speculative=depth, pack_prompts=True)
     requests = [engine.add([1, 2, first], Sampling(**sampling, seed=seed), 4) for seed in range(n)]
     for _ in engine.run():
         pass
