@@ -9,17 +9,19 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 BUILT := build/.built
+READY := $(VENV)/.installed $(BUILT)
+MAKEFLAGS += --jobs=2 # the module compiles while pip installs the rest
 
 .PHONY: demo test bench gpu lint build cuda sanitize clean
 .DELETE_ON_ERROR:
 
-demo: $(BUILT)
+demo: $(READY)
 	$(RUN) -m nvfp4_kernels demo $(ARGS)
 
-test: $(BUILT)
+test: $(READY)
 	$(RUN) -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: $(BUILT)
+bench: $(READY)
 	$(RUN) -m nvfp4_kernels bench $(ARGS)
 
 gpu:
@@ -29,7 +31,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-build: $(BUILT)
+build: $(READY)
 
 cuda: $(VENV)/.installed
 	NVFP4_CUDA=1 $(RUN) setup.py -q build_ext --inplace
@@ -46,14 +48,18 @@ $(VENV)/.lint: | $(VENV)/bin/python
 	$(RUN) -m pip install -q ruff
 	touch $@
 
-# torch first and by version: an unpinned torch may bring gigabytes of CUDA libraries to a machine without a GPU
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install -q "$(TORCH)" numpy
-	$(RUN) -m pip install -q setuptools wheel pybind11 ninja cmake
-	$(RUN) -m pip install -q --no-build-isolation -e ".[test]"
+# pip compiles no bytecode: Python does, of the few modules that it imports
+$(VENV)/.tools: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install -q --no-compile setuptools wheel pybind11 ninja cmake
 	touch $@
 
-$(BUILT): $(VENV)/.installed CMakeLists.txt setup.py $(shell find csrc -type f)
+# torch first and by version: an unpinned torch may bring gigabytes of CUDA libraries to a machine without a GPU
+$(VENV)/.installed: $(VENV)/.tools
+	$(RUN) -m pip install -q --no-compile "$(TORCH)" numpy
+	NVFP4_BUILD=python $(RUN) -m pip install -q --no-compile --no-build-isolation -e ".[test]"
+	touch $@
+
+$(BUILT): $(VENV)/.tools CMakeLists.txt setup.py $(shell find csrc -type f)
 	$(RUN) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@
 

@@ -27,6 +27,11 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def tool(name: str) -> str:
+    """A build tool: on the path, or where pip put it beside this Python."""
+    return shutil.which(name) or str(Path(sys.executable).parent / name)
+
+
 def run(*command: str) -> None:
     """Run a build command; on failure print its output, name the first error, and say what goes without a compiler."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -76,19 +81,18 @@ class BuildNative(build_ext):
             shutil.rmtree(build)  # another compiler: CMake would start over anyway, with a warning
         if not CUDA:
             shutil.rmtree(target.parent / "_cuda", ignore_errors=True)
-        ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
         run(
-            "cmake",
+            tool("cmake"),
             "-S",
             str(ROOT),
             "-B",
             str(build),
             "-G",
             "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             *(f"-D{name}={value}" for name, value in options.items() if value),
         )
-        run("cmake", "--build", str(build))
+        run(tool("cmake"), "--build", str(build))
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()

@@ -191,7 +191,9 @@ def test_an_error_is_told_and_not_cached(stub, tmp_path):
 def test_nvrtc(op, arch):
     if _nvrtc.missing():
         pytest.skip(_nvrtc.missing())
-    assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
+    # what nvcc assembles above, and what sm_100 shares with sm_103, is only translated: half of the time
+    ptx = (op, arch) in CHOSEN or arch == "103a"
+    assert _nvrtc.compile_source(op, arch, ptx=ptx).startswith(b"//" if ptx else b"\x7fELF")
 
 
 def test_products_that_no_chip_has_proven_are_for_those_who_ask(monkeypatch):

@@ -105,14 +105,18 @@ def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
 
 
 def test_second_interrupt_stops_at_once():
-    with runs.Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
-        assert interrupts.asked
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with runs.Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            time.sleep(0.01)
+            assert interrupts.asked
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interrupts_of_one_moment_are_one():
