@@ -72,7 +72,8 @@ def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> b
     NVRTC's first error."""
     nvrtc = _nvrtc()
     source = before + (CSRC / op / "cuda.cu").read_text()
-    options = (f"-arch={'compute' if ptx else 'sm'}_{arch}", *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
+    target = f"-arch={'compute' if ptx else 'sm'}_{arch}"
+    options = (target, *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
     program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
