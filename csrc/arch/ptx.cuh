@@ -2,6 +2,15 @@
 #pragma once
 #include "numerics/lane.h"
 
+// Whether code is for one chip (target sm_100a), or for its family (sm_120f) or one chip. Compilers before 12.9 name the chip
+// alone, those whose target they know.
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
+#define NVFP4_OF_CHIP
+#endif
+#if defined(NVFP4_OF_CHIP) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#define NVFP4_OF_FAMILY
+#endif
+
 namespace nvfp4 {
 
 #if defined(__CUDACC__)

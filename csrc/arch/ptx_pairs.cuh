@@ -5,10 +5,8 @@
 
 #if defined(__CUDA_ARCH__)
 // The conversion to E2M1 exists in the targets of its architectures and families alone (PTX ISA, cvt).
-#if defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
-#if __CUDA_ARCH__ >= 1000
+#if defined(NVFP4_OF_FAMILY) && __CUDA_ARCH__ >= 1000
 #define NVFP4_CONVERTS_TO_E2M1
-#endif
 #endif
 #if __CUDA_ARCH__ >= 890
 #define NVFP4_CONVERTS_TO_E4M3

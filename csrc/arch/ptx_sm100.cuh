@@ -9,10 +9,8 @@
 // stand in nvcc's pass for the host too, and the model runs it anywhere.
 #if !defined(__CUDA_ARCH__)
 #define NVFP4_TCGEN05
-#elif defined(__CUDA_ARCH_SPECIFIC__)
-#if __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+#elif defined(NVFP4_OF_CHIP) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
 #define NVFP4_TCGEN05
-#endif
 #endif
 
 namespace nvfp4 {

@@ -8,10 +8,8 @@
 // Notes"); the model runs it anywhere.
 #if !defined(__CUDACC__)
 #define NVFP4_MULTIPLIES_E2M1
-#elif defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_SPECIFIC__)
-#if __CUDA_ARCH__ >= 1200 && __CUDA_ARCH__ < 1300
+#elif defined(NVFP4_OF_FAMILY) && __CUDA_ARCH__ >= 1200 && __CUDA_ARCH__ < 1300
 #define NVFP4_MULTIPLIES_E2M1
-#endif
 #endif
 
 namespace nvfp4 {

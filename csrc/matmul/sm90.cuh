@@ -149,7 +149,9 @@ static __device__ __forceinline__ void multiply_quarter(const Chunk* q, const u3
 template <int slabs>
 static __device__ __forceinline__ void multiply_run(Source<slabs> source, i64 count, unsigned char* ring) {
     using T = Tile<slabs>;
-    float sums[slabs][64];
+    // The first product adds to nothing, but ptxas before 12.9 takes sums that nobody has set for sums that are set while products
+    // are on their way, and has each product wait for the one before.
+    float sums[slabs][64] = {};
     u32 a[2][slabs][2][4];  // of the products on their way, and of the next
     NVFP4_UNROLL
     for (int i = 0; i < stages - 2; ++i) {

@@ -55,15 +55,15 @@ def _refusal(op: str, device: torch.device) -> str | None:
     arch = _device.cuda_target(device)
     if arch is None:
         return f"the CUDA kernels are written for sm_80, 90, 100, 103 and 120, not for {device}"
-    if _built(op, arch):
-        return None
-    if _nvrtc.missing() is None:
-        try:
-            _nvrtc.compiled(op, arch)  # into the cache: what fails here would fail at the launch
-        except RuntimeError as error:
-            return str(error)
-        return None
-    return f"csrc was built without CUDA for {arch} (NVFP4_CUDA=1 builds it), and {_nvrtc.missing()}"
+    if not _built(op, arch) and _nvrtc.missing():
+        return f"csrc was built without CUDA for {arch} (NVFP4_CUDA=1 builds it), and {_nvrtc.missing()}"
+    try:  # what would fail at the launch: a compiler that does not know the chip, a driver too old for the compiler's code
+        with torch.cuda.device(device):
+            _enter(device)
+            _module(op, device)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _built(op: str, arch: str) -> Path | None:

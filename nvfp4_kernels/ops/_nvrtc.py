@@ -71,6 +71,9 @@ def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> b
     """Compile now, to a cubin or, to be read, to PTX; `before`: lines before the source's own. Raises RuntimeError with
     NVRTC's first error."""
     nvrtc = _nvrtc()
+    version = nvrtc.getVersion()
+    if arch == "120f" and version < (12, 9):  # which does not know families
+        arch = "120a"
     source = before + (CSRC / op / "cuda.cu").read_text()
     target = f"-arch={'compute' if ptx else 'sm'}_{arch}"
     options = (target, *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source
@@ -81,6 +84,7 @@ def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> b
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         first = next((line for line in log.splitlines() if "error" in line), log[:300])
-        raise RuntimeError(f"csrc/{op}/cuda.cu: NVRTC failed for sm_{arch}: {first}") from error
+        by = f"NVRTC {version[0]}.{version[1]}"
+        raise RuntimeError(f"csrc/{op}/cuda.cu: {by} failed for sm_{arch}: {first}") from error
     finally:
         nvrtc.destroyProgram(program)

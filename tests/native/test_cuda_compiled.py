@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -80,6 +81,26 @@ def test_refusal_without_a_compiler(monkeypatch):
     assert "NVFP4_CUDA=1" in reason and "[cuda12]" in reason
 
 
+def test_refusal_of_code_that_the_driver_does_not_load(monkeypatch):
+    """As of a compiler newer than the driver: the reason is the driver's, and another backend takes the call."""
+    driver = SimpleNamespace(
+        cuCtxGetCurrent=lambda context: setattr(context._obj, "value", 1) or 0,
+        cuModuleLoadData=lambda module, code: 222,
+        cuGetErrorString=lambda status, text: 0,
+    )
+    monkeypatch.setattr(_cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(_cuda, "_built", lambda op, arch: None)
+    monkeypatch.setattr(_cuda._device, "cuda_target", lambda device: "90a")
+    monkeypatch.setattr(_nvrtc, "missing", lambda: None)
+    monkeypatch.setattr(_nvrtc, "compiled", lambda op, arch: b"code")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    _cuda._refusal.cache_clear()
+    try:
+        assert _cuda._refusal("quantize", torch.device("cuda", 0)).startswith("quantize: CUDA driver error 222")
+    finally:
+        _cuda._refusal.cache_clear()
+
+
 def test_targets(monkeypatch):
     found = {}
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
@@ -122,10 +143,10 @@ class Stub:
     NVRTCError = type("NVRTCError", (RuntimeError,), {})
 
     def __init__(self, fails=False):
-        self.made, self.fails = [], fails
+        self.made, self.fails, self.version = [], fails, (13, 0)
 
     def getVersion(self):
-        return 13, 0
+        return self.version
 
     def createProgram(self, source, *rest):
         return source
@@ -170,6 +191,12 @@ def test_cache_by_source_and_architecture(stub, monkeypatch, tmp_path):
     assert all(path.suffix == ".cubin" for path in (tmp_path / "cache").iterdir())
 
 
+def test_a_compiler_that_does_not_know_families(stub):
+    """torch 2.10 comes with NVRTC 12.8: it is asked for the chip itself."""
+    made = {version: setattr(stub, "version", version) or _nvrtc.compiled("quantize", "120f") for version in ((12, 8), (12, 9))}
+    assert [code.split()[0] for code in made.values()] == [b"-arch=sm_120a", b"-arch=sm_120f"]
+
+
 def test_cache_of_many_at_once(stub, tmp_path):
     """Whoever comes first: everybody reads a whole file."""
     with ThreadPoolExecutor(8) as pool:
@@ -181,19 +208,54 @@ def test_cache_of_many_at_once(stub, tmp_path):
 def test_an_error_is_told_and_not_cached(stub, tmp_path):
     stub.fails = True
     with pytest.raises(
-        RuntimeError, match=r"csrc/matmul/cuda.cu: NVRTC failed for sm_80: x.h\(3\): error: no such thing"
+        RuntimeError, match=r"csrc/matmul/cuda.cu: NVRTC 13.0 failed for sm_80: x.h\(3\): error: no such thing"
     ):
         _nvrtc.compiled("matmul", "80")
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("op, arch", ALL)
-def test_nvrtc(op, arch):
+@pytest.fixture
+def nvrtc():
     if _nvrtc.missing():
         pytest.skip(_nvrtc.missing())
+
+
+@pytest.mark.parametrize("op, arch", [task for task in ALL if task != ("matmul", "90a")])
+def test_nvrtc(nvrtc, op, arch):
     # what nvcc assembles above, and what sm_100 shares with sm_103, is only translated: half of the time
     ptx = (op, arch) in CHOSEN or arch == "103a"
     assert _nvrtc.compile_source(op, arch, ptx=ptx).startswith(b"//" if ptx else b"\x7fELF")
+
+
+def test_sums_are_set_before_products_of_a_warpgroup(nvrtc):
+    """Or ptxas before 12.9 has each of them wait for the one before: C7515, of which later ones say nothing."""
+    ptx = _nvrtc.compile_source("matmul", "90a", ptx=True).decode()
+    for rows in (128, 256):
+        kernel = ptx[ptx.index(f".entry weight_only_tiles_{rows}") :]
+        before, behind = kernel[: kernel.index("\n}\n")].split("wgmma.fence", 1)
+        sums = set(re.findall(r"%f\d+", " ".join(re.findall(r"wgmma\.mma_async\S+ \{(.*?)\}", behind))))
+        assert len(sums) >= rows // 2 and sums <= set(re.findall(r"mov\.(?:f32|b32)\s+(%f\d+),", before)), rows
+
+
+@pytest.mark.parametrize(
+    "arch, told, has",
+    [
+        (1000, "ARCH_SPECIFIC__", {"TCGEN05", "CONVERTS_TO_E2M1"}),
+        (1000, "ARCH_FEAT_SM100_ALL", {"TCGEN05", "CONVERTS_TO_E2M1"}),  # NVRTC 12.8
+        (1000, "ARCH_FAMILY_SPECIFIC__", {"CONVERTS_TO_E2M1"}),
+        (1000, "ARCH__", set()),
+        (1200, "ARCH_FEAT_SM120_ALL", {"MULTIPLIES_E2M1", "CONVERTS_TO_E2M1"}),  # NVRTC 12.8
+        (1200, "ARCH_FAMILY_SPECIFIC__", {"MULTIPLIES_E2M1", "CONVERTS_TO_E2M1"}),
+    ],
+)
+def test_instructions_of_a_target(arch, told, has):
+    """By what compilers say of it, in their macros."""
+    headers = [f"--include=arch/{name}.cuh" for name in ("ptx_pairs", "ptx_sm100", "ptx_sm120")]
+    macros = ["-D__CUDACC__", f"-D__CUDA_{told}={arch}", f"-D__CUDA_ARCH__={arch}"]
+    command = ["c++", "-E", "-dM", "-xc++", "-std=c++17", f"-I{_nvrtc.CSRC}", *macros, *headers, "/dev/null"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of_targets = {"TCGEN05", "MULTIPLIES_E2M1", "CONVERTS_TO_E2M1"}
+    assert {name for name in of_targets if f"#define NVFP4_{name} \n" in found} == has
 
 
 def test_products_that_no_chip_has_proven_are_for_those_who_ask(monkeypatch):
