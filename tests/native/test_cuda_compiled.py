@@ -193,7 +193,10 @@ def test_cache_by_source_and_architecture(stub, monkeypatch, tmp_path):
 
 def test_a_compiler_that_does_not_know_families(stub):
     """torch 2.10 comes with NVRTC 12.8: it is asked for the chip itself."""
-    made = {version: setattr(stub, "version", version) or _nvrtc.compiled("quantize", "120f") for version in ((12, 8), (12, 9))}
+    made = {
+        version: setattr(stub, "version", version) or _nvrtc.compiled("quantize", "120f")
+        for version in ((12, 8), (12, 9))
+    }
     assert [code.split()[0] for code in made.values()] == [b"-arch=sm_120a", b"-arch=sm_120f"]
 
 
