@@ -151,9 +151,6 @@ class Engine:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}; allowed: at least 1")
         request = Request(prompt, sampling or Sampling(), max_new_tokens, frozenset(stop_ids))
-        if request.sampling.repetition_penalty != 1:
-            request.seen = torch.zeros(self.vocab, dtype=torch.bool, device=self.device)
-            request.seen[prompt] = True
         self.waiting.append(request)
         return request
 
@@ -180,6 +177,10 @@ class Engine:
         growing = [r for r in self.running if r.tokens]
         reading = [r for r in self.running if r.read < len(r.prompt)]
         try:
+            for request in reading:  # not in `add`, whose thread may have none of the device while a graph is recorded
+                if request.seen is None and request.sampling.repetition_penalty != 1:
+                    request.seen = torch.zeros(self.vocab, dtype=torch.bool, device=self.device)
+                    request.seen[request.prompt] = True
             events = self._read(reading) if reading else []
             if growing:
                 events += self._speculate(growing) if self.drafter else self._grow(growing)

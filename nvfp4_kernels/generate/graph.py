@@ -27,7 +27,8 @@ class CudaGraph:
                     run()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=memory):
+            # other threads may do as they please meanwhile: serve another GPU, or watch over NCCL
+            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
                 self._result = run()
 
     def replay(self) -> Tensor:

@@ -1,6 +1,9 @@
 """The decode step is what a CUDA graph can hold: shown by one that records a call's ops and calls them again on the same
 tensors, whatever the host does in between, against decoding without one."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,6 +177,16 @@ def test_why_there_is_no_graph_is_said(monkeypatch):
     with pytest.warns(UserWarning, match="decoding without a CUDA graph: called a synchronizing"):
         assert record(lambda: torch.ones(1)) is None
     assert graph.recorder(torch.device("cpu")) is None
+
+
+def test_other_threads_may_use_their_gpus_while_a_graph_is_recorded(monkeypatch):
+    """The default mode breaks a recording off, and their calls too, when one of them so much as allocates."""
+    cuda = mock.MagicMock()
+    cuda.graph = lambda made, pool, capture_error_mode="global": modes.append(capture_error_mode) or nullcontext()
+    modes = []
+    monkeypatch.setattr(graph.torch, "cuda", cuda)
+    assert graph.CudaGraph(lambda: 5, "a device", (0, 1)).replay() == 5
+    assert modes == ["thread_local"]
 
 
 @pytest.mark.parametrize("rows, served", [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (17, 24), (64, 64)])
