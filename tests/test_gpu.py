@@ -82,13 +82,25 @@ def test_packed_weights_times_any_number_of_rows(rows, out, cols):
     assert torch.equal(y, again) and torch.equal(added, (y + bias).bfloat16())
 
 
-def test_packed_weights_in_a_graph():
+@pytest.mark.parametrize("rows", [8, 200])
+def test_packed_weights_in_a_graph(rows):
+    """Of few rows k is split, twice in the graph: both splits count to the same place, and find it at zero each time."""
     packed = nk.PackedNVFP4Tensor.pack(nk.quantize(torch.randn(4096, 2048, device="cuda")))
-    a = torch.randn(200, 2048, device="cuda", dtype=torch.bfloat16)
-    graph, y = captured(lambda: nk.matmul(a, packed))
-    a.copy_(torch.randn_like(a))
-    graph.replay()
-    assert torch.equal(y, nk.matmul(a, packed))
+    a = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+    graph, outputs = captured(lambda: (nk.matmul(a, packed), nk.matmul(a, packed)))
+    for _ in range(2):
+        a.copy_(torch.randn_like(a))
+        graph.replay()
+        assert all(torch.equal(y, nk.matmul(a, packed)) for y in outputs)
+
+
+def test_packed_weights_in_a_graph_of_torch_compile():
+    """Which refuses memory that is kept when the call is over."""
+    packed = nk.PackedNVFP4Tensor.pack(nk.quantize(torch.randn(4096, 2048, device="cuda")))
+    a = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(lambda a: nk.matmul(a, packed), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        assert torch.equal(compiled(a), nk.matmul(a, packed))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 700, 2000])

@@ -16,7 +16,7 @@ struct WeightOnlyLaunch {
     void* out;                  // [tokens, rows]
     float* partial;  // of each split, in the order of its threads' accumulators; null for one split. sm90.cuh: two for a
                      // block, [token][row]
-    u32* arrived;    // [slots, tiles], zero before and after: splits that have left their sums. sm90.cuh: null
+    u32* arrived;    // [slots, tiles], zero before and after: splits that have left their sums (splits.cuh). sm90.cuh: null
     i64 tokens, rows;
     i64 cols;        // of x; zeros beyond
     i64 length;      // of a packed row, a multiple of 128

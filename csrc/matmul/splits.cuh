@@ -2,6 +2,14 @@
 #pragma once
 #include "arch/kernel.cuh"
 
+#if defined(__CUDACC__)
+// Counters at zero for launches that may run beside each other, which each takes a row: those of a stream, or of a stream in a
+// graph, one row (ops/matmul/_cuda.py). Here and not in a tensor, which would have to be cleared in every graph.
+extern "C" {
+__device__ unsigned nvfp4_counters[2048][512];
+}
+#endif
+
 namespace nvfp4 {
 
 // To be called by whole blocks, `count` of them, when they have stored their parts (store_for_others16): true for the one that

@@ -119,6 +119,27 @@ def _module(op: str, device: torch.device) -> ctypes.c_void_p:
 
 
 @functools.lru_cache
+def variable(op: str, name: str, device: torch.device) -> int:
+    """The address of a variable of the op's kernels."""
+    place, size = ctypes.c_void_p(), ctypes.c_size_t()
+    with torch.cuda.device(device):
+        _enter(device)
+        found = _driver().cuModuleGetGlobal_v2(
+            ctypes.byref(place), ctypes.byref(size), _module(op, device), name.encode()
+        )
+    _check(found, name)
+    return place.value
+
+
+def recording(stream: int) -> int:
+    """The number, of this process, of the recording of a graph that a stream takes part in."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    places = ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number)
+    _check(_driver().cuStreamGetCaptureInfo_v2(*places, None, None, None), "cuStreamGetCaptureInfo")
+    return number.value
+
+
+@functools.lru_cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
@@ -130,7 +151,9 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: CUDA driver error {status}: {(text.value or b'unknown').decode()}")
 
 
-def address(x: Tensor | None) -> int:
+def address(x: Tensor | int | None) -> int:
+    if isinstance(x, int):
+        return x
     return 0 if x is None else x.data_ptr()
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels as nvcc and NVRTC compile them, without a GPU: no warning, no spill, the instructions they are for."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,8 @@ import torch
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.ops import _cuda, _dispatch, _nvrtc
+from nvfp4_kernels.ops.matmul import _cuda as matmul
+from nvfp4_kernels.ops.matmul import _cuda_sm120 as matmul_sm120
 from nvfp4_kernels.ops.matmul import native as matmul_native
 
 ARCHS = ("80", "90a", "100a", "103a", "120f")
@@ -137,6 +141,61 @@ def test_what_the_driver_is_asked(monkeypatch):
     assert names[-1] == "cuGetErrorString"
 
 
+def test_counters_of_launches_that_may_run_beside_each_other(monkeypatch):
+    """A stream has a row of its own, and another in each graph; nothing is allocated, in a graph's memory or elsewhere, until
+    no row is left."""
+    device, now = torch.device("cuda", 0), SimpleNamespace(cuda_stream=0, graph=None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.graph is not None)
+    monkeypatch.setattr(_cuda, "recording", lambda stream: now.graph)
+    monkeypatch.setattr(_cuda, "variable", lambda op, name, device: 1 << 20)
+    monkeypatch.setattr(matmul, "_rows", {})
+    monkeypatch.setattr(matmul, "_next_row", itertools.count())
+    monkeypatch.setattr(torch, "zeros", lambda count, **options: torch.ones(count))
+    rows, each = matmul.COUNTERS
+    places = {}
+    for key in [(stream, graph) for graph in (None, 1, 2) for stream in (0, 7)] * 2:
+        now.cuda_stream, now.graph = key
+        assert places.setdefault(key, matmul.zeros(each, device)) == matmul.zeros(1, device)
+    assert sorted(places.values()) == [(1 << 20) + 4 * each * row for row in range(6)]
+    assert len(matmul.zeros(each + 1, device)) == each + 1
+    now.graph = 3
+    monkeypatch.setattr(matmul, "_next_row", itertools.count(rows - 1))
+    assert matmul.zeros(each, device) == (1 << 20) + 4 * each * (rows - 1)
+    now.graph = 4
+    assert len(matmul.zeros(each, device)) == each
+    most = max(*matmul.BLOCKS.values(), matmul_sm120.BLOCKS)
+    assert most // 2 <= each  # tiles that are shared out: two blocks each, at least
+
+
+def test_a_variable_and_a_recording(monkeypatch):
+    asked = []
+
+    class Driver:
+        def __getattr__(self, name):
+            def answer(*given):
+                asked.append((name, given))
+                if name == "cuModuleGetGlobal_v2":
+                    given[0]._obj.value = 4096
+                if name == "cuStreamGetCaptureInfo_v2":
+                    given[2]._obj.value = 9
+                return 0
+
+            return answer
+
+    monkeypatch.setattr(_cuda, "_driver", Driver)
+    monkeypatch.setattr(_cuda, "_module", lambda op, device: op)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    _cuda.variable.cache_clear()
+    assert _cuda.variable("matmul", "a name", torch.device("cuda", 1)) == 4096 and _cuda.recording(7) == 9
+    _cuda.variable.cache_clear()
+    name, given = asked[-2]
+    assert name == "cuModuleGetGlobal_v2" and given[2:] == ("matmul", b"a name")
+    name, given = asked[-1]
+    assert name == "cuStreamGetCaptureInfo_v2" and (given[0].value, given[3:]) == (7, (None, None, None))
+
+
 class Stub:
     """In NVRTC's place: compiles to the options and the source's length, and counts."""
 
@@ -233,6 +292,7 @@ def test_nvrtc(nvrtc, op, arch):
 def test_sums_are_set_before_products_of_a_warpgroup(nvrtc):
     """Or ptxas before 12.9 has each of them wait for the one before: C7515, of which later ones say nothing."""
     ptx = _nvrtc.compile_source("matmul", "90a", ptx=True).decode()
+    assert f".global .align 4 .b8 nvfp4_counters[{4 * prod(matmul.COUNTERS)}];" in ptx
     for rows in (128, 256):
         kernel = ptx[ptx.index(f".entry weight_only_tiles_{rows}") :]
         before, behind = kernel[: kernel.index("\n}\n")].split("wgmma.fence", 1)

@@ -1,5 +1,6 @@
 """mixer_scan: the recurrence written out in float64; the bits of its two ops; what it refuses; errors."""
 
+import ctypes
 import math
 
 import pytest
@@ -136,6 +137,23 @@ def refusal(capability=(9, 0), dtype=torch.bfloat16, padding=0, **sizes):
 def test_what_the_cuda_kernels_refuse(monkeypatch, change, reason):
     monkeypatch.setattr(_cuda._cuda, "_refusal", lambda op, device: None)
     assert refusal(**change) == reason
+
+
+def test_views_that_the_cuda_kernels_cannot_read_are_copied(monkeypatch):
+    """Bounds that do not follow one another, states that begin at an odd multiple of 4 bytes."""
+    given, found = inputs(1, 74, 8, 64, 1, 128, torch.bfloat16, sequences=4), []
+    states = torch.cat((torch.zeros(1), given["initial_state"].flatten()))[1:].view(given["initial_state"].shape)
+    assert states.data_ptr() % 8 == 4
+    bounds = torch.tensor(BOUNDS).repeat_interleave(2)[::2]
+
+    def launched(op, kernel, grid, threads, shared, parameters):
+        initial, cu_seqlens = _cuda.LAUNCH.unpack(parameters)[8:10]
+        found.extend((initial % 8, list((ctypes.c_int64 * 5).from_address(cu_seqlens))))
+
+    monkeypatch.setattr(_cuda._cuda, "_model", launched)
+    names = "xBC", "z", "dt", "conv_weight", "conv_bias", "A", "D", "dt_bias", "norm_weight", "conv_state"
+    _cuda.run(*(given[name] for name in names), states, bounds, 1, 0.0, math.inf, 1e-5, 64)
+    assert found == [0, BOUNDS]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Rows of bf16 times a packed weight: up to 64 through csrc/matmul/cuda.cu, here: which kernel, how k is split. More go to
 _cuda_sm90.py, or to _cuda_slabs.py, which serves all. Groups of rows, each with a weight of its own, in one launch."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,10 @@ ROWS, THREADS, STEP = 128, 128, 128
 BLOCKS = {8: 528, 16: 528, 32: 396, 64: 264}
 LEAST_STEPS = 4  # of a split: fewer are over before the ring is full
 
-# By device and stream, for launches that follow one another: zeros, which each launch leaves as it finds them.
-_counters: dict[tuple, Tensor] = {}
+COUNTERS = 2048, 512  # rows, and counters of each: csrc/matmul/splits.cuh
+# The rows that are taken: each by launches that follow one another, on a stream of a device, outside graphs or in one.
+_rows: dict[tuple, int] = {}
+_next_row = itertools.count()
 
 
 def refuses(a, b, bias: Tensor | None, out_dtype: torch.dtype, out: Tensor | None, accumulate: bool) -> str | None:
@@ -91,14 +95,15 @@ def _launch(a, w: Stack, bias, out, accumulate, most: int, count: int, groups: G
     return out
 
 
-def zeros(count: int, device: torch.device) -> Tensor:
-    """Counters for a launch that leaves them at zero."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():  # a graph may replay beside anything else
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        key = device, torch.cuda.current_stream().cuda_stream
-    if key not in _counters or _counters[key].numel() < count:
-        _counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return _counters[key]
+def zeros(count: int, device: torch.device) -> Tensor | int:
+    """Counters for a launch that leaves them at zero: their address, or a tensor where no row is left."""
+    rows, counters = COUNTERS
+    if device.type == "cuda" and count <= counters:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            graph = _cuda.recording(stream) if torch.cuda.is_current_stream_capturing() else None
+        key = device, stream, graph  # a graph may replay beside anything else
+        row = _rows[key] if key in _rows else _rows.setdefault(key, next(_next_row))
+        if row < rows:
+            return _cuda.variable("matmul", "nvfp4_counters", device) + 4 * counters * row
+    return torch.zeros(count, dtype=torch.int32, device=device)

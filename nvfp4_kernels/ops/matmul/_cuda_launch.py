@@ -44,7 +44,7 @@ def weight_only(
     accumulate: bool,
     splits: int,
     partial: Tensor | None,
-    counters: Tensor | None = None,
+    counters: Tensor | int | None = None,
     groups: Groups = ALL,
     relu2: bool = False,
 ) -> bytes:

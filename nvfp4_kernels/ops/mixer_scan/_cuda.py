@@ -78,7 +78,9 @@ def run(
     ]
     before = None if conv_state is None else conv_state.to(xBC.dtype).contiguous()
     initial = None if initial_state is None else initial_state.to(torch.float32).contiguous()
-    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+    if initial is not None and initial.data_ptr() % 8:  # the kernel reads 8 bytes at once
+        initial = initial.clone()
+    bounds = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     dt = dt if dt.stride(2) == 1 else dt.contiguous()
     y = torch.empty(batch, length, heads * HEAD_DIM, dtype=xBC.dtype, device=xBC.device)
     conv_last = torch.empty(sequences, channels, WIDTH - 1, dtype=xBC.dtype, device=xBC.device)
