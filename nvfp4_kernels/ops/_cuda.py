@@ -16,6 +16,8 @@ from nvfp4_kernels.ops import _device, _nvrtc
 
 BUILT = Path(__file__).parent.parent / "_cuda"  # <op>.fatbin and archs.txt, by CMakeLists.txt
 MOST_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CUDA_ERROR_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX_VERSION: of code for another chip, or of a newer compiler
+UNFIT = 200, 209, 222
 
 # Called in place of the driver, when set, with what `launch` is given: tests run the kernels in csrc/arch/host_model.h.
 _model: Callable | None = None
@@ -62,6 +64,8 @@ def _refusal(op: str, device: torch.device) -> str | None:
             _enter(device)
             _module(op, device)
     except RuntimeError as error:
+        if isinstance(error, DriverError) and error.status not in UNFIT:
+            raise  # no memory, say, or a graph is being recorded: at another time it may load
         return str(error)
     return None
 
@@ -144,11 +148,19 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _check(status: int, what: str) -> None:
-    if status:
+class DriverError(RuntimeError):
+    """What the driver says; status: its number for it."""
+
+    def __init__(self, what: str, status: int):
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{what}: CUDA driver error {status}: {(text.value or b'unknown').decode()}")
+        super().__init__(f"{what}: CUDA driver error {status}: {(text.value or b'unknown').decode()}")
+        self.status = status
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise DriverError(what, status)
 
 
 def address(x: Tensor | int | None) -> int:

@@ -86,10 +86,12 @@ def test_refusal_without_a_compiler(monkeypatch):
 
 
 def test_refusal_of_code_that_the_driver_does_not_load(monkeypatch):
-    """As of a compiler newer than the driver: the reason is the driver's, and another backend takes the call."""
+    """As of a compiler newer than the driver: the reason is the driver's, and another backend takes the call. What may be
+    otherwise the next time is an error and no reason."""
+    statuses = [900, 222, 0]
     driver = SimpleNamespace(
         cuCtxGetCurrent=lambda context: setattr(context._obj, "value", 1) or 0,
-        cuModuleLoadData=lambda module, code: 222,
+        cuModuleLoadData=lambda module, code: statuses.pop(0),
         cuGetErrorString=lambda status, text: 0,
     )
     monkeypatch.setattr(_cuda, "_driver", lambda: driver)
@@ -100,9 +102,13 @@ def test_refusal_of_code_that_the_driver_does_not_load(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     _cuda._refusal.cache_clear()
     try:
+        with pytest.raises(RuntimeError, match="quantize: CUDA driver error 900"):
+            _cuda._refusal("quantize", torch.device("cuda", 0))
         assert _cuda._refusal("quantize", torch.device("cuda", 0)).startswith("quantize: CUDA driver error 222")
+        assert _cuda._refusal("matmul", torch.device("cuda", 0)) is None and not statuses
     finally:
         _cuda._refusal.cache_clear()
+        _cuda._module.cache_clear()
 
 
 def test_targets(monkeypatch):
