@@ -9,6 +9,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.formats import e2m1, philox
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
+from nvfp4_kernels.ops.quantize import _cuda
 from tests.drawing import given, settings, st
 from tests.oracles import nvfp4_brute as brute
 
@@ -292,3 +293,10 @@ def test_a_given_amax_compiles():
     run = lambda x, amax: nk.quantize_pair(x, *VARIANTS["rht"], amax=amax)  # noqa: E731
     for made, plain in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(x, amax), run(x, amax), strict=True):
         assert torch.equal(made.codes, plain.codes) and torch.equal(made.global_scale, plain.global_scale)
+
+
+def test_a_stack_of_more_matrices_than_a_grid_has_is_refused(monkeypatch):
+    """The CUDA kernels' launch would fail; Triton takes the matrices one by one."""
+    monkeypatch.setattr(_cuda._cuda, "refuses_device", lambda op, x: None)
+    found = [_cuda.refuses(torch.empty(n, 1, 16, device="meta"), nk.QuantSpec("1x16"), None) for n in (65535, 65536)]
+    assert found == [None, "a stack of more than 65535 matrices"]

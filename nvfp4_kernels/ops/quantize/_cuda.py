@@ -13,6 +13,7 @@ from nvfp4_kernels.ops.quantize._forms import Groups, exchanged, put_amax, spare
 SIDE, THREADS = 64, 128  # csrc/quantize/tiles.cuh
 AMAX_THREADS, AMAX_BYTES = 256, 16384  # threads, and the piece of x that a block takes at once
 BLOCKS_PER_PROCESSOR = 8
+MOST_MATRICES = 65535  # the third axis of a grid
 
 FORM = struct.Struct("QQQqqiiii8I")  # csrc/quantize/launch.h
 HEAD, TAIL = struct.Struct("QqqqqQqQ"), struct.Struct("qqQQqQq")
@@ -35,6 +36,8 @@ KNOWN = {
 def refuses(x: Tensor, row: QuantSpec | None, col: QuantSpec | None) -> str | None:
     if len({spec.format for spec in (row, col) if spec is not None}) == 2:
         return "the CUDA kernels write both forms in the same format"
+    if x.dim() == 3 and len(x) > MOST_MATRICES:
+        return f"a stack of more than {MOST_MATRICES} matrices"
     return _cuda.refuses_device("quantize", x)
 
 
