@@ -232,7 +232,7 @@ def cache_scales(blocks: nn.ModuleList, device: torch.device) -> list[tuple[Tens
     def scale(projection: nn.Module, name: str) -> Tensor:
         given = getattr(projection, name, None)
         if given is None:
-            return torch.ones((), device=device)
+            return torch.ones((), dtype=torch.float32, device=device)
         return torch.where(given == 0, 1.0, given.detach().float()).reshape(())  # 0: of nothing but zeros
 
     return [

@@ -19,6 +19,7 @@ from nvfp4_kernels.nn.mamba2 import Mamba2, Mamba2State
 from nvfp4_kernels.nn.moe import MLP, Balance, Experts, MoE, Router
 from nvfp4_kernels.nn.mtp import MTP, ahead
 from nvfp4_kernels.nn.norm import RMSNorm
+from nvfp4_kernels.ops._check import integers, require
 from nvfp4_kernels.recipe import LinearRecipe, Recipe, get_recipe
 
 State = list[AttentionState | Mamba2State | None]
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
         self.layers = nn.ModuleList(block(config, letter) for letter in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
@@ -111,9 +112,11 @@ class HybridModel(nn.Module):
         lm: mean cross-entropy, nats a token. mtp: mtp_loss_scaling_factor times the mean of it over the depths. balance:
         router_aux_loss_coef times the sequence-wise auxiliary loss, summed over the layers.
         """
+        cu_seqlens = _boundaries(ids, cu_seqlens)
+        require(isinstance(labels, Tensor), "labels", type(labels).__name__, "an int64 tensor", TypeError)
+        require(labels.dtype == torch.int64, "labels", labels.dtype, "int64", TypeError)
         if labels.shape != ids.shape:
             raise ValueError(f"labels: got shape {list(labels.shape)}; allowed: {list(ids.shape)}, as ids")
-        cu_seqlens = _boundaries(ids, cu_seqlens)
         hidden, balances = self._hidden(ids, cu_seqlens)
         lm = self._cross_entropy(hidden, labels)
         mtp, more = self._mtp_loss(hidden, ids, labels, cu_seqlens)
@@ -261,10 +264,12 @@ def block(config: HybridConfig, letter: str) -> Block:
 
 def _boundaries(ids: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     """cu_seqlens, checked; None when documents are rows."""
+    require(isinstance(ids, Tensor), "ids", type(ids).__name__, "an int64 tensor [batch, length]", TypeError)
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; allowed: int64 [batch, length]")
     if cu_seqlens is None:
         return None
+    integers("cu_seqlens", cu_seqlens)
     batch, length = ids.shape
     rows = torch.arange(0, batch * length + 1, max(length, 1), device=cu_seqlens.device)
     ascending = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1 and bool((cu_seqlens.diff() > 0).all())

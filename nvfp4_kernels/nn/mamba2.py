@@ -58,11 +58,11 @@ class Mamba2(Deriving):
         self.split = (inner, conv, heads)
         self.in_proj = Linear(hidden, sum(self.split), bias)
         self.conv1d = nn.Conv1d(
-            conv, conv, conv_width, groups=conv, bias=conv_bias
+            conv, conv, conv_width, groups=conv, bias=conv_bias, dtype=torch.float32
         )  # holds the parameters, is never called
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(heads))
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
         self.norm = RMSNorm(inner, eps, inner // groups)
         self.out_proj = Linear(inner, hidden, bias)
         self._decoding = Derived(_decoding_weights)
@@ -72,7 +72,7 @@ class Mamba2(Deriving):
         width, device = self.conv1d.weight.shape[2], self.D.device
         return Mamba2State(
             torch.zeros(batch, self.split[1], width - 1, dtype=dtype, device=device),
-            torch.zeros(batch, self.heads, self.head_dim, self.state, device=device),
+            torch.zeros(batch, self.heads, self.head_dim, self.state, dtype=torch.float32, device=device),
         )
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, state: Mamba2State | None = None) -> Tensor:

@@ -47,8 +47,8 @@ class Router(nn.Module):
     ):
         super().__init__()
         self.options = (top_k, scale, n_group, topk_group, normalize)
-        self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden, dtype=torch.float32))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
         # slots since the last balance()
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
@@ -78,8 +78,8 @@ class Experts(Deriving):
 
     def __init__(self, num_experts: int, size: int, width: int):
         super().__init__()
-        self.up_proj = nn.Parameter(torch.empty(num_experts, width, size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, size, width))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, width, size, dtype=torch.float32))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, size, width, dtype=torch.float32))
         self.register_buffer("up_noise", new_noise(self.up_proj.device))
         self.register_buffer("down_noise", new_noise(self.up_proj.device))
         self.recipes: dict[str, LinearRecipe] = {"up_proj": HIGH, "down_proj": HIGH}

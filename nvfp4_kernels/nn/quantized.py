@@ -47,11 +47,12 @@ class QuantizedWeight(nn.Module):
         require(experts is None or not bias, "bias", "True for experts", "False: they have none")
         self.in_features, self.out_features, self.experts = in_features, out_features, experts
         lead = () if experts is None else (experts,)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32, device=device)) if bias else None
         forms = {name: (dtype, (*lead, *shape)) for name, (dtype, shape) in self._forms().items()}
         for name, (dtype, shape) in forms.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
-        self.register_buffer("input_scale", torch.zeros(lead, device=device) if input_scale else None)
+        scale = torch.zeros(lead, dtype=torch.float32, device=device) if input_scale else None
+        self.register_buffer("input_scale", scale)
 
     def forward(self, x: Tensor, groups: Routing | Tensor | None = None) -> Tensor:
         """x [..., in] W^T + b. For experts as autograd.weight_only.weight_only_experts."""

@@ -34,6 +34,11 @@ def refuses_float(x) -> str | None:
     return refuses_device(x)
 
 
+def empty(*shape, dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty in the memory that the module writes to, whatever torch.set_default_device says."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def check(status: int) -> None:
     """Raise what a status of the module means."""
     if status:

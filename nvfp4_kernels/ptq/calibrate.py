@@ -63,7 +63,7 @@ class Amaxes(dict):
         """Take in inputs [..., in] of a linear layer, or of one expert of `size`."""
         if name not in self:
             shape = () if expert is None else (size,)
-            self[name] = torch.zeros(shape, device=x.device)
+            self[name] = torch.zeros(shape, dtype=torch.float32, device=x.device)
             self.tokens[name] = torch.zeros(shape, dtype=torch.int64, device=x.device)
         at = ... if expert is None else expert
         largest = x.detach().abs().amax().float()

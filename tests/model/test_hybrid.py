@@ -284,12 +284,36 @@ def test_initial_weights_are_as_published():
     assert all((m.D == 1).all() and (m.norm.weight == 1).all() for m in heads)
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_nothing_depends_on_the_default_dtype(default, recipe):
+    ids, labels = ids_and_labels(length=9)
+
+    def results():
+        model = small(num_nextn_predict_layers=1)
+        model.set_recipe(recipe)
+        model.to("cpu").loss(ids, labels).total.backward()
+        states = [*model.parameters(), *gradients(model).values(), *model.buffers()]
+        return [*states, model.eval().generate(ids, 4), model(ids, state=model.new_state(2))]
+
+    want = results()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda m, ids: m(ids[0]), r"ids: got torch.int64 \[24\]"),
         (lambda m, ids: m(ids.float()), "ids: got torch.float32"),
         (lambda m, ids: m.loss(ids, ids[:, 1:]), r"labels: got shape \[2, 23\]; allowed: \[2, 24\]"),
+        (lambda m, ids: m(ids.tolist()), "ids: got list; allowed: an int64 tensor"),
+        (lambda m, ids: m.loss(ids, ids.int()), "labels: got torch.int32; allowed: int64"),
+        (lambda m, ids: m(ids, [0, 24, 48]), "cu_seqlens: got list; allowed: an int32 or int64 tensor"),
         (lambda m, ids: m(ids, torch.tensor([0, 30, 48])), "cu_seqlens: got .* with each multiple of 24"),
         (lambda m, ids: m(ids, torch.tensor([0, 24])), "cu_seqlens: got"),
         (lambda m, ids: m(ids, torch.tensor([0, 24, 24, 48])), "cu_seqlens: got"),
@@ -297,5 +321,5 @@ def test_initial_weights_are_as_published():
     ],
 )
 def test_errors_name_the_argument(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(small(), ids_and_labels()[0])

@@ -47,6 +47,21 @@ def test_second_derivatives_are_refused(backend, op):
         torch.autograd.grad(dx.square().sum() + x.sum(), x)
 
 
+def test_results_lie_where_the_operands_do_whatever_the_default_device():
+    x, weight, dt = torch.randn(1, 6, 8, requires_grad=True), torch.randn(5, 8), torch.zeros(1, 6, 2)
+    A, B = -torch.ones(2), torch.ones(1, 6, 1, 16)
+
+    def results():
+        scanned = selective_scan(x.unflatten(-1, (2, 4)), dt, A, B, B)
+        logits = router_logits(x[0], weight)
+        return scanned, logits, *torch.autograd.grad(scanned.sum() + logits.sum(), x)
+
+    want = results()
+    with torch.device("meta"):  # as torch.set_default_device
+        got = results()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 def experts(x):
     return expert_mlp(x, route(torch.ones(6, 4), None, 2), torch.ones(4, 8, 8), torch.ones(4, 8, 8))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import boundaries
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(x: Tensor, *rest) -> str | None:
@@ -16,8 +16,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     kept, inputs = _inputs(x, weight, bias, initial_state, cu_seqlens, silu)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = torch.empty(x.shape, dtype=x.dtype)
-    state = torch.empty(sequences, x.shape[2], weight.shape[1] - 1, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
+    state = empty(sequences, x.shape[2], weight.shape[1] - 1, dtype=x.dtype)
     _check(native.causal_conv1d(*inputs, y.data_ptr(), state.data_ptr(), torch.get_num_threads()), x, cu_seqlens)
     return y, state
 
@@ -35,9 +35,9 @@ def backward(
     """The gradients of x, weight, bias and initial_state."""
     kept, inputs = _inputs(x, weight, bias, initial_state, cu_seqlens, silu)
     dy, dstate = _rows(dy, cu_seqlens), None if dstate is None else dstate.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dtaps = torch.empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
-    dinitial = None if initial_state is None else torch.empty(initial_state.shape, dtype=torch.float32)
+    dx = empty(x.shape, dtype=x.dtype)
+    dtaps = empty(weight.shape[1] + 1, x.shape[2], dtype=torch.float32)
+    dinitial = None if initial_state is None else empty(initial_state.shape, dtype=torch.float32)
     status = native.causal_conv1d_backward(
         *inputs,
         (dy.data_ptr(), *dy.stride()[:2]),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_device
 
 
 def refuses(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, dtype: torch.dtype) -> str | None:
@@ -13,7 +13,7 @@ def refuses(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: in
 def run(codes: Tensor, scales: Tensor, global_scale: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
     """[rows, cols] in `dtype`. NVFP4: packed codes, E4M3 scales, fp32 global scale. MXFP8: E4M3 codes, E8M0 scales, None."""
     codes, scales = codes.contiguous(), scales.contiguous()
-    out = torch.empty(codes.shape[0], cols, dtype=dtype)
+    out = empty(codes.shape[0], cols, dtype=dtype)
     status = native.dequantize(
         codes.data_ptr(),
         scales.data_ptr(),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 from nvfp4_kernels.ops.expert_mlp import _cuda
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 
@@ -24,8 +24,8 @@ def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Ten
         return _cuda.run(x, weights, offsets, inverse, order, up, down)
     weights, up, down = weights.float().contiguous(), readable(up), readable(down)
     rows, width = inverse.numel(), up.values.shape[1]
-    token, hidden = torch.empty(rows, dtype=torch.int64), torch.empty(rows, width, dtype=x.dtype)
-    made, y = torch.empty(rows, x.shape[1], dtype=torch.float32), torch.empty(x.shape, dtype=x.dtype)
+    token, hidden = empty(rows, dtype=torch.int64), empty(rows, width, dtype=x.dtype)
+    made, y = empty(rows, x.shape[1], dtype=torch.float32), empty(x.shape, dtype=x.dtype)
     status = native.expert_mlp(
         (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()),
         *operand(up),

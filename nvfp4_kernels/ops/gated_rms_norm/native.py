@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(x: Tensor, z: Tensor | None, weight: Tensor, *options) -> str | None:
@@ -12,7 +12,7 @@ def refuses(x: Tensor, z: Tensor | None, weight: Tensor, *options) -> str | None
 
 def run(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool) -> Tensor:
     rows, gate, wide_weight = _rows(x), _rows(z), weight.float().contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
     status = native.gated_rms_norm(
         DTYPES[x.dtype],
         *rows.shape,
@@ -34,8 +34,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradients of x, z and weight."""
     rows, gate, dy_rows, wide_weight = _rows(x), _rows(z), _rows(dy), weight.float().contiguous()
-    dx, dz = torch.empty(x.shape, dtype=x.dtype), None if z is None else torch.empty(z.shape, dtype=z.dtype)
-    dweight = torch.empty(weight.shape, dtype=torch.float32)
+    dx, dz = empty(x.shape, dtype=x.dtype), None if z is None else empty(z.shape, dtype=z.dtype)
+    dweight = empty(weight.shape, dtype=torch.float32)
     status = native.gated_rms_norm_backward(
         DTYPES[x.dtype],
         *rows.shape,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Columns, Stack
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops._native import DTYPES, FP8, MXFP8, NVFP4, check, native, refuses_device, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, FP8, MXFP8, NVFP4, check, empty, native, refuses_device, refuses_float
 from nvfp4_kernels.ops.grouped_matmul import _cuda
 
 
@@ -37,7 +37,7 @@ def run(
     left, (right, stride) = operand(a)[0], operand(b)
     groups, count = offsets.numel() - 1, len(a.values) if rows is None else len(rows)
     shape = (groups, len(a.values), len(b.values)) if sums else (count, b.rows)
-    y = torch.empty(shape, dtype=out_dtype)
+    y = empty(shape, dtype=out_dtype)
     starts = tuple(x.starts.data_ptr() if isinstance(x, Columns) else 0 for x in (a, b))
     threads = torch.get_num_threads()
     status = native.grouped_matmul(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.ops._native import empty
 from nvfp4_kernels.ops.grouped_matmul import native as grouped_matmul
 
 
@@ -21,8 +22,8 @@ def run(
     amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    squared = torch.empty(len(a.values) if rows is None else len(rows), b.rows, dtype=out_dtype)
-    weights, most = _wide(weights), torch.zeros(3, len(offsets) - 1) if amax else None
+    squared = empty(len(a.values) if rows is None else len(rows), b.rows, dtype=out_dtype)
+    weights, most = _wide(weights), _zeros(offsets) if amax else None
     h = grouped_matmul.run(a, b, offsets, out_dtype, rows, (None, squared, weights, None, most, signs))
     return h, squared, most
 
@@ -40,9 +41,13 @@ def backward(
     """The gradients of h and weights, and what else is asked for."""
     h, weights = h.contiguous(), _wide(weights)
     dweights, squared = None if weights is None else torch.empty_like(weights), torch.empty_like(h) if again else None
-    most = torch.zeros(3, len(offsets) - 1) if amax else None
+    most = _zeros(offsets) if amax else None
     dh = grouped_matmul.run(a, b, offsets, h.dtype, None, (h, squared, weights, dweights, most, signs))
     return dh, dweights, squared, most
+
+
+def _zeros(offsets: Tensor) -> Tensor:
+    return offsets.new_zeros(3, len(offsets) - 1, dtype=torch.float32)
 
 
 def _wide(weights: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_device
 
 
 def refuses(x: Tensor, signs: int) -> str | None:
@@ -13,7 +13,7 @@ def refuses(x: Tensor, signs: int) -> str | None:
 def run(x: Tensor, signs: int) -> Tensor:
     """x [rows, cols] to bf16 [rows, ceil16(cols)]; signs: 16-bit mask, bit i set = sign i negative."""
     rows, cols = x.shape
-    out = torch.empty(rows, (cols + 15) // 16 * 16, dtype=torch.bfloat16)
+    out = empty(rows, (cols + 15) // 16 * 16, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
     check(native.hadamard(x.data_ptr(), DTYPES[x.dtype], rows, cols, *x.stride(), signs, out.data_ptr(), threads))
     return out

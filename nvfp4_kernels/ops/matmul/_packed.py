@@ -25,7 +25,7 @@ def packed_parts(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Ten
         return None
     cols = 2 * codes.shape[-1]
     zeros = (torch.zeros_like(part.flatten(0, -2)[:SLAB]) for part in (codes, scales))
-    slab = NVFP4Tensor(*zeros, torch.ones((), device=codes.device), (SLAB, cols))
+    slab = NVFP4Tensor(*zeros, torch.ones((), dtype=torch.float32, device=codes.device), (SLAB, cols))
     row = torch.empty(1, cols, dtype=dtype, device=codes.device)
     native = implementation("matmul", "native")
     first = candidates("matmul", (row, slab))[0]

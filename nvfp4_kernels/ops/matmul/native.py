@@ -7,7 +7,7 @@ from torch import Tensor
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops import _cuda, _device, _dispatch
-from nvfp4_kernels.ops._native import DTYPES, MXFP8, NVFP4, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, MXFP8, NVFP4, check, empty, native, refuses_device
 from nvfp4_kernels.ops.matmul import _cuda as packed
 from nvfp4_kernels.ops.matmul import _cuda_sm100, _cuda_sm120
 
@@ -57,11 +57,11 @@ def run(
 ) -> Tensor:
     """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
     if _on_gpu(a, b):
-        out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
+        out = empty(a.shape[0], b.shape[0], dtype=out_dtype) if out is None else out
         return _cuda_kernels(a, b).run(a, b, bias, out, accumulate)
     left, right = _operand(a), _operand(b)  # they hold the tensors alive
     if out is None:
-        out = torch.empty(left[0][4], right[0][4], dtype=out_dtype)
+        out = empty(left[0][4], right[0][4], dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
     status = native.matmul(
         left[0],

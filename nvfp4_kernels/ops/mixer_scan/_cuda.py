@@ -84,7 +84,7 @@ def run(
     dt = dt if dt.stride(2) == 1 else dt.contiguous()
     y = torch.empty(batch, length, heads * HEAD_DIM, dtype=xBC.dtype, device=xBC.device)
     conv_last = torch.empty(sequences, channels, WIDTH - 1, dtype=xBC.dtype, device=xBC.device)
-    last = torch.empty(sequences, heads, HEAD_DIM, STATE, device=xBC.device)
+    last = torch.empty(sequences, heads, HEAD_DIM, STATE, dtype=torch.float32, device=xBC.device)
     parameters = LAUNCH.pack(
         b"".join(TOKENS_LAUNCH.pack(t.data_ptr(), t.stride(1)) for t in (xBC, z, dt)),
         *(address(t) for t in (*weights, before, initial, bounds, y, conv_last, last)),

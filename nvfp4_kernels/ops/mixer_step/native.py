@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(projected: Tensor, windows: Tensor, states: Tensor, *rest) -> str | None:
@@ -18,7 +18,7 @@ def run(
     weights = [conv_weight.t(), conv_bias, A, D, dt_bias, norm_weight]
     weights = [None if t is None else t.to(torch.float32).contiguous() for t in weights]
     indices = None if indices is None else indices.to(torch.int64).contiguous()
-    y = torch.empty(batch, tokens, heads * head_dim, dtype=projected.dtype)
+    y = empty(batch, tokens, heads * head_dim, dtype=projected.dtype)
     status = native.mixer_step(
         (DTYPES[projected.dtype], batch, tokens, heads, groups, head_dim, state, slots, width, DTYPES[states.dtype]),
         projected.data_ptr(),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 
 
@@ -31,7 +31,7 @@ def call(x: Tensor, block: tuple, choice: tuple) -> Tensor:
     """block: as `operands` gives it. choice: (top_k, scale, n_group, topk_group, normalize)."""
     x = x if x.stride(1) == 1 else x.contiguous()
     top_k, scale, *groups, normalize = choice
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
     status = native.moe_step(
         (DTYPES[x.dtype], x.data_ptr(), 0, 0, *x.shape, *x.stride()),
         *block[0],

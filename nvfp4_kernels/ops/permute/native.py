@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import require
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(x: Tensor) -> str | None:
@@ -13,14 +13,14 @@ def refuses(x: Tensor) -> str | None:
 
 def run(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows = torch.empty(inverse.numel(), x.shape[1], dtype=x.dtype)
+    rows = empty(inverse.numel(), x.shape[1], dtype=x.dtype)
     sizes, routing, _kept = _places(rows, order, inverse, None)
     _check(native.permute(sizes, routing, x.data_ptr(), x.stride(0), rows.data_ptr(), torch.get_num_threads()))
     return rows
 
 
 def combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -> Tensor:
-    y, out = y.contiguous(), torch.empty(inverse.shape[0], y.shape[1], dtype=y.dtype)
+    y, out = y.contiguous(), empty(inverse.shape[0], y.shape[1], dtype=y.dtype)
     sizes, routing, _kept = _places(y, order, inverse, weights)
     _check(native.unpermute(sizes, routing, y.data_ptr(), out.data_ptr(), torch.get_num_threads()))
     return out
@@ -29,7 +29,7 @@ def combine(y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor | None) -
 def combine_backward(dout: Tensor, y: Tensor, order: Tensor, inverse: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of y and weights."""
     dout, y = dout.contiguous(), y.contiguous()
-    dy, dweights = torch.empty(y.shape, dtype=y.dtype), torch.empty(weights.shape, dtype=torch.float32)
+    dy, dweights = empty(y.shape, dtype=y.dtype), empty(weights.shape, dtype=torch.float32)
     sizes, routing, _kept = _places(y, order, inverse, weights)
     places = [t.data_ptr() for t in (y, dout, dy, dweights)]
     _check(native.unpermute_backward(sizes, routing, *places, torch.get_num_threads()))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(x: Tensor, weights: Tensor | None) -> str | None:
@@ -14,7 +14,7 @@ def refuses(x: Tensor, weights: Tensor | None) -> str | None:
 
 def run(x: Tensor, weights: Tensor | None) -> Tensor:
     x, weights = x.contiguous(), None if weights is None else weights.float().contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
     check(native.relu2(_sizes(x), x.data_ptr(), _address(weights), y.data_ptr(), torch.get_num_threads()))
     return y
 
@@ -23,8 +23,8 @@ def backward(dy: Tensor, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
     """The gradients of x and weights."""
     x, dy = x.contiguous(), dy.contiguous()
     wide = None if weights is None else weights.float().contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dweights = None if weights is None else torch.empty(weights.shape, dtype=torch.float32)
+    dx = empty(x.shape, dtype=x.dtype)
+    dweights = None if weights is None else empty(weights.shape, dtype=torch.float32)
     places = [t.data_ptr() for t in (dy, dx)]
     check(
         native.relu2_backward(

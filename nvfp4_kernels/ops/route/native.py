@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import check, native, refuses_float
+from nvfp4_kernels.ops._native import check, empty, native, refuses_float
 
 
 def refuses(logits: Tensor, bias: Tensor | None, *options) -> str | None:
@@ -16,8 +16,8 @@ def run(
     tokens, experts = logits.shape
     wide, shift = _inputs(logits, bias)
     shapes = (tokens, top_k), (experts + 1,), (tokens, top_k), (tokens * top_k,)
-    indices, offsets, inverse, order = (torch.empty(shape, dtype=torch.int64) for shape in shapes)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32)
+    indices, offsets, inverse, order = (empty(shape, dtype=torch.int64) for shape in shapes)
+    weights = empty(tokens, top_k, dtype=torch.float32)
     made = indices, weights, offsets, inverse, order
     sizes, addresses = (tokens, experts, top_k, n_group, topk_group), tuple(x.data_ptr() for x in made)
     status = native.route(wide.data_ptr(), _address(shift), sizes, scale, normalize, addresses, torch.get_num_threads())
@@ -37,7 +37,7 @@ def backward(
 ) -> Tensor:
     """The gradient of the logits; the choice is made again."""
     wide, shift = _inputs(logits, bias)
-    dweights, dlogits = dweights.contiguous(), torch.empty(logits.shape, dtype=torch.float32)
+    dweights, dlogits = dweights.contiguous(), empty(logits.shape, dtype=torch.float32)
     sizes, addresses = (*logits.shape, top_k, n_group, topk_group), (dweights.data_ptr(), dlogits.data_ptr())
     status = native.route_backward(
         wide.data_ptr(), _address(shift), sizes, scale, normalize, *addresses, torch.get_num_threads()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_float
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 
 
 def refuses(x: Tensor, weight: Tensor) -> str | None:
@@ -12,7 +12,7 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
 
 def run(x: Tensor, weight: Tensor) -> Tensor:
     kept, given = _given(x, weight)
-    logits = torch.empty(x.shape[0], weight.shape[0])
+    logits = empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     check(native.router_logits(*given, logits.data_ptr(), torch.get_num_threads()))
     return logits
 
@@ -21,7 +21,7 @@ def backward(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     """The gradients of x and weight."""
     kept, given = _given(x, weight)
     dlogits = dlogits.contiguous()
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape)
+    dx, dweight = empty(x.shape, dtype=x.dtype), empty(weight.shape, dtype=torch.float32)
     places = dlogits.data_ptr(), dx.data_ptr(), dweight.data_ptr()
     check(native.router_logits_backward(*given, *places, torch.get_num_threads()))
     return dx, dweight.to(weight.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._check import boundaries
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_device
 
 
 def refuses(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, *options) -> str | None:
@@ -34,10 +34,10 @@ def backward(
     given, held = _given(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, low, high, chunk_size)
     dy, dstate = _rows(dy.to(x.dtype), cu_seqlens), _floats(dstate)
     heads, head_dim = x.shape[2:]
-    narrow = [torch.empty(t.shape, dtype=t.dtype) for t in (x, dt, B, C)]
-    dA, dbias = torch.empty(heads), torch.empty(heads)
-    dD = None if D is None else torch.empty(heads, head_dim)
-    dinitial = None if initial_state is None else torch.empty(initial_state.shape)
+    narrow = [empty(t.shape, dtype=t.dtype) for t in (x, dt, B, C)]
+    dA, dbias = empty(heads, dtype=torch.float32), empty(heads, dtype=torch.float32)
+    dD = None if D is None else empty(heads, head_dim, dtype=torch.float32)
+    dinitial = None if initial_state is None else empty(initial_state.shape, dtype=torch.float32)
     made = [_address(t) for t in (*narrow, dA, dD, dbias, dinitial)]
     check(native.selective_scan_backward(*given, _view(dy), _address(dstate), tuple(made), torch.get_num_threads()))
     dx, ddt, dB, dC = narrow
@@ -64,10 +64,11 @@ def _given(x, dt, A, B, C, D, dt_bias, initial_state, cu_seqlens, dt_softplus, l
 def _sequences(cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor:
     """int64 [sequences, 4]: row, first token in it, tokens, place; the longest come first."""
     if cu_seqlens is None:
-        return torch.tensor([(row, 0, length, row) for row in range(batch)], dtype=torch.int64).view(-1, 4)
+        found = [(row, 0, length, row) for row in range(batch)]
+        return torch.tensor(found, dtype=torch.int64, device="cpu").view(-1, 4)
     bounds = boundaries(cu_seqlens, batch * length)
     found = [(0, start, end - start, i) for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]
-    return torch.tensor(sorted(found, key=lambda s: -s[2]), dtype=torch.int64)
+    return torch.tensor(sorted(found, key=lambda s: -s[2]), dtype=torch.int64, device="cpu")
 
 
 def _rows(t: Tensor, cu_seqlens: Tensor | None) -> Tensor:

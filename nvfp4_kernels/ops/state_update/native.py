@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops import _cuda
-from nvfp4_kernels.ops._native import DTYPES, check, native, refuses_device
+from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_device
 from nvfp4_kernels.ops.state_update import _cuda as cuda
 
 NONE = (0, 0, 0, 0, 0)  # the view of a tensor that was not given
@@ -29,7 +29,7 @@ def run(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_s
     indices, noise = (None if t is None else t.to(torch.int64).contiguous() for t in (indices, noise))
     if _cuda.takes(x):
         return cuda.run(state, x, dt, A, B, C, D, z, dt_bias, indices, intermediate, noise, dt_softplus, low, high)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, dtype=x.dtype)
     status = native.state_update(
         (batch, tokens, heads, groups, head_dim, B.shape[3], state.shape[0], DTYPES[state.dtype]),
         (state.data_ptr(), state.stride(0), 0, *state.stride()[1:3]),
