@@ -50,7 +50,7 @@ def save(
     texts: Mapping[str, str] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes snapshot `step` below `folder`, then drops all but the newest `keep`.
+    """Writes snapshot `step` below `folder`, then drops all but the newest `keep` and this one.
 
     tensors: file name without its ending -> named tensors; state: anything JSON holds; texts: further small files.
     Raises SnapshotError, with the earlier snapshots untouched and nothing half-written left, when the disk is full.
@@ -79,7 +79,8 @@ def save(
             raise SnapshotError(_explain(error, folder, tensors)) from error
         raise
     for path in _found(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != final:  # those of later steps, which a resumed run was begun without, may be damaged
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 

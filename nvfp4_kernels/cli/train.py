@@ -48,7 +48,7 @@ FLAGS = {
     "warmup": ("optimization", float, "steps", "of linear warm-up; below 1: as a share of all steps", "100"),
     "decay": ("optimization", float, "steps", "of decay at the end; below 1: as a share of all steps", "0.2"),
     "decay_shape": ("optimization", ("minus-sqrt", "linear"), "shape", "of the decay", "linear"),
-    "weight_decay": ("optimization", float, "rate", "of AdamW, for the weights of GEMMs only", "0.01"),
+    "weight_decay": ("optimization", float, "rate", "of AdamW, for the weights of GEMMs and convolutions only", "0.01"),
     "clip": ("optimization", float, "norm", "the gradient is clipped to; inf for none", "0.5"),
     "seed": ("run", int, "number", "of weights, data order and noise", "1"),
     "threads": ("run", int, "threads", "of the CPU; 0: as many as torch takes", "2"),

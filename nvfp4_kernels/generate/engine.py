@@ -88,6 +88,7 @@ class Engine:
     model does not reach it. Raises ValueError or TypeError naming the argument.
     """
 
+    @torch.inference_mode(False)  # what is kept here is written to in either mode later, and so it is below
     def __init__(
         self,
         model,
@@ -103,6 +104,7 @@ class Engine:
         for name, value, least in (
             ("slots", slots, 1), ("prefill_chunk", prefill_chunk, 1), ("speculative", speculative, 0),
         ):  # fmt: skip
+            require(isinstance(value, Integral), name, repr(value), "an int", TypeError)
             if value < least:
                 raise ValueError(f"{name}: got {value}; allowed: at least {least}")
         if state_dtype not in STATE_DTYPES:
@@ -128,6 +130,7 @@ class Engine:
         self._free = list(range(slots))
         self._shaper: tuple[tuple, Shaper] | None = None
 
+    @torch.inference_mode(False)
     def add(
         self,
         prompt: Sequence[int],
@@ -163,6 +166,7 @@ class Engine:
         """Of the drafts so far; None without speculative decoding."""
         return self.drafter and self.drafter.acceptance
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Reads a chunk of the prompts that are there, and grows every sequence whose prompt has been read.

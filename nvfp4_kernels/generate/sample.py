@@ -17,6 +17,7 @@ from nvfp4_kernels.formats.philox import WORD, philox4x32
 # The four words of a position's draw. A plain token takes TOKEN; speculative decoding draws a draft, asks whether it is
 # accepted, and draws what comes in its place.
 TOKEN, DRAFT, ACCEPT, INSTEAD = range(4)
+_LEAST, _MOST = 1e-30, 1e30  # what fp32 divides and multiplies logits by without NaN
 _BLOCK = 128  # positions whose draws are made together: Philox in torch costs 0.5 ms a call, whether of 1 or of 1000
 
 
@@ -107,8 +108,19 @@ class Form(NamedTuple):
 
 def numbers(samplings: Sequence[Sampling]) -> list[list[float]]:
     """A row for each, as Shaper takes them: greedy, temperature, top_k, top_p, min_p, repetition_penalty."""
+
+    def held(x: float) -> float:
+        return min(max(x, _LEAST), _MOST)
+
     return [
-        [s.greedy, s.temperature or 1.0, min(s.top_k or WORD, WORD), s.top_p, s.min_p, s.repetition_penalty]
+        [
+            s.greedy,
+            held(s.temperature or 1.0),
+            min(s.top_k or WORD, WORD),
+            held(s.top_p),
+            s.min_p,
+            held(s.repetition_penalty),
+        ]
         for s in samplings
     ]
 

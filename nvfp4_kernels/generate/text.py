@@ -33,7 +33,7 @@ class Detokenizer:
         held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MOST)
         piece = text[self._given : len(text) - held]
         self._given += len(piece)
-        if not held:
+        if piece and not held:  # tokens without text, special ones, are no piece that others can begin behind
             self._ids = self._ids[self._whole :]
             self._whole, self._given = len(self._ids), len(self._text())
         return piece

@@ -61,7 +61,8 @@ def serving(model: nn.Module) -> nn.Module:
     """A copy of a HybridModel in evaluation mode, to decode with; it shares whatever needs no other form.
 
     Linear layers and experts: where the recipe quantizes nothing, weights of the activations' dtype; where it does, the
-    quantized weights that training multiplies with, NVFP4 kept in four bits, MXFP8 decoded to the activations' dtype;
+    quantized weights that training multiplies with, NVFP4 kept in four bits, MXFP8, and experts whose rows are no whole
+    blocks, decoded to the activations' dtype;
     matrices of NVFP4 packed where the CUDA kernels read them in place, those of the model itself too, which hold their
     weights as the copy does and not a second time (NVFP4Weight.pack; what the model says and saves is the same);
     activations stay in theirs (quantizing them, as training does, takes a scale from the whole batch: what a sequence says
@@ -107,7 +108,8 @@ def _experts(module: Experts, dtype: torch.dtype) -> nn.Module:
         stacks.append(
             _matrices(quantize_experts(weight, recipe, noise)[0], weight.shape) if recipe.quantized else weight
         )
-    if all(_kept(stack[0]) for stack in stacks):
+    whole = all(weight.shape[2] % NVFP4Weight.BLOCK == 0 for weight in (module.up_proj, module.down_proj))
+    if whole and all(_kept(stack[0]) for stack in stacks):
         made = QuantizedExperts(*map(NVFP4Weight.from_tensors, stacks))
         made.pack(dtype)
         return made

@@ -1,4 +1,4 @@
-"""AdamW on fp32 master weights; what is no matrix of a GEMM does not decay.
+"""AdamW on fp32 master weights, of which those of GEMMs and convolutions decay.
 
 Betas .9/.95, eps 1e-8, weight decay .1 as the Nemotron 3 reports. Norms, biases, A_log, D and dt_bias have their own
 scale or none, and an embedding row that a batch does not touch would only shrink: none of them decays.
@@ -42,6 +42,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """On the parameters' devices, where a fused kernel reads the number of steps too."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for full, value in tensors.items():
@@ -49,4 +50,5 @@ def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tenso
         if name not in parameters:
             raise ValueError(f"checkpoint: it knows a parameter {name}, this model does not; do: use the run's config")
         p = parameters[name]
-        optimizer.state[p][key] = value.clone() if key == "step" else placed(value, p).to(p.device, copy=True)
+        value = value if key == "step" else placed(value, p)
+        optimizer.state[p][key] = value.to(p.device, copy=True)

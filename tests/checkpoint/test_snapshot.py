@@ -56,6 +56,15 @@ def test_keeps_the_newest_and_removes_what_a_kill_left(tmp_path):
     assert snapshot.newest(tmp_path)[0].state == {"again": 1}
 
 
+def test_what_was_just_written_stays_below_a_damaged_later_one(tmp_path):
+    damaged = snapshot.save(tmp_path, 20, TENSORS, {})
+    truncate(damaged / "model.safetensors")
+    for step in (11, 12):
+        snapshot.save(tmp_path, step, TENSORS, {}, keep=1)
+        assert snapshot.newest(tmp_path)[0].step == step
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_no_snapshot(tmp_path):
     assert snapshot.newest(tmp_path / "nothing") == (None, [])
     with pytest.raises(snapshot.SnapshotError, match="does not exist; do: "):

@@ -211,7 +211,32 @@ def test_served_weights_are_those_that_training_multiplies_with(build, recipe):
     assert made.lm_head.weight.data_ptr() == made.backbone.embeddings.weight.data_ptr()
 
 
+def test_experts_of_odd_widths_are_served_decoded(build):
+    model = build("E", hidden_size=40, moe_intermediate_size=24)
+    model.set_recipe(get_recipe("nvfp4").default)
+    served, ids = serving(model), torch.randint(0, 40, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(served(ids), decoded(model)(ids), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("inside", ["Engine", "add", "step"])
+def test_inference_mode_may_come_and_go(build, inside):
+    model, prompt = build("ME*"), [1] * 510  # keys are to move within the steps
+    want = model.generate(torch.tensor([prompt]), 6)[0, 510:].tolist()
+    penalized = Sampling(repetition_penalty=1.1)  # marks what it has seen
+    with torch.inference_mode(inside == "Engine"):
+        engine = Engine(model)
+    with torch.inference_mode(inside == "add"):
+        requests = [engine.add(prompt, s, 6) for s in (None, penalized)]
+    while engine.busy:
+        with torch.inference_mode(inside == "step"):
+            engine.step()
+        inside = None if inside == "step" and len(requests[0].tokens) == 4 else inside
+    assert requests[0].tokens == want and len(requests[1].tokens) == 6
+
+
 @pytest.mark.parametrize("call, message", [
+    (lambda m: Engine(m, slots="8"), "slots: got '8'; allowed: an int"),
     (lambda m: Engine(m, slots=0), "slots: got 0"), (lambda m: Engine(m, prefill_chunk=0), "prefill_chunk: got 0"),
     (lambda m: Engine(m, state_dtype="fp8"), "state_dtype: got 'fp8'; allowed: fp32, bf16, fp16"),
     (lambda m: Engine(m, stochastic=True), "stochastic: got True for fp32"),

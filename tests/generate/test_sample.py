@@ -98,4 +98,13 @@ def test_top_k_takes_the_first_of_equals_whatever_the_neighbours_take():
 
 def test_a_temperature_next_to_nothing_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert Shaper.of([Sampling(1e-39)]).probabilities(logits).tolist() == [[0, 1, 0]]
+    for least in (1e-39, 1e-60):
+        assert Shaper.of([Sampling(least)]).probabilities(logits).tolist() == [[0, 1, 0]]
+        assert Shaper.of([Sampling(1.0, top_p=least)]).probabilities(logits).tolist() == [[0, 1, 0]]
+
+
+def test_a_penalty_beyond_fp32_is_a_number():
+    logits, seen = torch.tensor([[0.0, 3.0, -2.0, 1.0]]), torch.tensor([[True, True, True, False]])
+    for penalty, likeliest in ((1e50, 3), (1e-50, 1)):
+        p = Shaper.of([Sampling(1.0, repetition_penalty=penalty)]).probabilities(logits, seen)
+        assert p.argmax() == likeliest and float(p.sum()) == pytest.approx(1.0)

@@ -74,16 +74,17 @@ def test_what_is_no_utf8_becomes_replacements_and_holds_nothing_up():
 
 
 def test_a_decoder_that_minds_the_first_token():
-    """SentencePiece drops the leading space of the first token; the pieces keep those of all others."""
+    """SentencePiece drops the leading space of the first token that has a text; the pieces keep those of all others."""
 
     class Words:
         bytewise = False
 
         def decode(self, ids):
-            return "".join(f" w{i}" for i in ids).removeprefix(" ").encode()
+            return "".join(f" w{i}" for i in ids if i).removeprefix(" ").encode()
 
     pieces = pieces_of(Words(), [1, 2, 3], iter([1, 1, 1]))
     assert pieces == ["w1", " w2", " w3", ""]
+    assert pieces_of(Words(), [0, 1, 0, 0, 2, 3], iter([1] * 6)) == ["", "w1", "", "", " w2", " w3", ""]
 
 
 @pytest.mark.parametrize("stops, parts, want, stopped", [

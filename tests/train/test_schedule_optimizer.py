@@ -84,6 +84,14 @@ def test_state_survives_by_name():
         load_state_tensors(second, two, {"exp_avg.other": torch.zeros(1)})
 
 
+def test_the_number_of_steps_lies_where_the_parameter_does():
+    """On a GPU a fused kernel reads it there; a snapshot is read on the host."""
+    model = nn.Linear(4, 4, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_state_tensors(model, optimizer, {"step.weight": torch.tensor(3.0), "exp_avg.weight": torch.zeros(4, 4)})
+    assert {part.device.type for part in optimizer.state[model.weight].values()} == {"meta"}
+
+
 def test_an_unknown_shape_of_decay_is_refused():
     with pytest.raises(ValueError, match="decay_shape: got 'cosine'; allowed: minus-sqrt, linear"):
         Settings(decay_shape="cosine")
