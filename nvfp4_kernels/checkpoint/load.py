@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nvfp4_kernels.checkpoint import names
 from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems, Want
-from nvfp4_kernels.checkpoint.source import Entry
+from nvfp4_kernels.checkpoint.source import CheckpointError, Entry
 from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.nn.linear import new_noise
 from nvfp4_kernels.nn.quantized import QuantizedExperts, QuantizedWeight
@@ -43,14 +43,19 @@ class Files:
 
     def read(self, piece: Piece) -> dict[str, Tensor]:
         """The parts, as views of the file where the checkpoint does not hold the reciprocal. Block scales of -0 are 0."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         needed = {entry.shard for entry, _ in piece.parts.values()}
         self._open = {shard: handle for shard, handle in self._open.items() if shard in needed}
         values = {}
         for part, (entry, reciprocal) in piece.parts.items():
             if entry.shard not in self._open:
-                self._open[entry.shard] = safe_open(entry.shard, "pt", device="cpu")
+                try:
+                    self._open[entry.shard] = safe_open(entry.shard, "pt", device="cpu")
+                except SafetensorError as error:  # of shapes, say, that do not fit the places of their bytes
+                    raise CheckpointError(
+                        f"checkpoint: {entry.shard} is no safetensors file ({error}); do: copy it anew"
+                    ) from error
             value = self._open[entry.shard].get_tensor(entry.name)
             if part.endswith("_scale") and value.dtype == torch.float8_e4m3fn:
                 value = e4m3.with_unsigned_zeros(value)

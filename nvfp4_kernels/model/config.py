@@ -142,6 +142,7 @@ class HybridConfig:
         for name, allowed in _FIXED.items():
             if name in values and values[name] not in allowed:
                 raise ValueError(f"{name}: got {values[name]!r}; allowed: {', '.join(map(repr, allowed))}")
+        values.pop("quantization_config", None)  # of the tensors beside the file, not of the model
         layers = values.get("num_hidden_layers")
         for pattern, *lists in (
             ("hybrid_override_pattern", "layers_block_type", "layer_types"),
@@ -242,6 +243,9 @@ def _check(config: HybridConfig) -> None:
             )
         if f.type == "bool" or f.type is bool:
             demand(isinstance(value, bool), f.name, "true, false")
+        if f.type == "float" or f.type is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            demand(number and 0 <= value < math.inf, f.name, "a number >= 0")
     demand(config.torch_dtype in _DTYPES, "torch_dtype", ", ".join(_DTYPES))
     demand(2 <= config.conv_kernel <= 4, "conv_kernel", "2, 3, 4")
     demand(config.num_nextn_predict_layers <= 1, "num_nextn_predict_layers", "0, 1 (one block serves every depth)")

@@ -116,7 +116,7 @@ class Run:
         torch.set_num_threads(settings.threads)
         self.recipe, self.out = recipe or get_recipe(settings.recipe), Path(settings.out)
         found, damaged = snapshot.newest(self.out / "checkpoints")
-        config = HybridConfig.load(found.path) if found and settings.from_ else build_config(settings)
+        config = HybridConfig.load(found.path) if found else build_config(settings)  # whatever became of --config since
         check_folder(self.out, resume, found, damaged)
         self.tokenizer = load_tokenizer(settings.tokenizer, config.vocab_size, config.eos_token_id)
         self.corpus = corpus or load_data(settings, config, self.tokenizer)

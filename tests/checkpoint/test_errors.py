@@ -122,6 +122,8 @@ def test_files_that_are_missing_cut_or_no_safetensors(tmp_path, parts):
     assert "cut short or grown" in refusal(tmp_path / "a")
     shard.write_bytes(whole[:8] + b"[" + whole[9:])
     assert "its header is damaged" in refusal(tmp_path / "a")
+    shard.write_bytes(whole.replace(b"F32", b"F64", 1))
+    assert "00002-of-00003" in refusal(tmp_path / "a") and "is no safetensors file" in refusal(tmp_path / "a")
     shard.unlink()
     assert "lacks 1 of the 3 shards that its index names: model-00002" in refusal(tmp_path / "a")
     shard.write_bytes(whole)

@@ -86,6 +86,12 @@ def test_unknown_fields_are_kept_aside():
     assert json.loads(json.dumps(config.to_dict())) == json.loads(json.dumps(given))
 
 
+def test_what_is_said_of_quantized_tensors_is_not_the_models():
+    """A model built by the config of a quantized checkpoint has none, nor has a checkpoint of it."""
+    config = HybridConfig.from_dict(preset("tiny").to_dict() | {"quantization_config": {"quant_method": "modelopt"}})
+    assert config == preset("tiny").replace(extra=config.extra) and "quantization_config" not in config.to_dict()
+
+
 def test_names_of_transformers_are_read():
     config = HybridConfig.from_dict(
         {
@@ -125,6 +131,9 @@ def test_transformers_reads_what_we_write():
         (dict(model_type="llama"), "model_type: got 'llama'"),
         (dict(hidden_size=-1), "hidden_size: got -1; allowed: an integer >= 1"),
         (dict(hidden_size="256"), "hidden_size: got '256'"),
+        (dict(layer_norm_epsilon="1e-5"), "layer_norm_epsilon: got '1e-5'; allowed: a number >= 0"),
+        (dict(routed_scaling_factor=None), "routed_scaling_factor: got None; allowed: a number"),
+        (dict(initializer_range=math.nan), "initializer_range: got nan"),
         (dict(num_key_value_heads=3), "num_key_value_heads: got 3; allowed: a divisor"),
         (dict(n_groups=3), "n_groups: got 3; allowed: a divisor"),
         (dict(num_experts_per_tok=9), "num_experts_per_tok: got 9; allowed: at most"),

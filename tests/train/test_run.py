@@ -207,6 +207,15 @@ def test_bad_step_is_logged_and_the_run_goes_on(settings, monkeypatch, capsys):
     json.loads((Path(settings.out) / "metrics.jsonl").read_text().splitlines()[2], parse_constant=pytest.fail)
 
 
+def test_a_resumed_run_keeps_its_model_whatever_becomes_of_the_config(settings):
+    few = settings.replace(validation=0.0, health_every=0)
+    runs.train(few.replace(steps=2), quiet=True)
+    CONFIG.replace(routed_scaling_factor=7.0).save(settings.config)
+    assert runs.train(few.replace(steps=3), resume=True, quiet=True).model.config == CONFIG
+    Path(settings.config).unlink()
+    assert runs.train(few.replace(steps=4), resume=True, quiet=True).steps == 4
+
+
 def test_other_data_at_a_resume_is_refused(settings):
     runs.train(settings.replace(steps=5), quiet=True)
     (Path(settings.data) / "0.txt").write_text("document 0: " + "the quick brown fox jumps over the lazy cat. " * 5)
