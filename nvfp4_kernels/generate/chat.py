@@ -63,22 +63,33 @@ def render(template: str, messages: list[dict], **variables) -> str:
     """A chat template as transformers renders it: sandboxed, blocks trimmed, with the prompt for the answer at its end."""
     try:
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ImportError("chat: a chat template needs a package; do: pip install jinja2") from error
 
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %}, by which trainers find the answers: here what is between them."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
     def refuse(message: str):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.globals["raise_exception"] = refuse
     try:
         variables |= dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         return environment.from_string(template).render(**variables)
-    except TemplateError as error:
+    except Exception as error:  # a template is code, and may raise any
         raise ValueError(f"chat: the chat template refuses ({' '.join(str(error).split())})") from error
 
 

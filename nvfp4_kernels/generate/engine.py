@@ -241,7 +241,7 @@ class Engine:
         for (request, part), states in zip(parts, hidden, strict=True):
             request.read += len(part)
             if request.read == len(request.prompt):
-                request.hidden = states[-1:]
+                request.hidden = states[-1:].clone()  # a view would hold those of all that was read
                 whole.append(request)
         return self._draw(whole, self.model.lm_head(torch.cat([r.hidden for r in whole]))) if whole else []
 

@@ -36,9 +36,14 @@ class Amaxes(dict):
         """amax / (6 * 448) for nvfp4, amax / 448 for fp8; None for formats without. What saw nothing but zeros gets 1.
 
         An expert without tokens has the largest amax of its stack: a scale too large loses little, one too small clips.
+        Raises ValueError for a layer that the text never reached.
         """
         if form not in DIVISOR:
             return None
+        allowed = (
+            "windows of 2 tokens at least: multi-token prediction looks one ahead (do: a longer text, or --length)"
+        )
+        require(name in self, "calibrate", f"no input of {name}", allowed)
         amax, tokens = self[name], self.tokens[name]
         amax = torch.where(tokens > 0, amax, amax.max())
         return torch.where(amax > 0, amax / DIVISOR[form], 1.0)

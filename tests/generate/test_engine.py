@@ -133,6 +133,13 @@ def test_cancelled_sequences_free_their_slots(build, greedy):
     assert third.tokens == greedy(model, [3], 6)
 
 
+def test_of_a_prompt_the_last_state_alone_is_kept(build):
+    engine = Engine(build("M"), slots=1)
+    request = engine.add([1, 2, 3, 4], max_new_tokens=2)
+    engine.step()
+    assert request.hidden.untyped_storage().nbytes() == request.hidden.nbytes
+
+
 def test_those_that_grow_go_on_while_a_long_prompt_is_read(build):
     engine = Engine(build(), slots=2, prefill_chunk=4)
     short = engine.add([1], None, 40)

@@ -136,6 +136,10 @@ def test_chat_templates_are_rendered_as_transformers_does(folder):
         tokenizer.chat([{"role": "system", "content": "x"}])
     with pytest.raises(ValueError, match="chat: the chat template refuses"):
         render("{{ messages.__class__.__mro__ }}", messages)  # the sandbox
+    with pytest.raises(ValueError, match=r"chat: the chat template refuses \(can only concatenate str"):
+        render("{{ 'a' + 1 }}", messages)
+    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}."
+    assert render(marked, messages) == theirs.apply_chat_template(messages, chat_template=marked, tokenize=False)
 
 
 def test_where_templates_lie(folder, tmp_path):

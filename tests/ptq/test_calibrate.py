@@ -38,6 +38,12 @@ def kept_inputs(model, ids, length):
     return tuple({name: torch.cat(parts).detach() for name, parts in found.items()} for found in (inputs, outputs))
 
 
+def test_a_layer_that_no_token_reached_is_named(make_model, ids):
+    amaxes, name = calibrate(make_model("M", num_nextn_predict_layers=1), ids[:5], 1), "mtp.layers.0.mixer.q_proj"
+    with pytest.raises(ValueError, match=f"calibrate: got no input of {name}; allowed: windows of 2 tokens at least"):
+        amaxes.input_scale(name, "fp8")
+
+
 def test_amaxes_are_those_of_all_tokens(make_model, ids):
     model = make_model("MEM*-E")
     amaxes = calibrate(model, ids, 16)
