@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """folder: of the config. companions: of the tokenizer and the like, None where there are none. quantization: of
+    """folder: of the config. companions: of the tokenizer and the like, absolute, None where there are none. quantization: of
     `read_quantization`, None where nothing is said of it."""
 
     folder: Path
@@ -85,7 +85,7 @@ def open_source(path: str | Path) -> Source:
                 )
             entries[name] = entry
     there = any(path.is_file() for pattern in COMPANIONS for path in companions.glob(pattern))
-    return Source(folder, companions if there else None, config, entries, quantization)
+    return Source(folder, companions.absolute() if there else None, config, entries, quantization)
 
 
 def find_shards(folder: Path) -> list[Path]:

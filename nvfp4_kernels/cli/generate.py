@@ -88,8 +88,7 @@ def load_source(folder: Path) -> Source:
         def chat(message: str) -> list[int]:
             return tokenizer.chat([{"role": "user", "content": message}])
 
-        stop_ids = [*end_ids(model.config), *generation_ends(folder)]
-        return Source(model, tokenizer, tokenizer.encode, chat, stop_ids, str(folder))
+        return Source(model, tokenizer, tokenizer.encode, chat, end_ids(model), str(folder))
 
     def refuse(message: str) -> list[int]:
         raise ValueError(f"chat: {folder} is a run of nvfp4 train, which knows no chats; do: leave out --chat")
@@ -98,15 +97,6 @@ def load_source(folder: Path) -> Source:
     return Source(
         model, tokenizer, lambda text: tokenizer.encode(text.encode()).tolist(), refuse, stop_ids, f"{folder}, step {step}"
     )  # fmt: skip
-
-
-def generation_ends(folder: Path) -> list[int]:
-    """The further end-of-text tokens that a generation_config.json names, such as the end of an answer."""
-    from nvfp4_kernels.checkpoint.source import read_json
-
-    path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def sample_text(model, tokenizer, prompt: str, tokens: int) -> str:

@@ -8,6 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.checkpoint.source import read_json
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.generate.text import Detokenizer, StopStrings
@@ -33,7 +34,8 @@ def generate(
 
     ids: int64 [batch, length]. attention_mask: [batch, length], zeros on the left of shorter prompts; a row is continued as if
     its prompt stood alone. temperature 0 is greedy; the other numbers are those of Sampling. seed: one for all rows, or one for
-    each. stop_ids: tokens that end a row, which is then filled up with config.pad_token_id; None: config.eos_token_id.
+    each. stop_ids: tokens that end a row, which is then filled up with config.pad_token_id; None: config.eos_token_id, and
+    those of the generation_config.json in the folder that the model was read from.
     speculative: draft with the MTP block, as many tokens a step as it was trained for (True), or so many.
     engine: further arguments of Engine; slots is the batch where it is not given.
     For more than one call, an Engine of one's own prepares the weights once.
@@ -48,7 +50,7 @@ def generate(
     seeds = [seed] * batch if isinstance(seed, Integral) else list(seed)
     if len(seeds) != batch:
         raise ValueError(f"seed: got {len(seeds)} numbers; allowed: one, or {batch}, one for each row of ids")
-    stop_ids = end_ids(model.config) if stop_ids is None else stop_ids
+    stop_ids = end_ids(model) if stop_ids is None else stop_ids
     prompts = ids.tolist() if attention_mask is None else _without_padding(ids, attention_mask)
     served = Engine(model, **({"slots": max(batch, 1), "speculative": depth_of(model, speculative)} | engine))
     requests = [
@@ -133,10 +135,11 @@ def stream(
         engine.cancel(request)
 
 
-def end_ids(config) -> list[int]:
-    """The tokens that end a text, by the model's config."""
-    ids = config.eos_token_id
-    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+def end_ids(model) -> list[int]:
+    """The tokens that end a text, by the model's config, or an answer, by a generation_config.json beside its tokenizer."""
+    path = model.source and model.source / "generation_config.json"
+    named = [model.config.eos_token_id, read_json(path).get("eos_token_id") if path and path.is_file() else None]
+    return [i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
 
 
 def depth_of(model, speculative: bool | int) -> int:

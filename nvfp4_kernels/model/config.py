@@ -116,14 +116,6 @@ class HybridConfig:
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
-    def mamba_conv_size(self) -> int:
-        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
-
-    @property
-    def expert_input_size(self) -> int:
-        return self.moe_latent_size or self.hidden_size
-
-    @property
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.torch_dtype]
 

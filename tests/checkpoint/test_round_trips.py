@@ -285,13 +285,15 @@ def test_layout_must_suit_the_model(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_companions_travel(tmp_path):
+def test_companions_travel(tmp_path, monkeypatch):
     model = model_of()
     files = {"tokenizer": {"a": 1}, "generation_config": {"eos_token_id": [2, 11]}, "special_tokens_map": {}}
     write(tmp_path / "a", model.config.to_dict(), published(model), **files)
     (tmp_path / "a/chat_template.jinja").write_text("{{ x }}")
     (tmp_path / "a/notes.txt").write_text("not ours")
-    again = nk.HybridModel.from_pretrained(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    again = nk.HybridModel.from_pretrained("a")
+    monkeypatch.chdir("/")
     again.save_pretrained(tmp_path / "b")
     for name in (*(f"{name}.json" for name in files), "chat_template.jinja"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()

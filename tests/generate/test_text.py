@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import nvfp4_kernels as nk
 from nvfp4_kernels.generate.chat import FolderTokenizer, render
 from nvfp4_kernels.generate.engine import Engine
 from nvfp4_kernels.generate.loop import Pace, stream
@@ -199,6 +200,8 @@ def test_the_command_reads_a_hugging_face_folder(folder, build, capsys, tmp_path
     first = int(model.generate(torch.tensor([FolderTokenizer(tmp_path).encode("plain")]), 1)[0, -1])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, first]}))
     assert text("--temperature", "0", "--quiet").out == "\n"
+    read, ids = nk.HybridModel.from_pretrained(tmp_path), torch.tensor([FolderTokenizer(tmp_path).encode("plain")])
+    assert torch.equal(read.generate(ids, 12), ids) and read.generate(ids, 2, stop_ids=[]).shape[1] == ids.shape[1] + 2
 
 
 def test_streams_of_one_engine_take_turns(build):
