@@ -63,11 +63,12 @@ class Problems:
 @dataclass
 class Fit:
     """wants: every tensor of the model as the checkpoint stores it, by module and part. layers: the matrices that it stores
-    quantized, by module, on the meta device."""
+    quantized, by module, on the meta device. double: whether activations are fp64, which alone fp64 matrices multiply."""
 
     wants: dict[tuple[str, str], Want]
     layers: dict[str, QuantizedWeight]
     problems: Problems
+    double: bool
 
 
 def fit(model: nn.Module, entries: dict[str, Entry], folder: Path) -> Fit:
@@ -100,7 +101,7 @@ def fit(model: nn.Module, entries: dict[str, Entry], folder: Path) -> Fit:
         for expert in want.missing():
             problems.add("missing", names.tensor_name(names.Place(module, part, expert), "published"))
     problems.check()
-    return Fit(wants, layers, problems)
+    return Fit(wants, layers, problems, model.config.dtype == torch.float64)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[tuple[str, str], Tensor]]:

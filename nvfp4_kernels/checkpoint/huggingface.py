@@ -32,8 +32,8 @@ def from_pretrained(
     beside its config.json, and what `nvfp4 train` writes (of a run its newest whole snapshot). Safetensors only: nothing
     is unpickled.
 
-    dtype: of the matrices; None: as stored, dequantized ones fp32. Vectors, convolutions and routers are fp32 always.
-        Activations have config.torch_dtype.
+    dtype: of the matrices; None: as stored, but fp32 of dequantized ones, and of fp64 unless activations are. Vectors,
+        convolutions and routers are fp32 always. Activations have config.torch_dtype.
     device: where the tensors go, one by one; None: torch's default. The host holds at most one shard besides.
     recipe: as for HybridModel; it says nothing about matrices that are kept quantized.
     quantized: "keep" leaves quantized matrices as they are, modules of nn.quantized that pass gradients on and are not

@@ -99,7 +99,7 @@ class Filling:
         where = piece.module, piece.part
         if where not in self.filled:
             want = self.fit.wants[where]
-            kept = self.dtype or (torch.float32 if layer is not None else _stored(piece))
+            kept = self.dtype or (torch.float32 if layer is not None else _stored(piece, self.fit.double))
             shape = want.shape if layer is None else (layer.out_features, layer.in_features)
             shape = shape if want.experts is None else (want.experts, *shape)
             dtype = _held(*where, shape, kept, value.dtype)
@@ -146,7 +146,7 @@ class Reader:
         """A tensor, or those of the experts of a stack, one after the other."""
         want = self._fit.wants[module, part]
         pieces = [Piece(module, part, expert, {part: found}) for expert, found in _by_expert(want)]
-        kept = _stored(min(pieces, key=_position))
+        kept = _stored(min(pieces, key=_position), self._fit.double)
         for piece in pieces:
             value = self._files.read(piece)[part]
             shape = want.shape if want.experts is None else (want.experts, *want.shape)
@@ -185,8 +185,9 @@ def _position(piece: Piece) -> tuple[str, int]:
     return entry.shard, entry.start
 
 
-def _stored(piece: Piece) -> torch.dtype:
-    return _READ[piece.parts[piece.part][0].dtype]
+def _stored(piece: Piece, double: bool) -> torch.dtype:
+    dtype = _READ[piece.parts[piece.part][0].dtype]
+    return torch.float32 if dtype == torch.float64 and not double else dtype
 
 
 def _held(module: str, part: str, shape: tuple[int, ...], dtype: torch.dtype, read: torch.dtype) -> torch.dtype:

@@ -79,7 +79,7 @@ def save(
             raise SnapshotError(_explain(error, folder, tensors)) from error
         raise
     for path in _found(folder)[keep:]:
-        if path != final:  # those of later steps, which a resumed run was begun without, may be damaged
+        if path != final:  # later ones may be damaged, and the run have been resumed without them
             shutil.rmtree(path, ignore_errors=True)
     return final
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -236,7 +237,7 @@ def _check(config: HybridConfig) -> None:
         if f.type == "bool" or f.type is bool:
             demand(isinstance(value, bool), f.name, "true, false")
         if f.type == "float" or f.type is float:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             demand(number and 0 <= value < math.inf, f.name, "a number >= 0")
     demand(config.torch_dtype in _DTYPES, "torch_dtype", ", ".join(_DTYPES))
     demand(2 <= config.conv_kernel <= 4, "conv_kernel", "2, 3, 4")

@@ -54,6 +54,15 @@ def test_own_round_trip(case, layout, tmp_path):
     assert (tmp_path / "c/config.json").read_bytes() == (tmp_path / "a/config.json").read_bytes()
 
 
+def test_fp64_is_kept_where_it_can_be_multiplied(tmp_path):
+    tensors = {name: t.double() for name, t in published(model_of()).items()}
+    for name in ("float64", "bfloat16"):
+        write(tmp_path / name, model_of(torch_dtype=name).config.to_dict(), tensors)
+        model = nk.HybridModel.from_pretrained(tmp_path / name)
+        assert model.lm_head.weight.dtype == (torch.float64 if name == "float64" else torch.float32)
+        assert model(torch.arange(6)[None]).isfinite().all()
+
+
 def test_names_are_the_published_ones(tmp_path):
     model = model_of(**CASES["mtp-latent"])
     model.save_pretrained(tmp_path / "a")
