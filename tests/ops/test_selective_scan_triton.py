@@ -181,6 +181,22 @@ def test_small_steps_keep_their_relative_accuracy():
     torch.testing.assert_close(y.view_as(dt).double(), expected, rtol=3e-6, atol=0)
 
 
+def test_gradients_of_early_tokens_beside_large_later_ones():
+    """In one block, in fp32: pairs of the later tokens are 1e4 times as large as any that a decay of the early ones parts."""
+    arguments = inputs(length=64, heads=1, without=("initial_state", "dt_bias"))
+    arguments["B"][:, :32, :, 8:], arguments["B"][:, 32:, :, :8] = 0, 0
+    arguments["B"][:, 32:] *= 1e4
+    given = arguments | {"dt": arguments["dt"].requires_grad_()}
+    exact = {n: t.detach().double().cpu() for n, t in arguments.items()}
+    exact["dt"].requires_grad_()
+    dy = torch.randn(1, 64, 1, 16)
+    with nk.backend("triton"):
+        selective_scan(**given).backward(dy.to(DEVICE))
+    oracle(**exact)[0].backward(dy.double())
+    got, want = given["dt"].grad.double().cpu()[:, :32], exact["dt"].grad[:, :32]
+    assert (got - want).norm() < 2e-5 * want.norm()
+
+
 def test_strong_decay(passes):
     """|A| dt summed over a block is far above 88 here, where an exponential taken before its mask overflows. Hardly anything is
     left for the gradient of A, a sum of differences."""

@@ -18,7 +18,9 @@ what the state keeps need, would take three more products and a sixth of the byt
 
 The gradient of A step at token k sums all that decays through k: pairs i >= k > j, what tokens i >= k read from the state and
 tokens j < k give to it, and what it keeps. Each token gets the sums of its row and its column, without the diagonal, which
-would cancel, and the state's terms. Never y dy - step dstep, which loses what is small beside the diagonal.
+would cancel, and the state's terms. Never y dy - step dstep, which loses what is small beside the diagonal. In fp32 it gets
+its pairs i >= k > j themselves, in the place of its row and column: there pairs of tokens behind k cancel and leave 2^-24 of
+their size, which may be far above what crosses k. 16-bit operands, rounded at 2^-9 or 2^-12, have less to lose.
 """
 
 import torch
@@ -37,7 +39,8 @@ from nvfp4_kernels.ops.selective_scan._triton_plan import (
 from nvfp4_kernels.ops.selective_scan._triton_states import advance, block_states
 
 MOST = 16  # heads of a program: 8 or 16 are a group in Nemotron models; fewer, larger groups are shared among programs
-# of sums for a token, before those of each slice: the diagonal and its column, its row without its column, what it gives
+# of sums for a token, before those of each slice: the diagonal and its column; its row without its column or, in fp32, the
+# pairs that its decay parts; what it gives
 PLANES = 3
 
 
@@ -76,7 +79,11 @@ def inputs_part(
         pairs = tl.where(q[:, None] < q[None, :], pairs, 0.0)
         column = tl.sum(pairs, 1)
         tl.store(sums, diagonal + column, inside)
-        tl.store(sums + tokens, tl.sum(pairs, 0) - column, inside)
+        if PRECISION == "ieee":
+            tl.store(sums + tokens, tl.sum(pairs, 0) - column, inside)
+        else:
+            parted = tl.where(q[:, None] < q[None, :], tl.cumsum(pairs, 1, reverse=True), 0.0)
+            tl.store(sums + tokens, tl.sum(parted, 0), inside)
         mixed = mixed.to(dy.dtype)
         at = (head * HEAD_DIM + skipped + p[:, None]) * STATE + n[None, :]
         dstate = tl.load(dstates_ptr + at, (p < cols)[:, None] & (n < STATE)[None, :], 0.0)

@@ -74,7 +74,7 @@ def gradients_kernel(
     sums_ptr, dt_ptr, A_ptr, bias_ptr, ddt_ptr, partial_ptr, table_ptr, firsts_ptr, dt_row, dt_token, dt_head, segments,
     length, tokens, heads, low, high,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENT: tl.constexpr,
-    PACKED: tl.constexpr, PIECES: tl.constexpr, SUMS: tl.constexpr,
+    PACKED: tl.constexpr, PIECES: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ddt, and this block's share of dA and ddt_bias, from the sums that the backward pass left for each token."""
     _, row, start, left, _, _ = locate_block(
@@ -93,6 +93,7 @@ def gradients_kernel(
 
     later = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for a token's own decay and those before it
     given = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for the decays after it
+    parted = tl.zeros([HEADS, BLOCK], tl.float32)  # counts for its own decay alone
     dstep = tl.zeros([HEADS, BLOCK], tl.float32)
     for piece in range(PIECES):  # unrolled, its loads would all be held in registers at once
         # _triton_backward's PLANES, then those of slices: what a token reads from the state, and a block keeps of it
@@ -100,10 +101,15 @@ def gradients_kernel(
         gives = tl.load(sums + 2 * tokens, inside, 0.0)
         given += gives
         dstep += tl.load(sums, inside, 0.0) + gives
-        later += tl.load(sums + tokens, inside, 0.0)
+        if PRECISION == "ieee":
+            later += tl.load(sums + tokens, inside, 0.0)
+        else:
+            parted += tl.load(sums + tokens, inside, 0.0)
         for part in range(3, SUMS):
             later += tl.load(sums + part * tokens, inside, 0.0)
     drate = tl.cumsum(later, 1, reverse=True) + (tl.cumsum(given, 1) - given)
+    if PRECISION != "ieee":
+        drate += parted
     # a step of 0 has no slope: it is clamped, or so far down the softplus that this has none
     dstep = dstep / tl.maximum(step, 1e-37) + A * drate
     ddt = tl.where((step > low) & (step < high), dstep, dstep * 0.0)
@@ -150,6 +156,7 @@ def gradients(call: Call, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         **constants,
         PIECES=call.pieces,
         SUMS=sums.shape[1],
+        PRECISION=call.constants["PRECISION"],
         num_warps=8,  # with 4 its tiles would not fit the registers
     )
     dA, dbias = partial.sum(0)
