@@ -57,7 +57,7 @@ def run(
 ) -> Tensor:
     """y [M, N] = (g_a g_b) * sum_k decode(a)[m, k] decode(b)[n, k] + bias, fp32 until one rounding at the end."""
     if _on_gpu(a, b):
-        out = empty(a.shape[0], b.shape[0], dtype=out_dtype) if out is None else out
+        out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device) if out is None else out
         return _cuda_kernels(a, b).run(a, b, bias, out, accumulate)
     left, right = _operand(a), _operand(b)  # they hold the tensors alive
     if out is None:
