@@ -116,6 +116,18 @@ def test_capability_tests_live_in_one_file():
             assert not capability.search(path.read_text()), path.relative_to(ROOT)
 
 
+def test_new_tensors_name_their_device():
+    """In ops and autograd: torch's default device is the user's affair, and what a kernel writes lies where its inputs do."""
+    makers = {"empty", "empty_strided", "zeros", "ones", "full", "arange", "tensor"}
+    for path in SOURCES:
+        if path.relative_to(PACKAGE).parts[0] in ("ops", "autograd"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+                if name.startswith("torch.") and name.removeprefix("torch.") in makers:
+                    given = {k.arg for k in call.keywords}  # None: of **
+                    assert given & {"device", None}, f"{path.relative_to(ROOT)}:{call.lineno}"
+
+
 def test_inline_ptx_lives_in_one_place():
     """csrc/arch/ptx.cuh, and beside it a file for the instructions that an architecture alone has."""
     for path in CSRC:
