@@ -11,6 +11,7 @@ RUN := $(VENV)/bin/python
 BUILT := build/.built
 READY := $(VENV)/.installed $(BUILT)
 MAKEFLAGS += --jobs=2 # the module compiles while pip installs the rest
+unexport PYTHONDONTWRITEBYTECODE # pip compiles none; each module once, as it is first imported
 
 .PHONY: demo test bench gpu lint build cuda sanitize clean
 .DELETE_ON_ERROR:
@@ -48,7 +49,6 @@ $(VENV)/.lint: | $(VENV)/bin/python
 	$(RUN) -m pip install -q ruff
 	touch $@
 
-# pip compiles no bytecode: Python does, of the few modules that it imports
 $(VENV)/.tools: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install -q --no-compile setuptools wheel pybind11 ninja cmake
 	touch $@
