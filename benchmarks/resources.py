@@ -37,6 +37,8 @@ ARCHS = (80, 90, 100, 103, 120)
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CHOSEN: list[tuple] = []  # the cases to compile; functions, which no pipe takes
+# What is compiled for every architecture even so: a product on the tensor cores of each.
+EVERYWHERE = "matmul", "nvfp4 x nvfp4 8192x4096x4096"
 # Tensor-core products by generation, and the PTX that becomes them.
 PRODUCTS = {
     "HMMA": r"mma\.sync\.(?!.*block_scale)", "HGMMA": r"wgmma\.mma_async", "UTCHMMA": r"tcgen05\.mma.*kind::(f16|tf32)",
@@ -121,8 +123,8 @@ def case_rows(index: int, arch: int, kernels: set[str], disassembled: bool) -> l
 
 
 def tasks(archs, few: bool = False) -> list[tuple[int, int, set[str]]]:
-    """(index of one of CHOSEN, architecture, names of kernels). few: each case for one architecture, in turns, and what is
-    missing then of its op's kernels for one."""
+    """(index of one of CHOSEN, architecture, names of kernels). few: each case for one architecture, in turns, or, of
+    EVERYWHERE, for all; and what is missing then of an op's kernels for an architecture."""
     made = {
         (index, arch): {kernel.__name__ for kernel, *_ in launches(run, arch)}
         for index, (_, _, run) in enumerate(CHOSEN)
@@ -131,13 +133,14 @@ def tasks(archs, few: bool = False) -> list[tuple[int, int, set[str]]]:
     if not few:
         return [(*where, kernels) for where, kernels in made.items()]
     found, seen = [], collections.defaultdict(set)
-    for in_turn in (True, False):
+    for missing in (False, True):
         for (index, arch), kernels in made.items():
-            if (archs[index % len(archs)] == arch) is in_turn:
-                of_op = seen[CHOSEN[index][0], arch]
-                if new := kernels if in_turn else kernels - of_op:
-                    found.append((index, arch, new))
-                    of_op |= new
+            op, case, _ = CHOSEN[index]
+            in_turn = archs[index % len(archs)] == arch or (op, case) == EVERYWHERE
+            new = kernels - seen[op, arch] if missing else kernels
+            if in_turn != missing and new:
+                found.append((index, arch, new))
+                seen[op, arch] |= new
     return found
 
 

@@ -66,6 +66,14 @@ def hurry_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     hurry_interpreter()
 
+# A process that begins one of these last, each of a minute or more, would leave the others idle.
+LONG = {f"test_{name}.py" for name in ("resources", "cuda_compiled", "cuda", "kernels", "run", "gpu_script")}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 POISON_BYTE = 0xA5  # for integer outputs: codes are uint8, where NaN has no meaning
 
 

@@ -33,7 +33,6 @@ ARCHS = {80, 90, 100, 103, 120}
 OPS = [op for op, names in _dispatch.TABLE.items() if "triton" in names and op != "mixer_scan"]
 # The product of NVFP4 operands on each generation's tensor cores, decoded where they know no FP4
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCOMMA", 103: "UTCOMMA", 120: "OMMA"}
-NVFP4 = "nvfp4 x nvfp4"  # what begins the names of its cases
 TENSOR_CORES = {"UTCHMMA", *PRODUCTS.values()}
 
 pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
@@ -74,15 +73,15 @@ def test_tensor_cores(compiled, committed):
     found, told = (products(rows) for rows in (compiled, committed))
     assert found == {where: told[where] for where in found}
     for arch, name in PRODUCTS.items():
-        of_nvfp4 = [names for (op, case, _, a), names in found.items() if (op, a) == ("matmul", arch) and NVFP4 in case]
-        assert name in set().union(*of_nvfp4)
+        where = "matmul", "nvfp4 x nvfp4 8192x4096x4096", arch
+        assert name in set().union(*(names for (*at, _), names in found.items() if tuple(at) == where))
 
 
-def products(rows: list[dict]) -> dict[tuple[str, str, str, int], set[str]]:
-    """{(op, case, kernel, arch): tensor-core instructions}"""
+def products(rows: list[dict]) -> dict[tuple[str, str, int, str], set[str]]:
+    """{(op, case, arch, kernel): tensor-core instructions}"""
     found = collections.defaultdict(set)
     for row in rows:
-        found[row["op"], row["case"], row["kernel"], row["arch"]] |= row["instructions"].keys() & TENSOR_CORES
+        found[row["op"], row["case"], row["arch"], row["kernel"]] |= row["instructions"].keys() & TENSOR_CORES
     return found
 
 

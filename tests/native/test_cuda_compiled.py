@@ -288,11 +288,9 @@ def nvrtc():
         pytest.skip(_nvrtc.missing())
 
 
-@pytest.mark.parametrize("op, arch", [task for task in ALL if task != ("matmul", "90a")])
+@pytest.mark.parametrize("op, arch", ALL)
 def test_nvrtc(nvrtc, op, arch):
-    # what nvcc assembles above, and what sm_100 shares with sm_103, is only translated: half of the time
-    ptx = (op, arch) in CHOSEN or arch == "103a"
-    assert _nvrtc.compile_source(op, arch, ptx=ptx).startswith(b"//" if ptx else b"\x7fELF")
+    assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
 
 
 def test_sums_are_set_before_products_of_a_warpgroup(nvrtc):
