@@ -32,6 +32,10 @@ namespace scalar {
 int causal_conv1d(const CausalConv1dParams&);
 int causal_conv1d_backward(const CausalConv1dParams&);
 }
+namespace neon {
+int causal_conv1d(const CausalConv1dParams&);
+int causal_conv1d_backward(const CausalConv1dParams&);
+}
 namespace avx2 {
 int causal_conv1d(const CausalConv1dParams&);
 int causal_conv1d_backward(const CausalConv1dParams&);

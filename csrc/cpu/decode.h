@@ -31,9 +31,14 @@ static inline float e8m0_value(u8 code) { return e8m0_decode<F32x1>(U32x1(code))
 
 // The sixteen values of an NVFP4 block (8 bytes) times `scale`.
 static inline void decode_nvfp4(const u8* codes, float scale, F* out) {
+#if defined(NVFP4_ISA_NEON)
+    load_e2m1(codes, out);
+    for (int i = 0; i < vectors16; ++i) out[i] = out[i] * F(scale);
+#else
     U nibbles[vectors16];
     load_nibbles(codes, nibbles);
     for (int i = 0; i < vectors16; ++i) out[i] = lookup16(e2m1_values, nibbles[i]) * F(scale);
+#endif
 }
 
 // An element of E4M3, as those of simd.h.

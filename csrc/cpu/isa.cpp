@@ -9,10 +9,19 @@
 namespace nvfp4 {
 namespace {
 
-constexpr const char* names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+constexpr const char* names[] = {"scalar", "neon", "avx2", "avx512", "avx512bf16"};
+
+bool find(const char* name, Isa& found) {
+    int i = 0;
+    for (const char* each : names) {
+        found = static_cast<Isa>(i++);
+        if (!std::strcmp(name, each)) return isa_available(found);
+    }
+    return false;
+}
 
 Isa best() {
-    for (Isa i : {Isa::avx512bf16, Isa::avx512, Isa::avx2}) {
+    for (Isa i : {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::neon}) {
         if (isa_available(i)) return i;
     }
     return Isa::scalar;
@@ -21,10 +30,8 @@ Isa best() {
 std::atomic<Isa>& current() {
     static std::atomic<Isa> value{[] {
         const char* wanted = std::getenv("NVFP4_CPU_ISA");
-        for (int i = 0; wanted && i < 4; ++i) {
-            if (!std::strcmp(wanted, names[i]) && isa_available(static_cast<Isa>(i))) return static_cast<Isa>(i);
-        }
-        return best();
+        Isa asked;
+        return wanted && find(wanted, asked) ? asked : best();
     }()};
     return value;
 }
@@ -39,11 +46,14 @@ bool isa_available(Isa isa) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     switch (isa) {
         case Isa::scalar: return true;
+        case Isa::neon: return false;
         case Isa::avx2: return avx2;
         case Isa::avx512: return avx512;
         case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
     }
     return false;
+#elif defined(NVFP4_ARM64)
+    return isa == Isa::scalar || isa == Isa::neon;
 #else
     return isa == Isa::scalar;
 #endif
@@ -63,13 +73,10 @@ Isa isa() { return current().load(std::memory_order_relaxed); }
 const char* isa_name() { return names[static_cast<int>(isa())]; }
 
 bool set_isa(const char* name) {
-    for (int i = 0; i < 4; ++i) {
-        if (!std::strcmp(name, names[i]) && isa_available(static_cast<Isa>(i))) {
-            current().store(static_cast<Isa>(i), std::memory_order_relaxed);
-            return true;
-        }
-    }
-    return false;
+    Isa asked;
+    if (!find(name, asked)) return false;
+    current().store(asked, std::memory_order_relaxed);
+    return true;
 }
 
 }  // namespace nvfp4

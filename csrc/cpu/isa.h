@@ -4,7 +4,7 @@
 
 namespace nvfp4 {
 
-enum class Isa { scalar, avx2, avx512, avx512bf16 };
+enum class Isa { scalar, neon, avx2, avx512, avx512bf16 };
 
 // The best this CPU can run, or what NVFP4_CPU_ISA or set_isa asked for, if the CPU has it.
 Isa isa();
@@ -24,6 +24,9 @@ bool outruns_mkl();
                           : avx512::function(params))
 // For ops that are compiled for avx512bf16 as well.
 #define NVFP4_CALL_BF16(function, params) (isa() == Isa::avx512bf16 ? avx512bf16::function(params) : NVFP4_CALL(function, params))
+#elif defined(NVFP4_ARM64)
+#define NVFP4_CALL(function, params) (isa() == Isa::scalar ? scalar::function(params) : neon::function(params))
+#define NVFP4_CALL_BF16(function, params) NVFP4_CALL(function, params)
 #else
 #define NVFP4_CALL(function, params) scalar::function(params)
 #define NVFP4_CALL_BF16(function, params) scalar::function(params)

@@ -5,6 +5,8 @@
 #include "simd_avx512.h"
 #elif defined(NVFP4_ISA_AVX2)
 #include "simd_avx2.h"
+#elif defined(NVFP4_ISA_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_scalar.h"
 #endif

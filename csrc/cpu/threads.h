@@ -8,24 +8,41 @@
 
 namespace nvfp4 {
 
-// torch.set_flush_denormal sets flush-to-zero in a thread; the format's definition needs subnormals, so an op works with the
-// default floating-point environment, in the calling thread as in the pool's, and gives the caller's back.
-struct DefaultFloats {
+// The register of the floating-point environment, its default and its bits for zero in place of subnormals.
 #if defined(__x86_64__)
-    unsigned saved = _mm_getcsr();
-    DefaultFloats() { _mm_setcsr(0x1F80); }
-    ~DefaultFloats() { _mm_setcsr(saved); }
+using FloatControl = unsigned;
+constexpr FloatControl default_floats = 0x1F80, flushed_floats = 0x9FC0;
+static inline FloatControl float_control() { return _mm_getcsr(); }
+static inline void set_float_control(FloatControl x) { _mm_setcsr(x); }
+#elif defined(__aarch64__)
+using FloatControl = u64;
+constexpr FloatControl default_floats = 0, flushed_floats = 1 << 24;
+static inline FloatControl float_control() {
+    FloatControl x;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(x));
+    return x;
+}
+static inline void set_float_control(FloatControl x) { __asm__ volatile("msr fpcr, %0" : : "r"(x) : "memory"); }
+#else
+using FloatControl = int;
+constexpr FloatControl default_floats = 0, flushed_floats = 0;
+static inline FloatControl float_control() { return 0; }
+static inline void set_float_control(FloatControl) {}
 #endif
+
+template <FloatControl control>
+struct Floats {
+    FloatControl saved = float_control();
+    Floats() { set_float_control(control); }
+    ~Floats() { set_float_control(saved); }
 };
 
+// torch.set_flush_denormal sets flush-to-zero in a thread; the format's definition needs subnormals, so an op works with the
+// default floating-point environment, in the calling thread as in the pool's, and gives the caller's back.
+using DefaultFloats = Floats<default_floats>;
+
 // Zero for subnormals, where an op multiplies decays until nothing is left of them: such products take a CPU ten times longer.
-struct FlushSubnormals {
-#if defined(__x86_64__)
-    unsigned saved = _mm_getcsr();
-    FlushSubnormals() { _mm_setcsr(0x9FC0); }
-    ~FlushSubnormals() { _mm_setcsr(saved); }
-#endif
-};
+using FlushSubnormals = Floats<flushed_floats>;
 
 using ThreadBody = void (*)(void* context, int thread, int threads);
 

@@ -15,6 +15,7 @@ struct DequantizeParams {
 };
 
 namespace scalar { int dequantize(const DequantizeParams&); }
+namespace neon { int dequantize(const DequantizeParams&); }
 namespace avx2 { int dequantize(const DequantizeParams&); }
 namespace avx512 { int dequantize(const DequantizeParams&); }
 

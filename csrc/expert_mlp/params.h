@@ -18,6 +18,7 @@ struct ExpertMlpParams {
 
 // Return 0, 1 when memory ran out, or 2 when the routing is none.
 namespace scalar { int expert_mlp(const ExpertMlpParams&); }
+namespace neon { int expert_mlp(const ExpertMlpParams&); }
 namespace avx2 { int expert_mlp(const ExpertMlpParams&); }
 namespace avx512 { int expert_mlp(const ExpertMlpParams&); }
 namespace avx512bf16 { int expert_mlp(const ExpertMlpParams&); }

@@ -27,6 +27,10 @@ namespace scalar {
 int gated_rms_norm(const GatedRmsNormParams&);
 int gated_rms_norm_backward(const GatedRmsNormParams&);
 }
+namespace neon {
+int gated_rms_norm(const GatedRmsNormParams&);
+int gated_rms_norm_backward(const GatedRmsNormParams&);
+}
 namespace avx2 {
 int gated_rms_norm(const GatedRmsNormParams&);
 int gated_rms_norm_backward(const GatedRmsNormParams&);

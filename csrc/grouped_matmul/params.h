@@ -31,6 +31,7 @@ struct GroupedMatmulParams {
 // Return 0, 1 when memory ran out, 2 when the offsets do not ascend from 0 to the number of rows, or 3 when an operand's starts
 // leave no room for its groups.
 namespace scalar { int grouped_matmul(const GroupedMatmulParams&); }
+namespace neon { int grouped_matmul(const GroupedMatmulParams&); }
 namespace avx2 { int grouped_matmul(const GroupedMatmulParams&); }
 namespace avx512 { int grouped_matmul(const GroupedMatmulParams&); }
 namespace avx512bf16 { int grouped_matmul(const GroupedMatmulParams&); }

@@ -15,6 +15,7 @@ struct HadamardParams {
 };
 
 namespace scalar { int hadamard(const HadamardParams&); }
+namespace neon { int hadamard(const HadamardParams&); }
 namespace avx2 { int hadamard(const HadamardParams&); }
 namespace avx512 { int hadamard(const HadamardParams&); }
 

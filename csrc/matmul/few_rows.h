@@ -61,6 +61,31 @@ struct Decoder<Single32> {
         }
     }
 };
+#elif defined(NVFP4_ISA_NEON)
+// By bytes as well; a vector's sixteen bytes are two blocks, so that part p holds block p.
+template <>
+struct Decoder<Single32> {
+    static constexpr int vectors = 8, parts = 2;
+    using Vector = F;
+    using Value = float;
+    static constexpr i64 place(i64 i, i64 h) { return 2 * (i / 4 * 8 + 2 * h + i % 2) + i / 2 % 2; }
+    static void spread(U scale, u32* out) {
+        u32 block[F::lanes];
+        store(block, scale);
+        for (int i = 0; i < F::lanes; ++i) store(out + i * F::lanes, U(block[i]));
+    }
+    static void decode(U codes, F* out) {
+        const uint8x16_t bytes = vreinterpretq_u8_u32(codes.v);
+        const Sixteen values[2] = {e2m1_in_bf16(vandq_u8(bytes, vdupq_n_u8(15))), e2m1_in_bf16(vshrq_n_u8(bytes, 4))};
+        for (int n = 0; n < 2; ++n) {
+            for (int part = 0; part < 2; ++part) {
+                const U pairs = vreinterpretq_u32_u16(values[n].half[part]);
+                out[4 * part + 2 * n] = real(pairs << 16);
+                out[4 * part + 2 * n + 1] = real(pairs & U(0xFFFF0000u));
+            }
+        }
+    }
+};
 #else
 template <>
 struct Decoder<Single32> : InOrder {

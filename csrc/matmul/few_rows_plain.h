@@ -20,6 +20,10 @@ constexpr i64 plain_run = 32;  // values: a whole number of vectors of steps, an
 constexpr i64 most_few_plain = 12;  // at 464 x 672 and 672 x 464
 constexpr int plain_cols = 4;
 constexpr bool plain_apart = false;
+#elif defined(NVFP4_ISA_NEON)
+constexpr i64 most_few_plain = 12;
+constexpr int plain_cols = 4;
+constexpr bool plain_apart = false;
 #elif defined(NVFP4_ISA_AVX2)
 constexpr i64 most_few_plain = 48;  // at 1024 x 1024 and 4096 x 4096: 24 rows are 1.5 times as fast, 48 are 1.2 times
 constexpr int plain_cols = 2;

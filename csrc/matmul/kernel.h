@@ -5,11 +5,11 @@
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
-// Registers: rows x columns / lanes sums, one row of b, one broadcast of a. AVX-512 has 32: 6 x 4 + 4 + 1; with fewer than
+// Registers: rows x columns / lanes sums, one row of b, one broadcast of a. AVX-512 and NEON have 32: 6 x 4 + 4 + 1; with fewer than
 // about 12 sums in flight the latency of the multiply-add shows.
 #if defined(NVFP4_ISA_AVX512)
 constexpr i64 kernel_rows = 6, panel = 64;
-#elif defined(NVFP4_ISA_AVX2)
+#elif defined(NVFP4_ISA_AVX2) || defined(NVFP4_ISA_NEON)
 constexpr i64 kernel_rows = 6, panel = 16;
 #else
 constexpr i64 kernel_rows = 2, panel = 16;

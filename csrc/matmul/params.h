@@ -45,6 +45,7 @@ struct MatmulParams {
 
 // Return 0, or 1 when memory ran out.
 namespace scalar { int matmul(const MatmulParams&); }
+namespace neon { int matmul(const MatmulParams&); }
 namespace avx2 { int matmul(const MatmulParams&); }
 namespace avx512 { int matmul(const MatmulParams&); }
 namespace avx512bf16 { int matmul(const MatmulParams&); }

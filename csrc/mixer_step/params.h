@@ -25,6 +25,7 @@ struct MixerStepParams {
 
 // Return 0, 1 when memory ran out, or 2 for an index that is no slot: nothing has been written then.
 namespace scalar { int mixer_step(const MixerStepParams&); }
+namespace neon { int mixer_step(const MixerStepParams&); }
 namespace avx2 { int mixer_step(const MixerStepParams&); }
 namespace avx512 { int mixer_step(const MixerStepParams&); }
 

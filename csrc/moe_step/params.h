@@ -22,6 +22,7 @@ struct MoeStepParams {
 
 // Return 0, or 1 when memory ran out.
 namespace scalar { int moe_step(const MoeStepParams&); }
+namespace neon { int moe_step(const MoeStepParams&); }
 namespace avx2 { int moe_step(const MoeStepParams&); }
 namespace avx512 { int moe_step(const MoeStepParams&); }
 namespace avx512bf16 { int moe_step(const MoeStepParams&); }

@@ -1,5 +1,5 @@
-// What the format's definitions are written in: a "lane" type of floats F with its words F::Word, one value here, 8 or 16
-// in cpu/simd_avx2.h and cpu/simd_avx512.h. The same templates (e2m1.h, e4m3.h, ...) so serve every CPU path and CUDA.
+// What the format's definitions are written in: a "lane" type of floats F with its words F::Word, one value here, 4, 8 or
+// 16 in cpu/simd_neon.h, simd_avx2.h and simd_avx512.h. The same templates (e2m1.h, e4m3.h, ...) so serve every CPU path and CUDA.
 // Freestanding (no standard header), because NVRTC compiles these files too.
 #pragma once
 

@@ -20,6 +20,7 @@ struct PermuteParams {
 };
 
 namespace scalar { int permute(const PermuteParams&); int unpermute(const PermuteParams&); int unpermute_backward(const PermuteParams&); }
+namespace neon { int permute(const PermuteParams&); int unpermute(const PermuteParams&); int unpermute_backward(const PermuteParams&); }
 namespace avx2 { int permute(const PermuteParams&); int unpermute(const PermuteParams&); int unpermute_backward(const PermuteParams&); }
 namespace avx512 { int permute(const PermuteParams&); int unpermute(const PermuteParams&); int unpermute_backward(const PermuteParams&); }
 

@@ -41,6 +41,7 @@ struct QuantizeParams {
 
 // Return 0, 1 when memory ran out, or 2 when offsets are not ascending numbers from 0 to rows.
 namespace scalar { int quantize(const QuantizeParams&); }
+namespace neon { int quantize(const QuantizeParams&); }
 namespace avx2 { int quantize(const QuantizeParams&); }
 namespace avx512 { int quantize(const QuantizeParams&); }
 

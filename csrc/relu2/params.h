@@ -17,6 +17,7 @@ struct Relu2Params {
 };
 
 namespace scalar { int relu2(const Relu2Params&); int relu2_backward(const Relu2Params&); }
+namespace neon { int relu2(const Relu2Params&); int relu2_backward(const Relu2Params&); }
 namespace avx2 { int relu2(const Relu2Params&); int relu2_backward(const Relu2Params&); }
 namespace avx512 { int relu2(const Relu2Params&); int relu2_backward(const Relu2Params&); }
 

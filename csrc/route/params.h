@@ -28,6 +28,7 @@ struct RouteBackwardParams {
 
 // Return 0, or 1 when memory ran out.
 namespace scalar { int route(const RouteParams&); int route_backward(const RouteBackwardParams&); }
+namespace neon { int route(const RouteParams&); int route_backward(const RouteBackwardParams&); }
 namespace avx2 { int route(const RouteParams&); int route_backward(const RouteBackwardParams&); }
 namespace avx512 { int route(const RouteParams&); int route_backward(const RouteBackwardParams&); }
 

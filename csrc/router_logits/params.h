@@ -18,6 +18,7 @@ struct RouterLogitsParams {
 };
 
 namespace scalar { int router_logits(const RouterLogitsParams&); int router_logits_backward(const RouterLogitsParams&); }
+namespace neon { int router_logits(const RouterLogitsParams&); int router_logits_backward(const RouterLogitsParams&); }
 namespace avx2 { int router_logits(const RouterLogitsParams&); int router_logits_backward(const RouterLogitsParams&); }
 namespace avx512 { int router_logits(const RouterLogitsParams&); int router_logits_backward(const RouterLogitsParams&); }
 

@@ -47,6 +47,7 @@ struct ScanBackwardParams {
 
 // Return 0, or 1 when memory ran out.
 namespace scalar { int selective_scan(const ScanParams&); int selective_scan_backward(const ScanBackwardParams&); }
+namespace neon { int selective_scan(const ScanParams&); int selective_scan_backward(const ScanBackwardParams&); }
 namespace avx2 { int selective_scan(const ScanParams&); int selective_scan_backward(const ScanBackwardParams&); }
 namespace avx512 { int selective_scan(const ScanParams&); int selective_scan_backward(const ScanBackwardParams&); }
 namespace avx512bf16 { int selective_scan(const ScanParams&); int selective_scan_backward(const ScanBackwardParams&); }

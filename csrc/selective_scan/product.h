@@ -11,7 +11,7 @@ namespace NVFP4_ISA {
 // operand (`panel` floats wide, 128 long: 16 KiB) stay in the first-level cache while the rows of tiles pass by.
 #if defined(NVFP4_ISA_AVX512)
 constexpr i64 tile_rows = 8, panel = 32;
-#elif defined(NVFP4_ISA_AVX2)
+#elif defined(NVFP4_ISA_AVX2) || defined(NVFP4_ISA_NEON)
 constexpr i64 tile_rows = 4, panel = 16;
 #else
 constexpr i64 tile_rows = 2, panel = 16;

@@ -32,6 +32,7 @@ struct StateUpdateParams {
 
 // Return 0, 1 when memory ran out, or 2 for an index that is no slot: nothing has been written then.
 namespace scalar { int state_update(const StateUpdateParams&); }
+namespace neon { int state_update(const StateUpdateParams&); }
 namespace avx2 { int state_update(const StateUpdateParams&); }
 namespace avx512 { int state_update(const StateUpdateParams&); }
 

@@ -10,6 +10,7 @@ struct ExpErrors {
 };
 
 namespace scalar { ExpErrors exp_errors(u32 step); }
+namespace neon { ExpErrors exp_errors(u32 step); }
 namespace avx2 { ExpErrors exp_errors(u32 step); }
 namespace avx512 { ExpErrors exp_errors(u32 step); }
 

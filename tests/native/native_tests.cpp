@@ -101,7 +101,7 @@ using Bytes = std::vector<u8>;
 
 std::vector<const char*> isas() {
     std::vector<const char*> names = {"scalar"};
-    for (const char* name : {"avx2", "avx512", "avx512bf16"}) {
+    for (const char* name : {"neon", "avx2", "avx512", "avx512bf16"}) {
         if (set_isa(name)) names.push_back(name);
     }
     return names;
@@ -163,25 +163,18 @@ void quantize_everywhere() {
                 for (size_t i = 0; i < forms.size(); ++i) {
                     const QuantizeForm& a = forms[i];
                     const QuantizeForm& b = forms[(i * 3 + 1) % forms.size()];
-                    Result row[3], col[3];
-                    QuantizeParams p{x.data(), dtype, rows, cols, rs, cs, prepare(a, rows, cols, row[0]),
-                                     prepare(b, cols, rows, col[0]), 1};
+                    Result row, col;
+                    QuantizeParams p{x.data(), dtype, rows, cols, rs, cs, prepare(a, rows, cols, row), prepare(b, cols, rows, col), 1};
                     expect(scalar::quantize(p) == 0, "quantize status");
-#if defined(NVFP4_X86)
                     p.threads = 3;
-                    p.row = prepare(a, rows, cols, row[1]);
-                    p.col = prepare(b, cols, rows, col[1]);
-                    if (isa_available(Isa::avx2)) {
-                        avx2::quantize(p);
-                        expect(row[1] == row[0] && col[1] == col[0], "quantize avx2", rows, cols, static_cast<i64>(i));
+                    for (const char* name : isas()) {
+                        Result row_again, col_again;
+                        p.row = prepare(a, rows, cols, row_again);
+                        p.col = prepare(b, cols, rows, col_again);
+                        set_isa(name);
+                        expect(NVFP4_CALL(quantize, p) == 0, "quantize status");
+                        expect(row_again == row && col_again == col, name, rows, cols, static_cast<i64>(i));
                     }
-                    p.row = prepare(a, rows, cols, row[2]);
-                    p.col = prepare(b, cols, rows, col[2]);
-                    if (isa_available(Isa::avx512)) {
-                        avx512::quantize(p);
-                        expect(row[2] == row[0] && col[2] == col[0], "quantize avx512", rows, cols, static_cast<i64>(i));
-                    }
-#endif
                 }
             }
         }

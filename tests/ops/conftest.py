@@ -5,7 +5,7 @@ import pytest
 from nvfp4_kernels.ops._native import native
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512bf16"))
+@pytest.fixture(params=("scalar", "neon", "avx2", "avx512", "avx512bf16"))
 def isa(request):
     if native is None:
         pytest.skip("no native module")
