@@ -146,15 +146,14 @@ RECIPES = {recipe.name: recipe for recipe in (bf16, nvfp4, nemotron3)}
 
 def get_recipe(recipe: "str | Recipe | LinearRecipe | None") -> Recipe:
     """A Recipe from its name, from a LinearRecipe for every module, or itself; None is bf16. Raises ValueError, TypeError."""
-    match recipe:
-        case None:
-            return bf16
-        case Recipe():
-            return recipe
-        case LinearRecipe():
-            return Recipe("custom", recipe)
-        case str() if recipe in RECIPES:
+    if recipe is None:  # isinstance, not match: torch 2.10 traces no class patterns
+        return bf16
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, LinearRecipe):
+        return Recipe("custom", recipe)
+    if isinstance(recipe, str):
+        if recipe in RECIPES:
             return RECIPES[recipe]
-        case str():
-            raise ValueError(f"recipe: got {recipe!r}; allowed: {', '.join(RECIPES)}")
+        raise ValueError(f"recipe: got {recipe!r}; allowed: {', '.join(RECIPES)}")
     raise TypeError(f"recipe: got {type(recipe).__name__}; allowed: a name, Recipe or LinearRecipe")

@@ -169,7 +169,7 @@ def _spared(row: QuantSpec | None, col: QuantSpec | None) -> tuple[bool, int | N
     """grouped_relu2's amax and signs: what, known, spares these forms the read that finds it. That of rotated rows is found by
     nobody else."""
     forms = [spec for spec in (row, col) if spec and spec.format == "nvfp4"]
-    return bool(forms) and (row is None or row.hadamard is None), None if col is None else col.hadamard
+    return len(forms) > 0 and (row is None or row.hadamard is None), None if col is None else col.hadamard
 
 
 def _forms_of_x(

@@ -14,17 +14,16 @@ def save(ctx, *operands: Operand | Stack | Columns | None) -> None:
     """Save operands for backward; `saved` gives them back in order."""
     tensors, ctx.operands = [], []
     for operand in operands:
-        match operand:
-            case None:
-                shell, parts = None, {}
-            case Tensor():
-                shell, parts = None, {"": operand}
-            case Stack() | Columns():
-                parts = {name: part for name, part in operand._asdict().items() if isinstance(part, Tensor)}
-                shell = operand._replace(**dict.fromkeys(parts))
-            case _:
-                parts = operand.tensors()
-                shell = type(operand), operand.shape, getattr(operand, "hadamard", None)
+        if operand is None:  # isinstance, not match: torch 2.10 traces no class patterns
+            shell, parts = None, {}
+        elif isinstance(operand, Tensor):
+            shell, parts = None, {"": operand}
+        elif isinstance(operand, (Stack, Columns)):
+            parts = {name: part for name, part in operand._asdict().items() if isinstance(part, Tensor)}
+            shell = operand._replace(**dict.fromkeys(parts))
+        else:
+            parts = operand.tensors()
+            shell = type(operand), operand.shape, getattr(operand, "hadamard", None)
         ctx.operands.append((shell, tuple(parts)))
         tensors.extend(parts.values())
     ctx.save_for_backward(*tensors)

@@ -31,6 +31,7 @@ def collect() -> dict:
 
     versions = {"nvfp4_kernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
     versions |= {name: _version(name) for name in PACKAGES}
+    versions["torch"] = torch.__version__  # with its build, such as +cu128, of which the metadata do not always tell
     versions["cuda"] = torch.version.cuda or "-"
     chips = [{"device": c.device, "name": c.name, "arch": c.arch, "notes": c.notes} for c in _device.chips()]
     return {

@@ -19,11 +19,10 @@ class Block(nn.Module):
 
         state: an AttentionState or Mamba2State of the tokens before x, or None.
         """
-        match self.mixer:
-            case MoE():
-                y, balance = self.mixer(self.norm(x))
-            case MLP():
-                y, balance = self.mixer(self.norm(x)), None
-            case _:
-                y, balance = self.mixer(self.norm(x), cu_seqlens, state), None
+        if isinstance(self.mixer, MoE):  # not match: torch 2.10 traces no class patterns
+            y, balance = self.mixer(self.norm(x))
+        elif isinstance(self.mixer, MLP):
+            y, balance = self.mixer(self.norm(x)), None
+        else:
+            y, balance = self.mixer(self.norm(x), cu_seqlens, state), None
         return x + y, balance

@@ -74,6 +74,10 @@ def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> b
     version = nvrtc.getVersion()
     if arch == "120f" and version < (12, 9):  # which does not know families
         arch = "120a"
+    if arch == "103a" and version < (12, 9):
+        raise RuntimeError(
+            f"csrc/{op}/cuda.cu: NVRTC {version[0]}.{version[1]} does not know sm_103a; allowed: 12.9 and newer"
+        )
     source = before + (CSRC / op / "cuda.cu").read_text()
     target = f"-arch={'compute' if ptx else 'sm'}_{arch}"
     options = (target, *FLAGS, f"-I{CSRC}", f"-I{CSRC / op}")  # NVRTC knows no folder of the source

@@ -21,8 +21,10 @@ try:
 
     missing = None
     jit = triton.jit
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
 except ImportError:
     triton = None
+    version = ()
     tl = SimpleNamespace(constexpr=lambda value: value)  # so that the kernels' files import, to say why they refuse
     missing = "Triton is not installed (pip install triton)"
 

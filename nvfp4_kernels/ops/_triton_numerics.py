@@ -8,10 +8,13 @@ interpreter converts wrongly. No expression here may be contracted: launch with 
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
+from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl, version
 from nvfp4_kernels.ops._triton_groups import picked
 
 WRITTEN_OUT = tl.constexpr(INTERPRETED)  # the interpreter runs no inline assembly
+# Triton 3.6 looks further around tensor cores' operands and sums than it can go: "Illegal shared layout" of a reshaped operand
+# (TritonGPUOptimizeDotOperands), "parent layout must have at least rank >= 2" of a reduction (its OptimizeTMemLayouts).
+MOVES = tl.constexpr(not INTERPRETED and version == (3, 6))
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
 
 
@@ -39,6 +42,26 @@ def bits(x):
 @jit
 def real(x):
     return x.to(tl.float32, bitcast=True)
+
+
+@jit
+def apart(x):
+    """x, fp32 or 16 bits, with a move in Triton 3.6 that its compiler looks no further through; ptxas takes it out again."""
+    if not MOVES:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 2)
+
+
+@jit
+def total(x):
+    """The sum of x [rows, cols], rows first: a number, or in Triton 3.6 [1], as for a line's sum it finds no layout."""
+    if MOVES:
+        return tl.sum(tl.sum(x, 1, keep_dims=True), 0)
+    else:
+        return tl.sum(tl.sum(x, 1), 0)
 
 
 @jit

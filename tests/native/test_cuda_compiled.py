@@ -265,6 +265,13 @@ def test_a_compiler_that_does_not_know_families(stub):
     assert [code.split()[0] for code in made.values()] == [b"-arch=sm_120a", b"-arch=sm_120f"]
 
 
+def test_a_compiler_that_does_not_know_the_chip(stub):
+    stub.version = (12, 8)
+    with pytest.raises(RuntimeError, match=r"NVRTC 12.8 does not know sm_103a; allowed: 12.9 and newer"):
+        _nvrtc.compiled("quantize", "103a")
+    assert not stub.made
+
+
 def test_cache_of_many_at_once(stub, tmp_path):
     """Whoever comes first: everybody reads a whole file."""
     with ThreadPoolExecutor(8) as pool:
@@ -290,6 +297,10 @@ def nvrtc():
 
 @pytest.mark.parametrize("op, arch", ALL)
 def test_nvrtc(nvrtc, op, arch):
+    if arch == "103a" and _nvrtc._nvrtc().getVersion() < (12, 9):
+        with pytest.raises(RuntimeError, match="does not know sm_103a"):
+            _nvrtc.compile_source(op, arch)
+        return
     assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
 
 

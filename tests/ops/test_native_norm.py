@@ -38,6 +38,9 @@ def in_torch(x, z, weight, eps, group_size, norm_before_gate):
     return y * gate if norm_before_gate and gate is not None else y
 
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 def native_norm(*arguments):
     with nk.backend("native"):
         return gated_rms_norm(*arguments)
@@ -59,9 +62,12 @@ def test_error_is_at_most_twice_that_of_torch(isa, dtype, form, group_size):
     got, plain = (results(f, given, dy, group_size, form) for f in (native_norm, in_torch))
     for name, value in got.items():
         assert value.dtype == (dy if name == "y" else given[name]).dtype
+        assert value.isfinite().all(), name
+        known = ~plain[name].isnan()  # torch 2.10 divides some fp16 infinities by each other
+        assert known.all() or TORCH < (2, 11), name
 
-        def error(made, name=name):
-            return (made[name].double() - exact[name]).norm() / exact[name].norm()
+        def error(made, name=name, known=known):
+            return (made[name].double() - exact[name])[known].norm() / exact[name][known].norm()
 
         # groups of one are signs times gates: there all but cancels in the gradient of x, and both only round what is left
         assert error(got) <= 2 * error(plain) + torch.finfo(torch.float32).eps, (name, error(got), error(plain))

@@ -94,15 +94,14 @@ def checked(
 
 def as_parts(x: Rows | Stack | Columns) -> Stack:
     """Any operand as values, scales and global scales; a matrix has values of two dimensions."""
-    match x:
-        case Stack():
-            return x
-        case Columns():
-            return Stack(x.values, x.scales, x.global_scales)
-        case NVFP4Tensor():
-            return Stack(x.codes, x.scales, x.global_scale)
-        case MXFP8Tensor():
-            return Stack(x.codes, x.scales)
+    if isinstance(x, Stack):  # isinstance, not match: torch 2.10 traces no class patterns
+        return x
+    if isinstance(x, Columns):
+        return Stack(x.values, x.scales, x.global_scales)
+    if isinstance(x, NVFP4Tensor):
+        return Stack(x.codes, x.scales, x.global_scale)
+    if isinstance(x, MXFP8Tensor):
+        return Stack(x.codes, x.scales)
     require(
         isinstance(x, Tensor),
         "a and b",

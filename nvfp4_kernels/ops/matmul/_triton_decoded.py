@@ -15,6 +15,7 @@ import torch
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
+    apart,
     as_fp32,
     bf16_pair,
     e2m1_bits,
@@ -117,7 +118,7 @@ def load_nvfp4(
         decode, x = e4m3_value(scale) * 1.661534994731145e35, ()
         for j in tl.static_range(8):
             x += ((e2m1_bits(word, j) * decode).to(COMPUTE),)
-    return tl.reshape(eighths_joined(x), [row.shape[0], BLOCK_K])
+    return apart(tl.reshape(eighths_joined(x), [row.shape[0], BLOCK_K]))
 
 
 @jit
@@ -134,7 +135,7 @@ def load_mxfp8(
     decode, x = e8m0_value(scale), ()
     for j in tl.static_range(4):
         x += ((e4m3_value(word >> (8 * j)) * decode).to(COMPUTE),)
-    return tl.reshape(quarters_joined(x), [row.shape[0], BLOCK_K])
+    return apart(tl.reshape(quarters_joined(x), [row.shape[0], BLOCK_K]))
 
 
 @jit

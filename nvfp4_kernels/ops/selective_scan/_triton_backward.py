@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
+from nvfp4_kernels.ops._triton_numerics import MOVES, total
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
 from nvfp4_kernels.ops.selective_scan._triton_plan import (
     exponents,
@@ -70,7 +71,8 @@ def inputs_part(
         mixed = scores * tl.exp2(tl.where(q[:, None] <= q[None, :], between, float("-inf")))
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
         if SKIP == 1:
-            tl.store(dD_ptr + each, tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], pairs, 0.0), 1), 0))
+            skip = total(tl.where(q[:, None] == q[None, :], pairs, 0.0))
+            tl.store(dD_ptr + each + (tl.zeros([1], tl.int32) if MOVES else 0), skip)
         elif SKIP == 2:
             met = x.to(tl.float32) * dy.to(tl.float32)
             tl.store(dD_ptr + head * HEAD_DIM + skipped + p, tl.sum(met, 0), p < cols)
@@ -154,7 +156,7 @@ def shared_part(
             state = state.to(dtype)
         if READS:
             dstate = tl.load(dstates_ptr + at, held, 0.0)
-            kept = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0) * tl.exp2(end)
+            kept = total(state.to(tl.float32) * dstate.to(tl.float32)) * tl.exp2(end)
         weight = tl.exp2(a if READS else exponents(end, a, log_step, PRECISION))[:, None]
         if READS and not WIDE:
             own = load_tile(own_ptr, OWN_TOKEN, q, 0, inside, columns, WIDTH)
