@@ -76,6 +76,8 @@ class Registers:
                 self.of[m[1]] = (root, constant + int(m[3]))
             elif m := re.match(r"\s*mov\.b64\s+(%rd\d+), \{(%r\d+), (%r\d+)\};", line):
                 self.of[m[1]] = (*self.value(m[2]), self.value(m[3])[1])
+            elif m := re.match(r"\s*(?:or\.b64|add\.s64)\s+(%rd\d+), (%rd\d+), (\d+);", line):  # Triton 3.6
+                self.of[m[1]] = (m[2], int(m[3]) & 0xFFFFFFFF, int(m[3]) >> 32)
 
     def value(self, name):
         return self.of.get(name, (name, 0))
@@ -85,7 +87,7 @@ def test_products(ours, theirs):
     """The kind of product; codes' swizzle and stride; 32 bytes from one K = 64 to the next; four products a stage."""
     n, ptx = theirs
     held = Registers(ptx)
-    pattern = r"tcgen05\.mma\S+block16 \[ (%r\d+) \+ 0 \], (%rd\d+), (%rd\d+), (%r\d+), \[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \]"
+    pattern = r"tcgen05\.mma\S+(?:block16|4X) \[ (%r\d+) \+ 0 \], (%rd\d+), (%rd\d+), (%r\d+), \[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \]"
     found = re.findall(pattern, ptx)
     assert len(found) >= 4
     high = ours.codes(0) >> 32
@@ -103,7 +105,7 @@ def test_scales(ours, theirs):
     held = Registers(ptx)
     atoms = n // 128
     copies = re.findall(r"tcgen05\.cp\.cta_group::1\.warpx4\.32x128b \[ (%r\d+) \+ 0 \], (%rd\d+);", ptx)
-    products = re.findall(r"tcgen05\.mma\S+block16 .*\[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \], %p", ptx)
+    products = re.findall(r"tcgen05\.mma\S+(?:block16|4X) .*\[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \], %p", ptx)
     assert len(copies) % (4 + 4 * atoms) == 0 and len(copies) >= 4 + 4 * atoms
     copies = copies[: 4 + 4 * atoms]  # of the first stage
     high, base_offset = ours.scales(0) >> 32, 7 << 17  # without a swizzle the base offset says nothing
