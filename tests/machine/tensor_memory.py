@@ -504,8 +504,9 @@ def multiply(machine, i):
 
 
 def commit(machine, i):
-    """One arrival, once what the thread has issued before is done (PTX ISA, "tcgen05.commit")."""
-    if i.parts[2:] != ["cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64"]:
+    """One arrival, once what the thread has issued before is done (PTX ISA, "tcgen05.commit"). Triton 3.6 names no space; its
+    addresses are shared ones all the same."""
+    if [p for p in i.parts[2:] if p != "shared::cluster"] != ["cta_group::1", "mbarrier::arrive::one", "b64"]:
         raise KeyError(i.name)
     where = barriers.place(machine, i.operands[0])
 

@@ -87,7 +87,8 @@ def test_products(ours, theirs):
     """The kind of product; codes' swizzle and stride; 32 bytes from one K = 64 to the next; four products a stage."""
     n, ptx = theirs
     held = Registers(ptx)
-    pattern = r"tcgen05\.mma\S+(?:block16|4X) \[ (%r\d+) \+ 0 \], (%rd\d+), (%rd\d+), (%r\d+), \[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \]"
+    sums, scales = r"\[ (%r\d+) \+ 0 \]", r"\[ (%r\d+) \+ 0 \], \[ (%r\d+) \+ 0 \]"
+    pattern = rf"tcgen05\.mma\S+(?:block16|4X) {sums}, (%rd\d+), (%rd\d+), (%r\d+), {scales}"
     found = re.findall(pattern, ptx)
     assert len(found) >= 4
     high = ours.codes(0) >> 32
