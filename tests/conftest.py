@@ -1,6 +1,5 @@
 """Fixtures for all tests: few threads, fixed seeds, and poisoned memory, so that an unwritten output cannot pass."""
 
-import inspect
 import os
 
 # Tests share few cores with each other: threads that spin while they wait would hold the core that the others need.
@@ -60,21 +59,31 @@ def hurry_interpreter() -> None:
             numpy_types[type.name] = numpy_type(type)
         return numpy_types[type.name]
 
-    def patch_tensor(tensor, scope):
-        """Triton 3.6 takes int() of an array of one value, which is none of NumPy 2.4's numbers."""
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    if (patch := getattr(interpreter, "_patch_lang_tensor", None)) and "int(self.handle.data))" in inspect.getsource(
-        patch
-    ):
-        interpreter._patch_lang_tensor = patch_tensor
     tensor.__init__, block.with_element_ty, interpreter._get_np_dtype = constructed, with_element_ty, numpy_type_of
     block.to_ir = lambda self, builder: self if builder is interpreter.interpreter_builder else to_ir(self, builder)
 
 
+def mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes int() of an array of one value, which NumPy 2.4 refuses."""
+    try:
+        import triton
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     hurry_interpreter()
+    mend_interpreter()
 
 # A process that begins one of these last, each of a minute or more, would leave the others idle.
 LONG = {f"test_{name}.py" for name in ("resources", "cuda_compiled", "cuda", "kernels", "run", "gpu_script")}

@@ -16,12 +16,8 @@ constexpr i64 plain_run = 32;  // values: a whole number of vectors of steps, an
 // most_few_plain: rows beyond which packing b for the kernel of many rows is faster. plain_cols: columns at once, kernel_rows *
 // plain_cols sums in registers. plain_apart: whether they are no neighbours but shares of sixteen columns, each read on where
 // the column before ended, as prefetchers like it.
-#if defined(NVFP4_ISA_AVX512)
-constexpr i64 most_few_plain = 12;  // at 464 x 672 and 672 x 464
-constexpr int plain_cols = 4;
-constexpr bool plain_apart = false;
-#elif defined(NVFP4_ISA_NEON)
-constexpr i64 most_few_plain = 12;
+#if defined(NVFP4_ISA_AVX512) || defined(NVFP4_ISA_NEON)
+constexpr i64 most_few_plain = 12;  // at 464 x 672 and 672 x 464, with AVX-512
 constexpr int plain_cols = 4;
 constexpr bool plain_apart = false;
 #elif defined(NVFP4_ISA_AVX2)

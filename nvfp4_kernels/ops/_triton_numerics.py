@@ -57,11 +57,29 @@ def apart(x):
 
 @jit
 def total(x):
-    """The sum of x [rows, cols], rows first: a number, or in Triton 3.6 [1], as for a line's sum it finds no layout."""
+    """The sum of x [rows, cols], rows first: a number, or in Triton 3.6, which finds no layout for a line's sum, [1]."""
     if MOVES:
         return tl.sum(tl.sum(x, 1, keep_dims=True), 0)
     else:
         return tl.sum(tl.sum(x, 1), 0)
+
+
+@jit
+def largest(x):
+    """The largest of x [rows, cols], as `total` gives the sum."""
+    if MOVES:
+        return tl.max(tl.max(x, 1, keep_dims=True), 0)
+    else:
+        return tl.max(tl.max(x, 1), 0)
+
+
+@jit
+def one(ptr):
+    """Where one value goes, for what `total` and `largest` give."""
+    if MOVES:
+        return ptr + tl.zeros([1], tl.int32)
+    else:
+        return ptr
 
 
 @jit

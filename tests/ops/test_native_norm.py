@@ -63,8 +63,8 @@ def test_error_is_at_most_twice_that_of_torch(isa, dtype, form, group_size):
     for name, value in got.items():
         assert value.dtype == (dy if name == "y" else given[name]).dtype
         assert value.isfinite().all(), name
-        known = ~plain[name].isnan()  # torch 2.10 divides some fp16 infinities by each other
-        assert known.all() or TORCH < (2, 11), name
+        known = ~plain[name].isnan()  # torch 2.10, not 2.13, divides some fp16 infinities by each other
+        assert known.all() or TORCH < (2, 13), name
 
         def error(made, name=name, known=known):
             return (made[name].double() - exact[name])[known].norm() / exact[name][known].norm()

@@ -2,7 +2,7 @@
 those that forward left. Bytes a value, bf16: 4 written; 2 read and 2 written, or 4 with the squares once more."""
 
 from nvfp4_kernels.ops._triton import jit, tl
-from nvfp4_kernels.ops._triton_numerics import BF16_MAX, MOVES, as_fp32, bits, nearest_bf16, rounded
+from nvfp4_kernels.ops._triton_numerics import BF16_MAX, as_fp32, bits, largest, nearest_bf16, one, rounded
 from nvfp4_kernels.ops.matmul._triton_tiles import scaled
 
 # Columns at once, at most: beside the sums of 128 x 256 the registers have no room for what is read and made of all of them.
@@ -18,19 +18,9 @@ def halves(x):
 
 
 @jit
-def note(amax_ptr, x):
-    """The largest of x's integers [rows, cols] goes to where the largest yet is kept."""
-    if MOVES:  # for a line's reduction to a number, on the way from tensor memory, Triton 3.6 finds no layout
-        most = tl.max(tl.max(x, 1, keep_dims=True), 0, keep_dims=True)
-        tl.atomic_max(amax_ptr + tl.zeros([1, 1], tl.int32), most, sem="relaxed")
-    else:
-        tl.atomic_max(amax_ptr, tl.max(tl.max(x, 1), 0), sem="relaxed")
-
-
-@jit
 def turned(x, SIGNS: tl.constexpr):
-    """The largest magnitudes of the transform along each sixteen rows of x, rounded to bf16, as bits, a number or in Triton 3.6
-    [rows / 16, cols]; arithmetic and order those of `hadamard`."""
+    """The largest magnitude of the transform along each sixteen rows of x, rounded to bf16, as bits, as `largest` gives it;
+    arithmetic and order those of `hadamard`."""
     sign = (SIGNS >> (tl.arange(0, x.shape[0]) % 16)) & 1
     x = x * (0.0625 - 0.125 * sign)[:, None]
     runs = tl.permute(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), (0, 2, 1))
@@ -43,10 +33,7 @@ def turned(x, SIGNS: tl.constexpr):
     most = tl.abs(parts[0])
     for i in tl.static_range(1, 16):
         most = tl.maximum(most, tl.abs(parts[i]))
-    if MOVES:
-        most = tl.max(most, 2) * 4.0
-    else:
-        most = tl.max(tl.max(tl.max(most, 2), 1), 0) * 4.0
+    most = largest(tl.max(most, 2)) * 4.0
     return nearest_bf16(tl.minimum(most, BF16_MAX))
 
 
@@ -97,9 +84,6 @@ def write_relu2(
                 tl.store(parts_ptr + n // y.shape[1] * rows + row, tl.sum(d * r, 1), row < M)
         if RELU2[3]:
             x = tl.where(inside, as_fp32(made), 0.0)
-            note(amax_ptr, bits(x) & 0x7FFFFFFF)
+            tl.atomic_max(one(amax_ptr), largest(bits(x) & 0x7FFFFFFF), sem="relaxed")
             if RELU2[4] is not None:
-                if MOVES:
-                    note(amax_ptr + 2 * groups, turned(x, RELU2[4]))
-                else:
-                    tl.atomic_max(amax_ptr + 2 * groups, turned(x, RELU2[4]), sem="relaxed")
+                tl.atomic_max(one(amax_ptr + 2 * groups), turned(x, RELU2[4]), sem="relaxed")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
-from nvfp4_kernels.ops._triton_numerics import MOVES, total
+from nvfp4_kernels.ops._triton_numerics import one, total
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
 from nvfp4_kernels.ops.selective_scan._triton_plan import (
     exponents,
@@ -71,8 +71,7 @@ def inputs_part(
         mixed = scores * tl.exp2(tl.where(q[:, None] <= q[None, :], between, float("-inf")))
         pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
         if SKIP == 1:
-            skip = total(tl.where(q[:, None] == q[None, :], pairs, 0.0))
-            tl.store(dD_ptr + each + (tl.zeros([1], tl.int32) if MOVES else 0), skip)
+            tl.store(one(dD_ptr + each), total(tl.where(q[:, None] == q[None, :], pairs, 0.0)))
         elif SKIP == 2:
             met = x.to(tl.float32) * dy.to(tl.float32)
             tl.store(dD_ptr + head * HEAD_DIM + skipped + p, tl.sum(met, 0), p < cols)
