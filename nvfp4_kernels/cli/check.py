@@ -16,6 +16,7 @@ HELP = "Check every op of every backend on this machine against the reference, a
 EXAMPLE = "nvfp4 check --device cuda"
 SECONDS = 60  # of an op's process without a new line, before it is given up
 WHOLE = 110  # of all; what is not through by then is given up too
+TOO_LATE = f"not through after {WHOLE} s in all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +69,14 @@ def check(op: str, backends: tuple[str, ...], device: str, until: float) -> list
     """
     rows, left = [], list(backends)
     while left:
-        made, ending = _process(op, device, left, until)
-        started = next((row for row in reversed(made) if row["result"] == "started"), None)
+        late = time.monotonic() >= until
+        made, ending = ([], TOO_LATE) if late else _process(op, device, left, until)
         rows += [row for row in made if row["result"] != "started"]
         if ending is None:
             return rows
-        at = started or {"case": "before the first", "backend": left[0]}
-        rows.append({"case": at["case"], "backend": at["backend"], "result": "crash", "detail": ending})
+        at = made[-1] if made else {"case": "before the first", "backend": left[0], "result": "started"}
+        case = at["case"] if at["result"] == "started" else f"after {at['case']}"
+        rows.append({"case": case, "backend": at["backend"], "result": "crash", "detail": ending})
         left = left[left.index(at["backend"]) + 1 :]
     return rows
 
@@ -100,7 +102,7 @@ def _process(op: str, device: str, backends: list[str], until: float) -> tuple[l
         while (line := lines.get(timeout=max(0, min(SECONDS, until - time.monotonic())))) is not None:
             rows.append(json.loads(line))
     except queue.Empty:
-        ending = f"nothing within {SECONDS} s" if time.monotonic() < until else f"not through after {WHOLE} s in all"
+        ending = f"nothing within {SECONDS} s" if time.monotonic() < until else TOO_LATE
         child.kill()
     status = child.wait()
     for thread in threads:

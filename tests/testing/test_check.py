@@ -126,7 +126,7 @@ done
 def test_a_backend_that_takes_its_process_down_costs_its_own_cell(monkeypatch, tmp_path, ending, said):
     """An interpreter that plays a process in which the backend "bad" dies at its first case."""
     in_the_place_of_python(monkeypatch, tmp_path, ending)
-    monkeypatch.setattr(command, "SECONDS", 1)
+    monkeypatch.setattr(command, "SECONDS", 2)
     rows = command.check("hadamard", ("good", "bad", "fine"), "cpu", time.monotonic() + 60)
     assert [(row["backend"], row["result"]) for row in rows] == [("good", "pass"), ("bad", "crash"), ("fine", "pass")]
     assert said in rows[1]["detail"] and rows[1]["case"] == "first"
@@ -137,13 +137,25 @@ def test_a_backend_that_takes_its_process_down_costs_its_own_cell(monkeypatch, t
 
 def test_the_whole_has_an_end(monkeypatch, tmp_path):
     in_the_place_of_python(monkeypatch, tmp_path, "exec sleep 60")
-    rows = command.check("hadamard", ("good", "bad", "fine"), "cpu", time.monotonic() + 1)
+    rows = command.check("hadamard", ("good", "bad", "fine"), "cpu", time.monotonic() + 2)
     assert [row["result"] for row in rows] == ["pass", "crash", "crash"]
     assert all("not through after 110 s in all" in row["detail"] for row in rows[1:])
+    assert [row["case"] for row in rows[1:]] == ["first", "before the first"]
     monkeypatch.setattr(command, "SECONDS", 0.5)
     script = tmp_path / "python"
     script.write_text("#!/bin/bash\nexec sleep 60\n")
     assert command._probe("cpu") == "could not be asked: nothing within 0.5 s"
+
+
+def test_a_process_that_hangs_after_its_case(monkeypatch, tmp_path):
+    in_the_place_of_python(monkeypatch, tmp_path, f"echo '{PASSED}' | sed s/BACKEND/bad/; exec sleep 60")
+    monkeypatch.setattr(command, "SECONDS", 2)
+    rows = command.check("hadamard", ("bad", "fine"), "cpu", time.monotonic() + 60)
+    assert [(row["case"], row["result"]) for row in rows] == [
+        ("first", "pass"),
+        ("after first", "crash"),
+        ("first", "pass"),
+    ]
 
 
 def test_a_lost_device_is_nobody_elses_fault(monkeypatch, capsys):
