@@ -121,12 +121,12 @@ def test_second_interrupt_stops_at_once():
 
 def test_interrupts_of_one_moment_are_one():
     """torchrun hands on what the terminal sends to all."""
-    with runs.Interrupts(0.1) as interrupts:
+    with runs.Interrupts(0.5) as interrupts:
         for name in (signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), name)
             time.sleep(0.01)
         assert interrupts.asked
-        time.sleep(0.1)
+        time.sleep(0.5)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
