@@ -247,40 +247,45 @@ static __device__ __forceinline__ void tile_sum(F32x1 (&error)[2]) {
     error[1] = total[columns ? 1 : 0];
 }
 
-// Which of the two candidates each block takes (numerics/block_scale.h); a 16x16 tile chooses as one.
+// Which of the two candidates each block takes (numerics/block_scale.h); a 16x16 tile chooses as one. Loops are kept: the errors of
+// two blocks under two candidates, one after another, are most of the code of a kernel with every option.
 template <bool columns, class T>
 static __device__ __forceinline__ void choose_scales(const FormLaunch& f, bool tiled, const TensorScale& s, const Factors& factors,
                                                      const Run<T> (&x)[2], const F32x1* amax, u32 (&scale)[2]) {
-    F32x1 error[2][2];  // [candidate][block]
-    u32 candidate[2][2];
+    U32x1 six[2], four[2];
     NVFP4_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        U32x1 six, four;
-        block_scale_candidates(amax[half], s, six, four);
-        candidate[0][half] = six.v;
-        candidate[1][half] = four.v;
-        NVFP4_UNROLL
-        for (int c = 0; c < 2; ++c) {
-            const F32x1 decode = e4m3_decode_magnitude<F32x1>(candidate[c][half]), enc(factors[candidate[c][half]].enc);
+    for (int half = 0; half < 2; ++half) block_scale_candidates(amax[half], s, six[half], four[half]);
+    F32x1 of_six[2];
+    NVFP4_KEEP_LOOP
+    for (int c = 0; c < 2; ++c) {
+        F32x1 error[2] = {F32x1(0.0f), F32x1(0.0f)};
+        NVFP4_KEEP_LOOP
+        for (int half = 0; half < 2; ++half) {
+            const u32 candidate = c ? (half ? four[1].v : four[0].v) : half ? six[1].v : six[0].v;
+            const F32x1 decode = e4m3_decode_magnitude<F32x1>(candidate), enc(factors[candidate].enc);
             const auto add = [&](F32x1 sum, float v) {
                 const F32x1 e = block_error(F32x1(v), decode, enc, s);
                 return sum + (f.four_over_six == static_cast<i32>(FourOverSix::mae) ? magnitude(e) : e * e);
             };
+            Run<T> block;
+            NVFP4_UNROLL
+            for (int k = 0; k < Run<T>::words; ++k) block.word[k] = half ? x[1].word[k] : x[0].word[k];
             F32x1 sum(0.0f);
             NVFP4_UNROLL
             for (int k = 0; k < 8; ++k) {
-                const Pair v = pair_of(x[half], k);
+                const Pair v = pair_of(block, k);
                 sum = add(add(sum, v.x), v.y);
             }
-            error[c][half] = sum;
+            error[0] = half ? error[0] : sum;
+            error[1] = sum;
+        }
+        if (tiled) tile_sum<columns>(error);
+        NVFP4_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            if (c == 0) of_six[half] = error[half];
+            else scale[half] = (less(error[half], of_six[half]) ? four[half] : six[half]).v;
         }
     }
-    if (tiled) {
-        NVFP4_UNROLL
-        for (int c = 0; c < 2; ++c) tile_sum<columns>(error[c]);
-    }
-    NVFP4_UNROLL
-    for (int half = 0; half < 2; ++half) scale[half] = less(error[1][half], error[0][half]) ? candidate[1][half] : candidate[0][half];
 }
 
 // Codes of the scales of a thread's two blocks.
