@@ -70,6 +70,18 @@ def test_instructions(compiled, op, arch):
             assert found["F2FP"] == codes + scales + 1, name
 
 
+OWN = {"weight_only_tiles": "HGMMA", "tcgen05": "UTCOMMA", "block_scaled": "OMMA", "mixer_scan": "HMMA"}
+
+
+@pytest.mark.parametrize("name, instruction", OWN.items())
+def test_tensor_cores(resources, compiled, name, instruction):
+    """In the committed table, and where it is compiled here: the products that each chip has of its own."""
+    rows = [row for row in json.loads(resources.RESULTS.read_text()) if row["case"] == "CUDA"]
+    rows += [row for found in compiled.values() for row in found.values()]
+    found = [row["instructions"] for row in rows if row["kernel"].startswith(name)]
+    assert found and all(instruction in instructions for instructions in found)
+
+
 def test_refusal_without_a_compiler(monkeypatch):
     """A CUDA device, and neither nvcc's code nor CuPy: the reason says what to do."""
     monkeypatch.setattr(_cuda, "BUILT", _cuda.BUILT / "nowhere")
