@@ -16,11 +16,13 @@ from torch.utils._device import _device_constructors  # noqa: E402
 
 
 def hurry_interpreter() -> None:
-    """Triton's interpreter in a third of its time. It replaces all functions of its language anew whenever one function of a
-    kernel calls another, which it does once a launch here, and makes the types of its tensors anew at each step: here those of
-    one name are one."""
+    """Triton's interpreter in a quarter of its time. It replaces all functions of its language anew whenever one function of a
+    kernel calls another, which it does once a launch here; it makes the types of its tensors anew at each step, where those of
+    one name are one; it looks at each sum and product for overflows, of which it tells nobody; and it looks for the common type
+    of operands of one type."""
     try:
         import triton.language as tl
+        from triton.language.semantic import TritonSemantic
         from triton.runtime import interpreter
     except ImportError:
         return
@@ -58,6 +60,18 @@ def hurry_interpreter() -> None:
         if type.name not in numpy_types:
             numpy_types[type.name] = numpy_type(type)
         return numpy_types[type.name]
+
+    semantic, plain = TritonSemantic, {"fp32", "int32", "uint32", "int64", "uint64", "int1"}
+    check = semantic.binary_op_type_checking_impl
+
+    def checked(self, lhs, rhs, *arguments, **options):
+        if isinstance(lhs, tensor) and isinstance(rhs, tensor):
+            if lhs.type.name == rhs.type.name and lhs.dtype.name in plain:
+                return lhs, rhs
+        return check(self, lhs, rhs, *arguments, **options)
+
+    semantic.binary_op_type_checking_impl = checked
+    semantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, operation: None
 
     tensor.__init__, block.with_element_ty, interpreter._get_np_dtype = constructed, with_element_ty, numpy_type_of
     block.to_ir = lambda self, builder: self if builder is interpreter.interpreter_builder else to_ir(self, builder)
