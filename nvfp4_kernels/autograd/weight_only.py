@@ -9,7 +9,7 @@ from nvfp4_kernels.autograd.plain import product
 from nvfp4_kernels.formats.groups import Stack
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
-from nvfp4_kernels.ops._check import require
+from nvfp4_kernels.ops._check import float_tensor, require
 from nvfp4_kernels.ops.grouped_matmul.op import grouped_matmul, unpacked
 from nvfp4_kernels.ops.matmul.op import matmul
 from nvfp4_kernels.ops.permute.op import sum_slots
@@ -31,6 +31,10 @@ def weight_only(
     Rounded once to x's dtype (with a scale: to fp32 before it).
     Differentiable in x and bias. Raises TypeError or ValueError naming the argument, as nk.matmul.
     """
+    float_tensor("x", x)
+    require(x.dim() >= 1 and x.shape[-1] > 0, "x", f"shape {list(x.shape)}", "[..., in], in at least 1")
+    kinds = NVFP4Tensor, MXFP8Tensor, PackedNVFP4Tensor
+    require(isinstance(weight, kinds), "weight", type(weight).__name__, ", ".join(k.__name__ for k in kinds), TypeError)
     x = autocast(x)
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
 

@@ -1,18 +1,19 @@
 """Files written so that they survive: every byte counted, summed up and fsynced; safetensors tensor by tensor."""
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
 
 
@@ -20,24 +21,27 @@ class Item(NamedTuple):
     """A tensor to be written; `make` gives it when its turn comes."""
 
     name: str
-    dtype: torch.dtype
+    dtype: "torch.dtype"
     shape: tuple[int, ...]
-    make: Callable[[], torch.Tensor]
+    make: "Callable[[], torch.Tensor]"
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def safetensors(items: Iterable[Item], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor: the library's own writer would hold all of them at once, and
     gives no chance to sum the bytes up on their way."""
+    import torch
+
     items, header, at = list(items), {}, 0
     if metadata:
         header["__metadata__"] = metadata
     for item in items:
         offsets = [at, at + item.bytes]
-        header[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": offsets}
+        name = NAMES[str(item.dtype).removeprefix("torch.")]
+        header[item.name] = {"dtype": name, "shape": list(item.shape), "data_offsets": offsets}
         at += item.bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8

@@ -15,10 +15,12 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from nvfp4_kernels.checkpoint.files import Item, safetensors, sync_folder, write
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -35,7 +37,7 @@ class Snapshot:
     step: int
     state: dict
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str) -> "dict[str, torch.Tensor]":
         """The tensors of `name`.safetensors, on the CPU."""
         from safetensors.torch import load_file
 
@@ -45,7 +47,7 @@ class Snapshot:
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: "Mapping[str, Mapping[str, torch.Tensor]]",
     state: dict,
     texts: Mapping[str, str] | None = None,
     keep: int = 2,
@@ -139,7 +141,7 @@ def _found(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step_*") if p.is_dir()), reverse=True)
 
 
-def _items(group: Mapping[str, torch.Tensor]) -> list[Item]:
+def _items(group: "Mapping[str, torch.Tensor]") -> list[Item]:
     return [Item(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in group.items()]
 
 
@@ -165,7 +167,7 @@ def _json(path: Path) -> dict:
         ) from None
 
 
-def _explain(error: OSError, folder: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+def _explain(error: OSError, folder: Path, tensors: "Mapping[str, Mapping[str, torch.Tensor]]") -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         size = f", a snapshot needs {needed / 1e6:.1f} MB" if needed else ""

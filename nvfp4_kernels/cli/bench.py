@@ -14,6 +14,7 @@ from pathlib import Path
 
 HELP = "Run the benchmarks, print one table, write benchmarks/results/<device>.json and a plot."
 EXAMPLE = "nvfp4 bench --op quantize"
+NOTHING_RAN = 5  # pytest's exit status where no test is left
 PEERS = ("triton", "transformers", "mamba_ssm", "causal_conv1d")  # whose versions a result depends on
 
 
@@ -62,6 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
         check=False,
         env=os.environ | {"PYTHONPATH": path},
     )
+    if done.returncode == NOTHING_RAN:
+        raise ValueError(
+            f"filter: got {arguments.filter!r}; allowed: part of a case's name (do: another --filter or --op)"
+        )
     if done.returncode != 0 or not raw.exists():
         tail = [line for line in done.stdout.splitlines() if line.startswith(("E ", "ERROR", "FAILED"))] or [
             "no output"

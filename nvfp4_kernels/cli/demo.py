@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from nvfp4_kernels.cli.machine import keep_freed_memory, share_the_cores
 
@@ -36,14 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from nvfp4_kernels.cli.models import check_folder
+    from nvfp4_kernels.cli.train import check_data, preset_settings
+
+    check_folder(Path(arguments.out))
+    check_data(arguments.data)
     share_the_cores()
     keep_freed_memory()
     from nvfp4_kernels.cli.generate import sample_text
-    from nvfp4_kernels.cli.train import preset_settings
     from nvfp4_kernels.recipe import bf16, nvfp4
     from nvfp4_kernels.train.compare import compare
 
-    minutes = None if arguments.steps else arguments.minutes
+    minutes = None if arguments.steps is not None else arguments.minutes
     settings = preset_settings(
         preset="tiny",
         data=arguments.data,

@@ -25,13 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from nvfp4_kernels.cli import models
+
+    models.check_number("length", arguments.length, 1)
+    models.check_file("json", arguments.json)
+    models.check_model("model", Path(arguments.model))
+    models.check_text("text", arguments.text)
     share_the_cores()
-    from nvfp4_kernels.cli.models import check_file, load_with_tokenizer, read_text
     from nvfp4_kernels.ptq.evaluate import evaluate
 
-    check_file("json", arguments.json)
-    model, tokenizer = load_with_tokenizer(Path(arguments.model))
-    got = evaluate(model, read_text("text", arguments.text, tokenizer), arguments.length)
+    model, tokenizer = models.load_with_tokenizer(Path(arguments.model))
+    got = evaluate(model, models.read_text("text", arguments.text, tokenizer), arguments.length)
     print(render(got))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"model": arguments.model} | got.to_dict(), indent=2) + "\n")

@@ -42,14 +42,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the new text alone, without prompt and figures")
 
 
+def look(arguments: argparse.Namespace) -> None:
+    """What is wrong with the command line, before torch is imported."""
+    from nvfp4_kernels.cli.models import check_model, check_number
+
+    a, folder = arguments, Path(arguments.model)
+    check_number("tokens", a.tokens, 1)
+    check_number("speculative", a.speculative, 0)
+    if not a.prompt:
+        raise ValueError("prompt: got ''; allowed: a text that is not empty")
+    if "" in a.stop:
+        raise ValueError("stop: got ''; allowed: a text that is not empty")
+    config = check_model("model", folder)
+    if a.chat and (folder / "run.json").is_file():
+        raise ValueError(f"chat: {folder} is a run of nvfp4 train, which knows no chats; do: leave out --chat")
+    if a.speculative and config is not None and not config.num_nextn_predict_layers:
+        raise ValueError(f"speculative: got {a.speculative}; allowed: 0, for {folder} has no MTP block")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    look(arguments)
     share_the_cores()
     from nvfp4_kernels.generate.engine import Engine
     from nvfp4_kernels.generate.loop import Pace, stream
     from nvfp4_kernels.generate.sample import Sampling
 
-    a, source = arguments, load_source(Path(arguments.model))
+    a = arguments
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p, a.repetition_penalty, a.seed)
+    source = load_source(Path(a.model))
     prompt = source.chat(a.prompt) if a.chat else source.encode(a.prompt)
     engine, pace = Engine(source.model, slots=1, speculative=a.speculative, kv_dtype=a.kv_cache), Pace()
     if not a.quiet:

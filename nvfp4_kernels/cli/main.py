@@ -25,6 +25,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
+    def _check_value(self, action: argparse.Action, value) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = list(action.choices)
+            near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+            found = f"; nearest: {near[0]}" if near else ""
+            raise argparse.ArgumentError(action, f"got {value!r}; allowed: {', '.join(allowed)}{found}")
+
     def error(self, message: str):
         for kind, allowed in (("int", "a whole number"), ("float", "a number")):
             message = re.sub(rf"invalid {kind} value: (.*)", rf"got \1; allowed: {allowed}", message)
@@ -92,6 +99,8 @@ def one_line(error: Exception) -> str:
         return "the disk is full; do: free some space, then --resume (the checkpoints written so far are whole)"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} does not exist; do: check the path"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; do: check the path and its permissions"
     if isinstance(error, MemoryError):
         return "out of memory; do: a smaller --batch or --length, or --checkpoint-activations"
     if isinstance(error, (UsageError, ValueError, TypeError, RuntimeError, ImportError, OSError)) and text:

@@ -1,5 +1,9 @@
-"""The model and the tokenizer of a path on the command line, and a quantized model's folder."""
+"""The model and the tokenizer of a path on the command line, and a quantized model's folder.
 
+What `check_...` looks at is there before torch is: a wrong path is told at once. They raise ValueError naming the flag.
+"""
+
+import os
 import shutil
 from pathlib import Path
 
@@ -17,13 +21,71 @@ def load_model(path: Path):
     return from_pretrained(path, device=default_device()), None, None
 
 
-def require_checkpoint(path: Path) -> None:
+def require_checkpoint(path: Path, flag: str = "model") -> None:
     """Raises ValueError where there is neither that nor a run."""
     if not (path / "config.json").is_file():
         what = "holds" if path.exists() else "does not exist: it holds"
         raise ValueError(
-            f"model: {path} {what} no run (run.json) and no checkpoint (config.json); do: name a folder of either"
+            f"{flag}: {path} {what} no run (run.json) and no checkpoint (config.json); do: name a folder of either"
         )
+
+
+def check_model(flag: str, path: Path, tokenizer: bool = True):
+    """A run, of which a snapshot has begun to be written, or a checkpoint, whole by its header and (`tokenizer`) with a
+    tokenizer.json. Returns its HybridConfig."""
+    from nvfp4_kernels.checkpoint.source import open_source
+    from nvfp4_kernels.model.config import HybridConfig
+    from nvfp4_kernels.train.settings import Settings
+
+    if (path / "run.json").is_file():
+        Settings.load(path, flag)
+        snapshots = sorted((path / "checkpoints").glob("step_*"))
+        if not snapshots:
+            raise ValueError(f"{flag}: {path} holds no checkpoint yet; do: let it train further")
+        return HybridConfig.load(path) if (path / "config.json").is_file() else None
+    require_checkpoint(path, flag)
+    if tokenizer and not (path / "tokenizer.json").is_file():
+        do = f"copy the tokenizer's files into {path}"
+        raise ValueError(f"tokenizer: got {path / 'tokenizer.json'}, which is no file; do: {do}")
+    return open_source(path).config
+
+
+def check_config(path: str | None) -> None:
+    """That of --config; None for none."""
+    from nvfp4_kernels.model.config import HybridConfig
+
+    if path is None:
+        return
+    try:
+        HybridConfig.load(path)
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"config: {error.filename} {why}; do: give a config.json, or its folder") from None
+    except ValueError as error:
+        raise ValueError(f"config: {path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def check_text(flag: str, path: str | None) -> bytes | None:
+    """A file with text in it, which is returned; None for none."""
+    from nvfp4_kernels.train.corpus import looks_binary
+
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{flag}: {path} {why}; do: give a text file") from None
+    if not text:
+        raise ValueError(f"{flag}: got 0 tokens in {path}; allowed: at least 2 (do: give a file with text in it)")
+    if looks_binary(text[: 1 << 16]):
+        raise ValueError(f"{flag}: {path} is binary, not text; do: give a text file")
+    return text
+
+
+def check_number(flag: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{flag}: got {value}; allowed: at least {least}")
 
 
 def load_with_tokenizer(path: Path):
@@ -40,18 +102,35 @@ def tokenizer_beside(path: Path, config):
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where something is there already."""
+    """A folder that is not there, or is empty, and can be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already; do: name another folder")
+    check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """A folder that can be written to, or made."""
+    at = out.absolute()
+    while not at.exists():
+        at = at.parent
+    why = "is no folder" if not at.is_dir() else "" if os.access(at, os.W_OK | os.X_OK) else "is not writable"
+    if why:
+        raise ValueError(f"out: {out} cannot be written, {at} {why}; do: name another folder")
 
 
 def check_file(flag: str, path: str | None) -> None:
-    """Raises ValueError where no file can be written at `path`: before minutes of work are lost for want of a folder."""
+    """A file that can be written, or made: minutes of work are not to be lost for want of a folder."""
     if path is None:
         return
     file = Path(path)
-    if not file.parent.is_dir() or file.is_dir():
-        what = "is a folder" if file.is_dir() else f"cannot be written, {file.parent} is no folder"
+    what = None
+    if file.is_dir():
+        what = "is a folder"
+    elif not file.parent.is_dir():
+        what = f"cannot be written, {file.parent} is no folder"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        what = f"cannot be written, {file if file.exists() else file.parent} is not writable"
+    if what:
         raise ValueError(f"{flag}: {path} {what}; do: name another file")
 
 
@@ -88,15 +167,6 @@ def save_quantized(model, tokenizer, out: Path, write_more, read=None):
 def read_text(flag: str, path: str | None, tokenizer):
     """The tokens of a text file; None for no path. Raises ValueError naming `flag`."""
     from nvfp4_kernels.ptq.evaluate import Text
-    from nvfp4_kernels.train.corpus import looks_binary
 
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise ValueError(f"{flag}: {path} {why}; do: give a text file") from None
-    if looks_binary(text[: 1 << 16]):
-        raise ValueError(f"{flag}: {path} is binary, not text; do: give a text file")
-    return Text.encode(text, tokenizer, path)
+    text = check_text(flag, path)
+    return None if text is None else Text.encode(text, tokenizer, path, flag)

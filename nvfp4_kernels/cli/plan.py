@@ -47,10 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect(arguments: argparse.Namespace) -> dict:
-    import torch
+    from nvfp4_kernels.cli.models import check_config, check_number
 
-    if arguments.tokens < 1:
-        raise ValueError(f"tokens: got {arguments.tokens}; allowed: at least 1")
+    check_number("tokens", arguments.tokens, 1)
+    check_config(arguments.config)
+
+    import torch
 
     from nvfp4_kernels.formats.groups import Stack
     from nvfp4_kernels.model.config import HybridConfig

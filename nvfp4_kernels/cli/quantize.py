@@ -12,6 +12,9 @@ HELP = (
 )
 EXAMPLE = "nvfp4 quantize --model runs/a --out quantized --recipe nano-nvfp4 --calibrate some.txt --text other.txt"
 
+RECIPES = ("super-nvfp4", "nano-nvfp4", "lightning-w4a16", "nano-fp8")
+LEAST_BITS = 4.5  # of a weight in nvfp4, with its share of a scale
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -26,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument(
-        "--recipe", metavar="NAME", default=None, help="super-nvfp4, nano-nvfp4, lightning-w4a16 or nano-fp8"
-    )
+        "--recipe", metavar="NAME", choices=RECIPES, default=None,
+        help="super-nvfp4, nano-nvfp4, lightning-w4a16 or nano-fp8",
+    )  # fmt: skip
     how.add_argument(
         "--pattern", metavar="GLOB=FORMAT", action="append", default=None,
         help="the format (nvfp4, w4a16, fp8, bf16) of layers whose names match; may be repeated, the first match wins, "
@@ -60,26 +64,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    out, source = Path(arguments.out), Path(arguments.model)
+    rules = look(arguments, out, source)
     share_the_cores()
-    from nvfp4_kernels.cli.models import check_out
-    from nvfp4_kernels.ops._check import require
     from nvfp4_kernels.ptq.quantize import REPORT
 
-    out = Path(arguments.out)
-    check_out(out)
-    rules = patterns(arguments.pattern)
-    if arguments.recipe is not None:
-        from nvfp4_kernels.ptq.formats import get_recipe
-
-        get_recipe(arguments.recipe)  # a wrong name is told before a model is read
-    require(arguments.length >= 1, "length", arguments.length, "at least 1")
-    source = Path(arguments.model)
     by_layer = arguments.bits is None and not (source / "run.json").is_file()
     report = (_by_layer if by_layer else _in_memory)(arguments, source, out, rules)
     print(render(report))
     held = "one layer at a time" if by_layer else "the whole model"
     print(f"in {out}: the checkpoint, {REPORT}, errors.png; {held} was held in memory")
     return 0
+
+
+def look(arguments: argparse.Namespace, out: Path, source: Path):
+    """The patterns; raises ValueError for what is wrong with the command line, before torch is imported."""
+    from nvfp4_kernels.cli.models import check_model, check_number, check_out, check_text
+
+    rules = patterns(arguments.pattern)
+    check_number("length", arguments.length, 1)
+    if arguments.bits is not None:
+        check_number("bits", arguments.bits, LEAST_BITS)
+        if arguments.calibrate is None:
+            do = "a text file to measure costs on (do: --calibrate FILE)"
+            raise ValueError(f"calibrate: got no text for --bits; allowed: {do}")
+    check_out(out)
+    check_text("calibrate", arguments.calibrate)
+    check_text("text", arguments.text)
+    check_model("model", source)
+    return rules
 
 
 def _in_memory(arguments: argparse.Namespace, source: Path, out: Path, rules):

@@ -165,10 +165,39 @@ def tokenizer_of(folder: Path) -> str:
     )
 
 
+def check_data(path: str | None) -> None:
+    """Raises ValueError where there is nothing to read."""
+    if path is not None:
+        from nvfp4_kernels.train.corpus import find_files
+
+        find_files(Path(path))
+
+
+def look(arguments: argparse.Namespace) -> Settings:
+    """The settings; raises ValueError for what is wrong with the command line, before torch is imported."""
+    from nvfp4_kernels.cli.models import check_config, check_folder, check_model, check_number
+
+    check_number("sample", arguments.sample, 0)
+    if arguments.sample and not arguments.prompt:
+        raise ValueError("prompt: got ''; allowed: a text that is not empty (or --sample 0)")
+    if arguments.from_ is not None:
+        check_model("from", Path(arguments.from_), tokenizer=False)
+    check_config(arguments.config)
+    settings = settings_of(arguments)
+    tokenizer = settings.tokenizer
+    if tokenizer != "bytes" and not Path(tokenizer).is_file():
+        raise ValueError(f"tokenizer: got {tokenizer}, which is no file; allowed: bytes, or a tokenizer.json")
+    check_data(settings.data)
+    check_folder(out := Path(settings.out))
+    if not (arguments.resume or arguments.ablate or arguments.print_config) and any(out.glob("checkpoints/step_*")):
+        raise ValueError(f"out: {out} already holds a run; do: add --resume, or name another folder with --out")
+    return settings
+
+
 def run(arguments: argparse.Namespace) -> int:
+    settings = look(arguments)
     share_the_cores()
     keep_freed_memory()
-    settings = settings_of(arguments)
     if arguments.print_config:
         from nvfp4_kernels.train.setup import build_config
 

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.seconds is not None and not arguments.seconds >= 0:
+        raise ValueError(f"seconds: got {arguments.seconds}; allowed: 0 or more")
     if arguments.save_default:
         print(f"in {save_default(Path(arguments.save_default))}")
         return 0
@@ -75,10 +77,14 @@ def tune(device: str, small: bool, timer, save, seconds: float | None) -> None:
 
 def save_default(results: Path) -> Path:
     """The file of the package, written of a result's. Raises ValueError for one that was not tuned."""
+    try:
+        found = json.loads(results.read_text())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no JSON"
+        raise ValueError(f"save-default: {results}: {why}; allowed: what make gpu wrote on a GPU") from None
     from nvfp4_kernels.ops import _tuned
 
-    found = json.loads(results.read_text())
-    if not found.get("tuned"):
+    if not isinstance(found, dict) or not found.get("tuned"):
         raise ValueError(f"save-default: {results} holds nothing tuned; allowed: what make gpu wrote on a GPU")
     about = {"device": found["device"], "results": f"benchmarks/results/{results.name}", "answers": found["tuned"]}
     target = _tuned.shipped(found["arch"])

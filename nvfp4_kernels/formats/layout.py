@@ -16,12 +16,19 @@ def pad_last(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
+def _bytewise(argument: str, x: object) -> None:
+    if not isinstance(x, Tensor) or x.itemsize != 1 or x.layout != torch.strided:
+        got = f"a {x.layout} tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{argument}: got {got}; allowed: a tensor of one byte an element, as scales are")
+
+
 def swizzle_128x4(scales: Tensor) -> Tensor:
     """Row-major block scales to the 128x4 tiles that Blackwell's block-scaled GEMMs read (cuBLAS SWIZZLE_32_4_4).
 
     scales: [rows, blocks], one byte an element. Returns [ceil128(rows) * ceil4(blocks)], the padding zero.
-    Raises ValueError for another rank.
+    Raises TypeError for anything else, ValueError for another rank.
     """
+    _bytewise("scales", scales)
     if scales.dim() != 2:
         raise ValueError(f"scales: got {scales.dim()} dimensions; allowed: 2, [rows, blocks]")
     rows, blocks = scales.shape
@@ -35,7 +42,11 @@ def swizzle_128x4(scales: Tensor) -> Tensor:
 
 
 def unswizzle_128x4(swizzled: Tensor, rows: int, blocks: int) -> Tensor:
-    """The inverse of swizzle_128x4: [rows, blocks], padding cut. Raises ValueError when the size does not fit."""
+    """The inverse of swizzle_128x4: [rows, blocks], padding cut. Raises TypeError, or ValueError when the size does not fit."""
+    _bytewise("swizzled", swizzled)
+    for name, value in (("rows", rows), ("blocks", blocks)):
+        if not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: got {type(value).__name__}; allowed: an int")
     padded_rows, padded_blocks = ceil_to(rows, 128), ceil_to(blocks, 4)
     if swizzled.numel() != padded_rows * padded_blocks:
         raise ValueError(

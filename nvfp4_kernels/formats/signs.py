@@ -13,7 +13,7 @@ def sign_mask(signs: int | Sequence[int] | Tensor) -> int:
             raise ValueError(f"signs: got {signs}; allowed: a 16-bit mask or 16 values of +1 and -1")
         return signs
     given = signs.tolist() if isinstance(signs, Tensor) else signs
-    if not isinstance(given, Sequence):
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"signs: got {given!r}; allowed: a 16-bit mask or 16 values of +1 and -1")
     values = [int(s) for s in given]
     if len(values) != 16 or any(s not in (1, -1) for s in values):
@@ -22,5 +22,9 @@ def sign_mask(signs: int | Sequence[int] | Tensor) -> int:
 
 
 def random_signs(seed: int) -> int:
-    """A mask drawn from `seed`. Both operands of one GEMM must share it."""
+    """A mask drawn from `seed`. Both operands of one GEMM must share it. Raises TypeError or ValueError naming the argument."""
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: got {type(seed).__name__}; allowed: an int")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed: got {seed}; allowed: an int of 64 bits")
     return int(torch.randint(0, 1 << 16, (), generator=torch.Generator().manual_seed(seed)))

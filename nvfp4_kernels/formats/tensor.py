@@ -71,7 +71,8 @@ class QuantizedTensor:
         """
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"dtype: got {dtype}; allowed: bfloat16, float16, float32")
-        codes, scales = (part.view(torch.uint8).flatten(0, -2) for part in (self.codes, self.scales))
+        parts = (part.view(torch.uint8) for part in (self.codes, self.scales))
+        codes, scales = (part.flatten(0, -2) if part.dim() > 1 else part[None] for part in parts)  # [None]: of a vector
         global_scale = getattr(self, "global_scale", None)
         return torch.ops.nvfp4.dequantize(codes, scales, global_scale, self.shape[-1], str(dtype)[6:]).view(self.shape)
 

@@ -1,7 +1,8 @@
 """HybridConfig: the geometry of a Nemotron-H model, in the field names of its published config.json.
 
 Read with `HybridConfig.load(folder)`, written with `config.save(folder)`. Fields of a config.json that mean nothing here
-are kept in `extra` and written back, so that a round trip loses nothing.
+are kept in `extra` and written back, so that a round trip loses nothing. Nothing here imports torch before it is asked for a
+dtype: the command line looks at configs first.
 """
 
 import dataclasses
@@ -12,8 +13,10 @@ import os
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LETTERS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 _LAYER_NAMES = {"mamba": "M", "linear_attention": "M", "moe": "E", "attention": "*", "full_attention": "*", "mlp": "-"}
@@ -38,7 +41,7 @@ _DERIVED = (
     "layer_types",
     "mtp_layers_block_type",
 )
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,10 @@ class HybridConfig:
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "time_step_limit", tuple(float(limit) for limit in self.time_step_limit))
+        limits = self.time_step_limit
+        if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not all(isinstance(x, Real) for x in limits):
+            raise ValueError(f"time_step_limit: got {limits!r}; allowed: two numbers, 0 <= low <= high")
+        object.__setattr__(self, "time_step_limit", tuple(float(limit) for limit in limits))
         _check(self)
 
     @property
@@ -117,8 +123,10 @@ class HybridConfig:
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.torch_dtype]
+    def dtype(self) -> "torch.dtype":
+        import torch
+
+        return getattr(torch, self.torch_dtype)
 
     def replace(self, **changes) -> "HybridConfig":
         """A copy with some fields changed. Raises ValueError, naming the field, for one that does not exist."""
@@ -150,13 +158,13 @@ class HybridConfig:
             )
         if values.pop("use_bias", False):
             values["mamba_proj_bias"] = True
-        if isinstance(values.get("torch_dtype"), torch.dtype):
+        if type(values.get("torch_dtype")).__name__ == "dtype":
             values["torch_dtype"] = str(values["torch_dtype"]).removeprefix("torch.")
-        if not values.get("time_step_limit"):
+        limits = values.get("time_step_limit")
+        if not limits:
             values.pop("time_step_limit", None)
-        else:  # transformers 5 writes infinity as {"__float__": "Infinity"}
-            limits = values["time_step_limit"]
-            values["time_step_limit"] = [x.get("__float__", x) if isinstance(x, dict) else x for x in limits]
+        elif isinstance(limits, (list, tuple)):  # transformers 5 writes infinity as {"__float__": "Infinity"}
+            values["time_step_limit"] = [float(x["__float__"]) if x == {"__float__": "Infinity"} else x for x in limits]
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {name: value for name, value in values.items() if name in names}
         aside = {name: value for name, value in values.items() if name not in names and name not in _DERIVED}
@@ -239,6 +247,10 @@ def _check(config: HybridConfig) -> None:
         if f.type == "float" or f.type is float:
             number = isinstance(value, Real) and not isinstance(value, bool)
             demand(number and 0 <= value < math.inf, f.name, "a number >= 0")
+        if f.name.endswith("_token_id"):
+            ids = value if isinstance(value, list) and f.name == "eos_token_id" else [value]
+            known = all(i is None or isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            demand(known, f.name, "a token id" + (", or a list of them" if f.name == "eos_token_id" else ""))
     demand(config.torch_dtype in _DTYPES, "torch_dtype", ", ".join(_DTYPES))
     demand(2 <= config.conv_kernel <= 4, "conv_kernel", "2, 3, 4")
     demand(config.num_nextn_predict_layers <= 1, "num_nextn_predict_layers", "0, 1 (one block serves every depth)")

@@ -34,12 +34,19 @@ class Losses(NamedTuple):
     balance: Tensor
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """An nn.Embedding, fp32. On the meta device nothing is drawn: normal_ there imports torch's compiler, which takes as long
+    as importing torch."""
+    weight = torch.empty(rows, width, dtype=torch.float32)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else weight.normal_())
+
+
 class Backbone(nn.Module):
     """Embeddings, layers and last norm, under the names of the published checkpoints."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=torch.float32)
+        self.embeddings = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(block(config, letter) for letter in config.hybrid_override_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 

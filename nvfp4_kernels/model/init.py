@@ -28,7 +28,7 @@ def initialize(model: nn.Module, config: HybridConfig) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
-        if isinstance(module, Mamba2):
+        if isinstance(module, Mamba2) and not module.A_log.is_meta:
             _initialize_mamba(module, config)
 
 

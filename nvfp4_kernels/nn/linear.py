@@ -78,6 +78,6 @@ class Linear(Deriving, nn.Linear):
 
 def new_noise(device=None) -> Tensor:
     """A (seed, offset) drawn from torch's generator: torch.manual_seed makes a model's noise reproducible."""
-    return torch.stack([torch.randint(0, 1 << 62, (), dtype=torch.int64), torch.zeros((), dtype=torch.int64)]).to(
-        device
-    )
+    noise = torch.zeros(2, dtype=torch.int64)  # on the meta device too: stacking there imports torch's compiler
+    noise[:1].random_(0, 1 << 62)
+    return noise.to(device)

@@ -27,9 +27,10 @@ def _strided(argument: str, x: Tensor) -> None:
 
 
 def floating_point(argument: str, x: object) -> None:
-    """`x` must be a tensor of any floating-point type in plain strided memory."""
+    """`x` must be a bf16, fp16, fp32 or fp64 tensor in plain strided memory."""
     require(isinstance(x, Tensor), argument, type(x).__name__, "a floating-point tensor", TypeError)
     require(x.is_floating_point(), argument, x.dtype, "a floating-point tensor", TypeError)
+    require(x.itemsize > 1, argument, x.dtype, "bfloat16, float16, float32, float64", TypeError)
     _strided(argument, x)
 
 
@@ -41,6 +42,11 @@ def float_operand(argument: str, x: object, shape: Sequence[int], device: torch.
     if tuple(x.shape) != tuple(shape):  # no words for what is right: dynamo has none for a size that varies
         require(False, argument, f"shape {list(x.shape)}", str(list(shape)))
     same_device(argument, x, device)
+
+
+def integer(argument: str, value: object) -> None:
+    """`value` must be an int, or what stands for one while a graph is captured."""
+    require(isinstance(value, (int, torch.SymInt)), argument, type(value).__name__, "an int", TypeError)
 
 
 def integers(argument: str, x: object) -> None:

@@ -30,12 +30,12 @@ class Text:
     source: str
 
     @classmethod
-    def encode(cls, text: bytes, tokenizer, source: str = "text") -> "Text":
-        """Raises ValueError for a text of less than two tokens: it leaves nothing to predict."""
+    def encode(cls, text: bytes, tokenizer, source: str = "text", argument: str = "text") -> "Text":
+        """Raises ValueError, naming `argument`, for a text of less than two tokens: it leaves nothing to predict."""
         ids = tokenizer.encode(text)
         what = f"{len(ids)} token{'s' * (len(ids) != 1)} in {source}"
         require(
-            len(ids) >= 2, "text", what, "at least 2, one of them to predict (do: give a file with more text in it)"
+            len(ids) >= 2, argument, what, "at least 2, one of them to predict (do: give a file with more text in it)"
         )
         return cls(ids, len(text) - len(tokenizer.decode(ids[:1])), source)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 # Tests are left out of the default corpus because not every distribution of Python ships them.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+IDS = (".npy", ".bin")
 ID_DTYPES = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}
 CHUNK = 1 << 24  # tokens looked at together, so that a memory-mapped corpus never has to fit in memory
 
@@ -58,18 +59,30 @@ def load_corpus(path: str | Path | None, tokenizer, vocab_size: int, bin_dtype: 
         files = [f for f in sorted_files(root, ".py") if not SKIPPED_FOLDERS.intersection(f.relative_to(root).parts)]
         return read_text(files, tokenizer, f"Python's standard library, {len(files)} files", folder=True)
     path = Path(path)
+    files = find_files(path)
+    if path.is_dir():
+        return read_text(files, tokenizer, str(path), folder=True)
+    if path.suffix in IDS:
+        return read_ids(path, vocab_size, bin_dtype, tokenizer.separator)
+    return read_text(files, tokenizer, str(path), folder=False)
+
+
+def find_files(path: Path) -> list[Path]:
+    """What there is to read at `path`. Raises ValueError where that is nothing, or a file that is neither text nor ids."""
     if path.is_dir():
         files = sorted_files(path)
         if not files:
             raise ValueError(f"data: {path} holds no file; do: give a folder with text files in it")
-        return read_text(files, tokenizer, str(path), folder=True)
+        return files
     if not path.is_file():
         raise ValueError(f"data: {path} does not exist; do: give a text file, a folder of text, or ids as .npy or .bin")
     if path.stat().st_size == 0:
         raise ValueError(f"data: {path} is empty; do: give a file that holds text or token ids")
-    if path.suffix in (".npy", ".bin"):
-        return read_ids(path, vocab_size, bin_dtype, tokenizer.separator)
-    return read_text([path], tokenizer, str(path), folder=False)
+    if path.suffix not in IDS:
+        with open(path, "rb") as file:
+            if looks_binary(file.read(1 << 16)):
+                raise ValueError(f"data: {path} is binary, not text; do: give text, or ids as .npy or .bin")
+    return [path]
 
 
 def sorted_files(root: Path, suffix: str = "") -> list[Path]:
@@ -92,9 +105,7 @@ def read_text(files: list[Path], tokenizer, source: str, folder: bool) -> Corpus
             text = file.read_bytes()
         except OSError as error:
             raise ValueError(f"data: {file} cannot be read ({error.strerror}); do: check its permissions") from error
-        if looks_binary(text[: 1 << 16]):
-            if not folder:
-                raise ValueError(f"data: {file} is binary, not text; do: give text, or ids as .npy or .bin")
+        if folder and looks_binary(text[: 1 << 16]):
             skipped += 1
             continue
         ids = tokenizer.encode(text)

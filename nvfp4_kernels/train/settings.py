@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,9 @@ class Settings:
         demand(self.steps is None or self.minutes is None, "steps", "steps or minutes, not both")
         for name in ("warmup", "decay", "weight_decay", "validation_every", "health_every", "threads", "seed"):
             demand(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("warmup", "decay", "weight_decay", "lr"):
+            demand(getattr(self, name) < math.inf, name, "a finite number")
+        demand(self.seed < 1 << 63, "seed", "0 to 2^63 - 1")
         demand(self.from_ is None or self.config is None, "config", "config or from, not both")
         demand(self.quantized in ("keep", "dequantize"), "quantized", "keep, dequantize")
         demand(self.decay_shape in SHAPES, "decay_shape", ", ".join(SHAPES))
@@ -80,12 +84,14 @@ class Settings:
         return [pattern.strip() for pattern in self.train_only.split(",")]
 
     @classmethod
-    def load(cls, run: Path) -> "Settings":
-        """The settings a run was started with. Raises ValueError where `run` is no run."""
+    def load(cls, run: Path, argument: str = "out") -> "Settings":
+        """The settings a run was started with. Raises ValueError, naming `argument`, where `run` is no run."""
         path = Path(run) / "run.json"
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise ValueError(f"out: {run} holds no run (no run.json); do: name the --out of an earlier run") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"out: {path} is damaged ({error}); do: start anew with another --out") from None
+            missing = f"{argument}: {run} holds no run (no run.json); do: name the --out of an earlier run"
+            raise ValueError(missing) from None
+        except (ValueError, TypeError) as error:
+            do = "start anew with another --out" if argument == "out" else "name the folder of another run"
+            raise ValueError(f"{argument}: {path} is damaged ({error}); do: {do}") from None

@@ -70,7 +70,7 @@ def load_run(run: Path):
 
     Raises ValueError where there is none.
     """
-    settings = Settings.load(run)
+    settings = Settings.load(run, "model")
     found, damaged = snapshot.newest(Path(run) / "checkpoints")
     if found is None:
         raise ValueError(damaged[0] if damaged else f"model: {run} holds no checkpoint yet; do: let it train further")

@@ -183,6 +183,8 @@ def test_bench_end_to_end(capsys, tmp_path):
     assert all(row["bytes_per_second"] == pytest.approx(1e6 / row["seconds"]) for row in rows)
     run(capsys, "bench", "--folder", tmp_path, "--filter", "fast")
     assert len(json.loads(stored.read_text())["rows"]) == 2  # the slow one stays
+    assert main.main(["bench", "--folder", str(tmp_path), "--filter", "none"]) == 2
+    assert capsys.readouterr().err.startswith("error: filter: got 'none'; allowed: part of a case's name")
     (tmp_path / "bench_toy.py").write_text("def test_broken():\n    assert 1 == 2\n")
     assert main.main(["bench", "--folder", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvfp4_kernels.cli import machine
+from nvfp4_kernels.cli import machine, quantize
 from nvfp4_kernels.cli import main as cli
 from nvfp4_kernels.cli.train import FLAGS, settings_of
+from nvfp4_kernels.model.presets import preset
+from nvfp4_kernels.ptq import formats
 from nvfp4_kernels.train.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,11 @@ def test_every_setting_has_a_flag_with_unit_default_and_example(capsys):
     (["info", "extra"], "unexpected argument extra of nvfp4 info"),
     (["train", "--steps", "ten"], "--steps: got 'ten'; allowed: a whole number"),
     (["train", "--steps"], "--steps: expected one argument"),
-    (["train", "--recipe", "fp8"], "--recipe: invalid choice: 'fp8'"),
+    (["train", "--recipe", "fp8"], "--recipe: got 'fp8'; allowed: nvfp4, nemotron3, bf16; nearest: nvfp4 (see nvfp4 train "),
+    (["train", "--preset", "tini"], "allowed: tiny, small, nano-30b, super-120b, ultra-550b; nearest: tiny (see nvfp4 train "),
+    (["plan", "--preset", "nano"], "; nearest: nano-30b"),
+    (["quantize", "--model", "x", "--out", "y", "--recipe", "nano-fp9"], "--recipe: got 'nano-fp9'; allowed: super-nvfp4"),
+    (["generate", "--model", "x", "--kv-cache", "fp16"], "--kv-cache: got 'fp16'; allowed: fp8, checkpoint"),
     (["train", "--batch", "0"], "batch: got 0; allowed: at least 1"),
     (["train", "--lr", "0"], "lr: got 0.0; allowed: more than 0"),
     (["train", "--steps", "5", "--minutes", "1"], "minutes: got --steps too; allowed: one of them"),
@@ -88,6 +94,123 @@ def test_wrong_use_is_one_line_with_a_way_out(argv, message, capsys, tmp_path, m
     status, out, err = run(capsys, *argv)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def refused_without_torch(*argv):
+    """The one line that a command refuses with, in a process that cannot import torch."""
+    code = (
+        "import sys; sys.modules['torch'] = None\nfrom nvfp4_kernels.cli import main; sys.exit(main.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Folders of models of which each lacks something, and texts."""
+    config = preset("tiny").to_dict()
+    header = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    whole = len(header).to_bytes(8, "little") + header + bytes(16)
+    for name, weights, changes in (
+        ("whole", whole, {}), ("short", whole[:-1], {}), ("none", None, {}), ("wrong", whole, {"hidden_size": -1}),
+        ("limit", whole, {"time_step_limit": 5}), ("limits", whole, {"time_step_limit": ["a", "b"]}),
+        ("end", whole, {"eos_token_id": "x"}),
+    ):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        (folder / "tokenizer.json").write_text("{}")
+        if weights is not None:
+            (folder / "model.safetensors").write_bytes(weights)
+    (tmp_path / "held/checkpoints/step_00000001").mkdir(parents=True)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/run.json").write_text(Settings().to_json())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/run.json").write_text('{"batch": "many"}')
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "list.json").write_text("[]")
+    write_bad_data(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("generate --model no", "model: {}/no does not exist: it holds no run (run.json) and no checkpoint (config.json); do: "),
+    ("generate --model begun", "model: {}/begun holds no checkpoint yet; do: "),
+    ("generate --model damaged", "model: {}/damaged/run.json is damaged ("),
+    ("generate --model short", "checkpoint: {}/short/model.safetensors is cut short or grown, "),
+    ("generate --model none", "checkpoint: {}/none holds no *.safetensors; allowed: "),
+    ("generate --model wrong", "{}/wrong/config.json: hidden_size: got -1; allowed: an integer >= 1"),
+    ("generate --model limit", "{}/limit/config.json: time_step_limit: got 5; allowed: two numbers, 0 <= low <= high"),
+    ("generate --model limits", "{}/limits/config.json: time_step_limit: got ['a', 'b']; allowed: two numbers"),
+    ("generate --model end", "{}/end/config.json: eos_token_id: got 'x'; allowed: a token id, or a list of them"),
+    ("generate --model whole --tokens 0", "tokens: got 0; allowed: at least 1"),
+    ("generate --model whole --prompt=", "prompt: got ''; allowed: "),
+    ("generate --model whole --stop=", "stop: got ''; allowed: "),
+    ("generate --model whole --speculative 2", "speculative: got 2; allowed: 0, for {}/whole has no MTP block"),
+    ("eval --model whole --text no.txt", "text: {}/no.txt does not exist; do: give a text file"),
+    ("eval --model whole --text empty.txt", "text: got 0 tokens in {}/empty.txt; allowed: at least 2 (do: "),
+    ("eval --model whole --text binary.txt", "text: {}/binary.txt is binary, not text; do: give a text file"),
+    ("eval --model short --text text.txt", "model.safetensors is cut short or grown"),
+    ("eval --model whole --text text.txt --length 0", "length: got 0; allowed: at least 1"),
+    ("quantize --model whole --out text.txt/q --recipe nano-fp8", "out: {}/text.txt/q cannot be written, {}/text.txt is no"),
+    ("quantize --model whole --out q --recipe nano-fp8 --calibrate no.txt", "calibrate: {}/no.txt does not exist; do: "),
+    ("quantize --model whole --out q --bits 3 --calibrate text.txt", "bits: got 3.0; allowed: at least 4.5"),
+    ("quantize --model whole --out q --bits 5", "calibrate: got no text for --bits; allowed: a text file"),
+    ("quantize --model short --out q --recipe nano-fp8", "model.safetensors is cut short or grown"),
+    ("train --data no", "data: {}/no does not exist; do: "),
+    ("train --data empty.txt", "data: {}/empty.txt is empty; do: "),
+    ("train --data binary.txt", "data: {}/binary.txt is binary, not text; do: "),
+    ("train --data folder", "data: {}/folder holds no file; do: "),
+    ("train --config no", "config: {}/no does not exist; do: "),
+    ("train --config list.json", "config: {}/list.json: got a list; allowed: a JSON object"),
+    ("train --config wrong", "config: {}/wrong: hidden_size: got -1; allowed: an integer >= 1"),
+    ("train --from no", "from: {}/no does not exist"),
+    ("train --from short", "model.safetensors is cut short or grown"),
+    ("train --tokenizer no", "tokenizer: got {}/no, which is no file; allowed: bytes, or a tokenizer.json"),
+    ("train --out text.txt", "out: {}/text.txt cannot be written, {}/text.txt is no folder; do: "),
+    ("train --out held", "out: {}/held already holds a run; do: add --resume, or name another folder with --out"),
+    ("train --lr inf", "lr: got inf; allowed: a finite number"),
+    ("train --seed 9223372036854775808", "seed: got 9223372036854775808; allowed: 0 to 2^63 - 1"),
+    ("train --sample -1", "sample: got -1; allowed: at least 0"),
+    ("train --prompt=", "prompt: got ''; allowed: "),
+    ("demo --data no", "data: {}/no does not exist; do: "),
+    ("demo --out text.txt/x", "out: {}/text.txt/x cannot be written, {}/text.txt is no folder; do: "),
+    ("plan --config no", "config: {}/no does not exist; do: "),
+    ("tune --seconds nan", "seconds: got nan; allowed: 0 or more"),
+    ("tune --save-default no", "save-default: {}/no: No such file or directory; allowed: "),
+    ("tune --save-default text.txt", "save-default: {}/text.txt: no JSON; allowed: "),
+])  # fmt: skip
+def test_what_is_wrong_is_told_before_torch_is_imported(argv, message, models):
+    paths = (
+        "--model",
+        "--text",
+        "--out",
+        "--calibrate",
+        "--data",
+        "--config",
+        "--from",
+        "--tokenizer",
+        "--save-default",
+    )
+    words = argv.split()
+    words = [models / word if before in paths else word for before, word in zip(["", *words], words, strict=False)]
+    was = sorted(models.rglob("*"))
+    assert message.replace("{}", str(models)) in refused_without_torch(*words)
+    assert sorted(models.rglob("*")) == was
+
+
+def test_what_cannot_be_written_is_told_before_the_work(capsys, models, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in (models / "text.txt", models))
+    status, _, err = run(capsys, "eval", "--model", "x", "--text", "y", "--json", models / "text.txt")
+    assert status == 2 and f"json: {models}/text.txt cannot be written, {models}/text.txt is not writable" in err
+    status, _, err = run(capsys, "train", "--out", models / "run/a")
+    assert status == 2 and f"out: {models}/run/a cannot be written, {models} is not writable; do: " in err
+
+
+def test_the_recipes_of_quantize_are_those_of_ptq():
+    assert tuple(formats.RECIPES) == quantize.RECIPES and min(formats.BITS.values()) == quantize.LEAST_BITS
 
 
 def write_bad_data(tmp_path):

@@ -1,6 +1,9 @@
 """The model as trained: packed documents, checkpointing, losses, balancing, recipes, saving."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.model.presets import preset
 
+ROOT = Path(__file__).parents[2]
 SMALL = dict(
     vocab_size=40, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=48,
     mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, chunk_size=8, n_routed_experts=8,
@@ -323,3 +327,15 @@ def test_nothing_depends_on_the_default_dtype(default, recipe):
 def test_errors_name_the_argument(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(small(), ids_and_labels()[0])
+
+
+def test_a_model_on_the_meta_device_imports_no_compiler():
+    """torch draws and stacks there in Python, by way of torch._dynamo: half of what nvfp4 generate waited for."""
+    code = (
+        "import sys, torch; from nvfp4_kernels.api import HybridModel, preset\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "with torch.device('meta'): HybridModel(preset('tiny', num_nextn_predict_layers=1), 'nvfp4')\n"
+        "print('torch._dynamo' in sys.modules, before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(set(done.stdout.split())) == 1

@@ -52,6 +52,13 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
 def check_matrices(name: str, stack: Stack, device: torch.device) -> None:
     """A stack of matrices as stored, of a type that the kernels at inference read."""
     allowed = "bfloat16, float16, float32, NVFP4, FP8"
+    require(
+        isinstance(stack.values, Tensor),
+        name,
+        type(stack.values).__name__,
+        f"a Stack or a tensor: {allowed}",
+        TypeError,
+    )
     require(stack.values.dtype != torch.float64, name, "float64", allowed, TypeError)
     check_stack(name, stack, device)
     require(not stack.turned, name, "a stack of transposes", "the matrices as stored")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, require
+from nvfp4_kernels.ops._check import float_operand, floating_point, integer, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -27,6 +27,7 @@ def gated_rms_norm(
     require(x.dim() >= 1, "x", f"{x.dim()} dimensions", "at least 1")
     channels = x.shape[-1]
     group_size = channels if group_size is None else group_size
+    integer("group_size", group_size)
     require(
         group_size >= 1 and channels % group_size == 0,
         "group_size",

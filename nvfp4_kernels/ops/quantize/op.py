@@ -122,6 +122,7 @@ def quantize_groups(
     """
     _specs(row=row, col=col)
     _check(x, True)
+    require(isinstance(offsets, Tensor), "offsets", type(offsets).__name__, "an int64 tensor", TypeError)
     require(offsets.dtype == torch.int64, "offsets", offsets.dtype, "int64", TypeError)
     require(offsets.dim() == 1 and offsets.numel() >= 1, "offsets", f"shape {list(offsets.shape)}", "[groups + 1]")
     same_device("offsets", offsets, x.device)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, require
+from nvfp4_kernels.ops._check import float_operand, floating_point, integer, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -62,6 +62,8 @@ def route(
 
 
 def check_choice(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+    for name, value in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        integer(name, value)
     require(1 <= top_k <= experts, "top_k", top_k, f"1 to {experts}, the number of experts")
     require(
         n_group >= 1 and experts % n_group == 0, "n_group", n_group, f"a divisor of {experts}, the number of experts"

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, require, same_device
+from nvfp4_kernels.ops._check import float_operand, floating_point, integer, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._gate import gate
 from nvfp4_kernels.ops._library import register_differentiable
@@ -47,6 +47,7 @@ def selective_scan(
     batch, length, heads, head_dim = x.shape
     check_groups(x, B, C)
     low, high = limits(dt_limit)
+    integer("chunk_size", chunk_size)
     require(chunk_size >= 1, "chunk_size", chunk_size, "at least 1")
     sequences = batch
     if cu_seqlens is not None:
