@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from nvfp4_kernels.checkpoint import snapshot
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.recipe import bf16, nvfp4
-from nvfp4_kernels.train import loop
+from nvfp4_kernels.train import loop, progress
 from nvfp4_kernels.train import run as runs
 from nvfp4_kernels.train.compare import compare
 from nvfp4_kernels.train.progress import Metrics, read_metrics
@@ -320,3 +322,10 @@ def test_metrics_are_cut_to_the_resumed_step_and_torn_lines_ignored(tmp_path):
     resumed.write(step=2, again=True)
     resumed.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+def test_memory_is_told_where_the_system_tells(monkeypatch):
+    cpu = torch.device("cpu")
+    assert progress.memory_bytes(cpu) > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert runpy.run_path(progress.__file__)["memory_bytes"](cpu) == 0
