@@ -24,7 +24,7 @@ from nvfp4_kernels.tune.measure import backends, tiles
 CHIP = _device.Chip("meta", "Some GPU/1", "sm_90", "")  # tensors of the meta device stand for its own
 QUANTIZE = torch.empty(4, 32, device="meta"), nk.QuantSpec(), None, None
 interpreted = pytest.mark.skipif(
-    _triton.triton is None or not _triton.INTERPRETED, reason="the kernels run in Triton's interpreter"
+    _triton.triton is None or not _triton.INTERPRETED, reason="no Triton interpreter, in which the kernels run"
 )
 
 
