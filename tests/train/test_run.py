@@ -66,7 +66,7 @@ def start(settings: Settings) -> subprocess.Popen:
 
 def wait_for_lines(process: subprocess.Popen, settings: Settings, lines: int) -> None:
     metrics = Path(settings.out) / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600  # on a machine that others use too
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.002)
@@ -98,7 +98,7 @@ def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
     process = start(settings)
     wait_for_lines(process, settings, 12)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=300)
     assert process.returncode == 130 and "saved; do: nvfp4 train --out" in text and "Traceback" not in text
     steps = max(step for step, *_ in losses(settings.out))
     assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 26  # not one step lost
