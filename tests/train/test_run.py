@@ -82,7 +82,8 @@ def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
     process = start(settings)
     wait_for_lines(process, settings, 13)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with process.stderr:
+        assert process.wait() == -signal.SIGKILL
     found, damaged = snapshot.newest(Path(settings.out) / "checkpoints")
     assert found.step in range(10, 26) and damaged == []
     result = runs.train(settings, resume=True, quiet=True)
