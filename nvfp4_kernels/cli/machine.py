@@ -39,7 +39,10 @@ def keep_freed_memory() -> None:
     is next touched: 4% to 11% of a step of a 1024-wide Mamba-2 layer, 2% to 5% of the tiny model's. Other C libraries,
     and limits that the user has set, stay as they are. Values: malloc.h; mallopt(3).
     """
-    libc = ctypes.CDLL(None)
+    try:
+        libc = ctypes.CDLL(None)
+    except TypeError:  # Windows
+        return
     if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
         trim_threshold, mmap_max, most = -1, -4, (1 << 31) - 1
         libc.mallopt(mmap_max, 0)  # no block is a mapping of its own, which free() would end

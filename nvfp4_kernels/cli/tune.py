@@ -38,15 +38,16 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.rehearse:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
-    from nvfp4_kernels.ops import _device, _tuned
+    from nvfp4_kernels.ops import _device, _triton, _tuned
     from nvfp4_kernels.tune.measure import timer
 
+    gpu = next((chip for chip in _device.chips() if chip.arch != "cpu"), None)
+    missing = _triton.missing if gpu or arguments.rehearse else "no GPU here"
+    if missing:
+        print(f"{missing}, so there is nothing to tune")
+        return 0
     if arguments.rehearse:
         tune("cpu", True, timer("cpu"), lambda found: None, arguments.seconds)
-        return 0
-    gpu = next((chip for chip in _device.chips() if chip.arch != "cpu"), None)
-    if gpu is None:
-        print("no GPU here, so there is nothing to tune")
         return 0
     tune(gpu.device, False, timer("cuda"), lambda found: _tuned.save(gpu, found), arguments.seconds)
     print(f"in {_tuned.path(gpu)}")

@@ -62,10 +62,10 @@ def answers(codes: torch.Tensor) -> list[dict]:
 def probe(device: torch.device | str) -> list[dict] | str:
     """`answers` of this chip, or why it cannot be asked."""
     device = torch.device(device)
-    if missing:
-        return missing
     if not _device.rounds_stochastically(device):
         return "this chip has no stochastic conversion to FP4: the software rule is used"
+    if missing:
+        return missing
     x, bits = questions(device)
     out = torch.empty(bits.numel(), dtype=torch.int16, device=device)
     launch(rounded_kernel, (-(-bits.numel() // 128),), x, bits, out, bits.numel(), BLOCK=128)

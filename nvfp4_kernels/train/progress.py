@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,11 @@ from pathlib import Path
 import torch
 
 from nvfp4_kernels.train.loop import StepReport
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class Metrics:
@@ -47,9 +51,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory: of the GPU where there is one, else of this process."""
+    """Peak memory: of the GPU where there is one, else of this process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nvfp4_kernels.checkpoint import snapshot
+from nvfp4_kernels.checkpoint import files, snapshot
 
 TENSORS = {"model": {
     "w": torch.randn(3, 5), "half": torch.randn(4).bfloat16(), "noise": torch.tensor([2**40, -1]),
@@ -178,3 +178,18 @@ def test_write_text_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(snapshot.SnapshotError, match="is full"):
         snapshot.write_text(tmp_path / "run.json", "two")
     assert tree(tmp_path) == {"run.json": b"one"}
+
+
+def test_windows_opens_no_folder(tmp_path, monkeypatch):
+    opened = os.open
+
+    def without_folders(path, *flags, **options):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *flags, **options)
+
+    monkeypatch.setattr(os, "open", without_folders)
+    with pytest.raises(PermissionError):
+        files.sync_folder(tmp_path)
+    monkeypatch.setattr(sys, "platform", "win32")
+    files.sync_folder(tmp_path)

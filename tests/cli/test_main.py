@@ -312,3 +312,11 @@ def test_freed_memory_is_used_again_unless_the_user_limits_it(limited):
     environment |= {"MALLOC_ARENA_MAX": "4"} if limited else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert (int(done.stdout) < 32) == (not limited)  # with huge pages 64 faults, else 32,768
+
+
+def test_a_system_without_one_c_library_keeps_its_allocator(monkeypatch):
+    def none(name):
+        raise TypeError("argument of type 'NoneType' is not iterable")  # of Windows
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    machine.keep_freed_memory()

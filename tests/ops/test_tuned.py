@@ -23,7 +23,9 @@ from nvfp4_kernels.tune.measure import backends, tiles
 
 CHIP = _device.Chip("meta", "Some GPU/1", "sm_90", "")  # tensors of the meta device stand for its own
 QUANTIZE = torch.empty(4, 32, device="meta"), nk.QuantSpec(), None, None
-interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="the kernels run in Triton's interpreter")
+interpreted = pytest.mark.skipif(
+    _triton.triton is None or not _triton.INTERPRETED, reason="no Triton interpreter, in which the kernels run"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -298,8 +300,21 @@ def test_info_and_plan_say_what_is_measured_and_by_whom(monkeypatch):
 def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(_device, "chips", lambda: [_device.Chip("cpu", "Some CPU", "cpu", "")])
     assert main(["tune"]) == 0 and "no GPU here" in capsys.readouterr().out
+    monkeypatch.setattr(_triton, "missing", None)
     assert main(["tune", "--rehearse", "--seconds", "0"]) == 0
     assert "no time left for the backends of quantize" in capsys.readouterr().out
+
+
+def test_without_triton_there_is_nothing_to_tune(capsys, monkeypatch):
+    monkeypatch.setattr(_triton, "missing", "Triton is not installed")
+    for argv in (["tune"], ["tune", "--rehearse"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == "Triton is not installed, so there is nothing to tune\n"
+    assert not _tuned.path(CHIP).exists()
+
+
+@interpreted
+def test_the_command_goes_on_after_an_error(capsys, monkeypatch):
     found = []
     quantize, broken = Case("quantize", dict(native=call, triton=call)), Case("broken", dict(triton=lambda: 1 / 0))
     monkeypatch.setattr("nvfp4_kernels.tune.cases.cases", lambda device, small: [broken, quantize])

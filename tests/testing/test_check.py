@@ -11,7 +11,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.cli import check as command
 from nvfp4_kernels.cli.main import main
-from nvfp4_kernels.ops import _device, _dispatch
+from nvfp4_kernels.ops import _device, _dispatch, _triton
 from nvfp4_kernels.testing import rounding_probe, run
 from nvfp4_kernels.testing.cases import cases
 from nvfp4_kernels.testing.compare import difference
@@ -89,7 +89,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["check", "--device", "cpu", "--op", "relu2", "--out", str(out)]) == 0
     assert "pass 2" in capsys.readouterr().out
     report = json.loads(out.read_text())
-    assert {row["result"] for row in report["ops"]["relu2"]} == {"pass"}
+    results = {(row["backend"], row["result"]) for row in report["ops"]["relu2"]}
+    refused = {"triton"} if _triton.missing else set()
+    assert results == {(name, "refused" if name in refused else "pass") for name in _dispatch.TABLE["relu2"]}
     assert report["machine"]["versions"]["torch"] and "software rule" in report["stochastic_rounding"]
     assert main(["check", "--op", "relu"]) == 2 and "nearest: relu2" in capsys.readouterr().err
     assert main(["check", "--device", "abacus"]) == 2 and "device: got 'abacus'" in capsys.readouterr().err
@@ -196,8 +198,10 @@ def test_the_probe_finds_the_order_of_the_bits():
     assert dead == [{"nibble": None, "weights": {}}] * 4
 
 
-def test_the_probe_asks_only_chips_that_can_answer():
-    assert "software rule" in rounding_probe.probe("cpu")
+def test_the_probe_asks_only_chips_that_can_answer(monkeypatch):
+    for missing in (None, "Triton is not installed"):
+        monkeypatch.setattr(rounding_probe, "missing", missing)
+        assert "software rule" in rounding_probe.probe("cpu")
     with _device.assumed((10, 3)):
         assert _device.rounds_stochastically(torch.device("meta"))
     with _device.assumed((12, 0)):

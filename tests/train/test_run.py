@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from nvfp4_kernels.checkpoint import snapshot
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.recipe import bf16, nvfp4
-from nvfp4_kernels.train import loop
+from nvfp4_kernels.train import loop, progress
 from nvfp4_kernels.train import run as runs
 from nvfp4_kernels.train.compare import compare
 from nvfp4_kernels.train.progress import Metrics, read_metrics
@@ -64,7 +66,7 @@ def start(settings: Settings) -> subprocess.Popen:
 
 def wait_for_lines(process: subprocess.Popen, settings: Settings, lines: int) -> None:
     metrics = Path(settings.out) / "metrics.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600  # on a machine that others use too
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.002)
@@ -80,7 +82,8 @@ def test_killed_run_resumes_bit_for_bit(settings, tmp_path, changes):
     process = start(settings)
     wait_for_lines(process, settings, 13)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with process.stderr:
+        assert process.wait() == -signal.SIGKILL
     found, damaged = snapshot.newest(Path(settings.out) / "checkpoints")
     assert found.step in range(10, 26) and damaged == []
     result = runs.train(settings, resume=True, quiet=True)
@@ -96,7 +99,7 @@ def test_ctrl_c_saves_where_it_stands(settings, tmp_path):
     process = start(settings)
     wait_for_lines(process, settings, 12)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=300)
     assert process.returncode == 130 and "saved; do: nvfp4 train --out" in text and "Traceback" not in text
     steps = max(step for step, *_ in losses(settings.out))
     assert snapshot.newest(Path(settings.out) / "checkpoints")[0].step == steps < 26  # not one step lost
@@ -320,3 +323,10 @@ def test_metrics_are_cut_to_the_resumed_step_and_torn_lines_ignored(tmp_path):
     resumed.write(step=2, again=True)
     resumed.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "again": True}]
+
+
+def test_memory_is_told_where_the_system_tells(monkeypatch):
+    cpu = torch.device("cpu")
+    assert progress.memory_bytes(cpu) > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert runpy.run_path(progress.__file__)["memory_bytes"](cpu) == 0
