@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, rows_of
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find, picked
@@ -183,7 +183,7 @@ def multiply_rows(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
 ) -> Tensor:
     """squared: relu2 of the products, in fp32 before they are rounded."""
-    y = torch.empty(len(a.values if index is None else index), b.rows, dtype=out_dtype, device=a.values.device)
+    y = torch.empty(len(a.values if index is None else index), rows_of(b), dtype=out_dtype, device=a.values.device)
     write_rows(a, b, offsets, y, index, squared)
     return y
 
@@ -196,7 +196,7 @@ def write_rows(a: Stack, b: Stack, offsets: Tensor, y: Tensor, index: Tensor | N
 def rows_form(a: Stack, b: Stack, rows: int, squared: bool = False):
     """_form's for `rows` rows in groups."""
     groups = max(len(b.values), 1)
-    return _form(-(-rows // groups), b.rows, a, b, (256, 64, 16), squared=squared)
+    return _form(-(-rows // groups), rows_of(b), a, b, (256, 64, 16), squared=squared)
 
 
 def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None, y: Tensor, places, relu2) -> None:
