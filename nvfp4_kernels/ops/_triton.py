@@ -34,6 +34,23 @@ except ImportError:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes int() of an array of one value, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and version == (3, 6):
+    _mend_interpreter()
+
 # Called with (kernel, positional arguments, constants, options, grid) in place of each launch, when set.
 _recorder: Callable | None = None
 
