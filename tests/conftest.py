@@ -77,27 +77,8 @@ def hurry_interpreter() -> None:
     block.to_ir = lambda self, builder: self if builder is interpreter.interpreter_builder else to_ir(self, builder)
 
 
-def mend_interpreter() -> None:
-    """Triton 3.6's interpreter takes int() of an array of one value, which NumPy 2.4 refuses."""
-    try:
-        import triton
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    if not triton.__version__.startswith("3.6."):
-        return
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
     hurry_interpreter()
-    mend_interpreter()
 
 # A process that begins one of these last, each of a minute or more, would leave the others idle.
 LONG = {f"test_{name}.py" for name in ("resources", "cuda_compiled", "cuda", "kernels", "run", "gpu_script")}

@@ -26,7 +26,7 @@ for arch in (100, 103):
     (launch,) = found
     compiled = compile_for(arch, *launch)
     assert "cvt.rs.satfinite.e2m1x4.f32" in compiled.asm["ptx"]
-    assert row(compiled)["spills"] == 0
+    assert row(compiled, disassembled=False)["spills"] == 0  # the nvdisasm of Triton 3.6 does not know sm_103
 """
 ARCHS = {80, 90, 100, 103, 120}
 # mixer_scan launches those of conv_scan and gated_rms_norm

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.cases.grouped_matmul import empty, quantized
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, rows_of
 from nvfp4_kernels.formats.spec import DEFAULT_SIGNS
 from nvfp4_kernels.ops.grouped_relu2 import triton
 
@@ -11,7 +11,7 @@ from nvfp4_kernels.ops.grouped_relu2 import triton
 def training(x: Stack, up: Stack, dy: Stack, down: Stack, rows: int, quantizes: bool):
     signs = DEFAULT_SIGNS if quantizes else None
     offsets, index = empty(len(up.values) + 1, dtype=torch.int64), empty(rows, dtype=torch.int64)
-    h, weights = empty(rows, up.rows), empty(rows, dtype=torch.float32)
+    h, weights = empty(rows, rows_of(up)), empty(rows, dtype=torch.float32)
     triton.run(x, up, offsets, torch.bfloat16, index, weights, quantizes, signs)
     triton.backward(dy, down, offsets, h, weights, not quantizes, quantizes, signs)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from nvfp4_kernels.autograd.experts import tokens_of
 from nvfp4_kernels.autograd.linear import autocast
 from nvfp4_kernels.autograd.plain import product
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, transposed
 from nvfp4_kernels.formats.packed import PackedNVFP4Tensor
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
 from nvfp4_kernels.ops._check import float_tensor, require
@@ -36,7 +36,8 @@ def weight_only(
     kinds = NVFP4Tensor, MXFP8Tensor, PackedNVFP4Tensor
     require(isinstance(weight, kinds), "weight", type(weight).__name__, ", ".join(k.__name__ for k in kinds), TypeError)
     x = autocast(x)
-    return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], weight.shape[0])
+    given = lambda: weight  # noqa: E731  torch 2.10 makes a dataclass anew around symbols, which its checks cannot read
+    return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), given, bias, scale).view(*x.shape[:-1], weight.shape[0])
 
 
 def weight_only_experts(x: Tensor, weight: Stack, groups: Routing | Tensor) -> Tensor:
@@ -63,17 +64,17 @@ class _WeightOnlyExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         offsets, order, inverse = ctx.routing
-        dx = grouped_matmul(dy, unpacked(ctx.weight, ctx.cols).mT, offsets)
+        dx = grouped_matmul(dy, transposed(unpacked(ctx.weight, ctx.cols)), offsets)
         return dx if order is None else sum_slots(dx, order, inverse), None, None, None, None
 
 
 class _WeightOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale):
-        ctx.weight, ctx.scale, ctx.bias_dtype = weight, scale, None if bias is None else bias.dtype
+    def forward(ctx, x, given, bias, scale):
+        ctx.weight, ctx.scale, ctx.bias_dtype = given(), scale, None if bias is None else bias.dtype
         if scale is None:
-            return matmul(x, weight, x.dtype, bias=bias)
-        y = matmul(x, weight, torch.float32) * scale
+            return matmul(x, ctx.weight, x.dtype, bias=bias)
+        y = matmul(x, ctx.weight, torch.float32) * scale
         return (y if bias is None else y + bias).to(x.dtype)
 
     @staticmethod

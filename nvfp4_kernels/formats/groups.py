@@ -21,19 +21,28 @@ class Stack(NamedTuple):
 
     @property
     def mT(self) -> "Stack":  # noqa: N802, as torch calls it
-        """The transposes, nothing moved; not of packed matrices. What was padding of rows is rows of zeros."""
-        return self._replace(values=self.values.mT) if self.scales is None else self._replace(turned=not self.turned)
+        return transposed(self)
 
-    @property
-    def packed(self) -> bool:
-        return self.scales is not None and self.values.dtype == torch.int32
 
-    @property
-    def rows(self) -> int:
-        """Of a matrix; of a transpose as many as there are values in a stored row, padding included."""
-        if self.turned:
-            return self.values.shape[-1] * (2 if self.values.dtype == torch.uint8 else 1)
-        return self.values.shape[1] * 16 if self.packed else self.values.shape[-2]
+# Functions, not properties as mT is: torch 2.10 traces none of a NamedTuple's.
+
+
+def transposed(stack: Stack) -> Stack:
+    """The transposes, nothing moved; not of packed matrices. What was padding of rows is rows of zeros."""
+    if stack.scales is None:
+        return stack._replace(values=stack.values.mT)
+    return stack._replace(turned=not stack.turned)
+
+
+def is_packed(stack: Stack) -> bool:
+    return stack.scales is not None and stack.values.dtype == torch.int32
+
+
+def rows_of(stack: Stack) -> int:
+    """Of a matrix; of a transpose as many as there are values in a stored row, padding included."""
+    if stack.turned:
+        return stack.values.shape[-1] * (2 if stack.values.dtype == torch.uint8 else 1)
+    return stack.values.shape[1] * 16 if is_packed(stack) else stack.values.shape[-2]
 
 
 class Columns(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, is_packed
 from nvfp4_kernels.nn.linear import Linear
 from nvfp4_kernels.nn.quantized import FP8Weight, NVFP4Weight
 from nvfp4_kernels.ops._check import FLOATS
@@ -65,7 +65,7 @@ def operands(*found: Tensor | None) -> tuple | None:
         values, *scales = rest[i : i + 3]
         one = [t if t is None or i < 6 else t[None] for t in (values, *scales)]
         stacks.append(None if values is None else Stack(*one))
-    if any(s is not None and (s.packed or s.values.dtype == torch.float64) for s in stacks):
+    if any(s is not None and (is_packed(s) or s.values.dtype == torch.float64) for s in stacks):
         return None
     return implementation("moe_step", "native").operands(
         router, bias, check(router.shape[1], router.device, router, bias, *stacks)

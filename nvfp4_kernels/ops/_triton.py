@@ -7,6 +7,7 @@ device: so benchmarks/resources.py compiles, for any architecture and without a 
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ try:
 
     missing = None
     jit = triton.jit
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 except ImportError:
     triton = None
     version = ()
@@ -33,6 +34,23 @@ except ImportError:
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter takes int() of an array of one value, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and version[:2] == (3, 6):
+    _mend_interpreter()
 
 # Called with (kernel, positional arguments, constants, options, grid) in place of each launch, when set.
 _recorder: Callable | None = None

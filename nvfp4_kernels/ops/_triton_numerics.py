@@ -14,7 +14,9 @@ from nvfp4_kernels.ops._triton_groups import picked
 WRITTEN_OUT = tl.constexpr(INTERPRETED)  # the interpreter runs no inline assembly
 # Triton 3.6 looks further around tensor cores' operands and sums than it can go: "Illegal shared layout" of a reshaped operand
 # (TritonGPUOptimizeDotOperands), "parent layout must have at least rank >= 2" of a reduction (its OptimizeTMemLayouts).
-MOVES = tl.constexpr(not INTERPRETED and version == (3, 6))
+MOVES = tl.constexpr(not INTERPRETED and version[:2] == (3, 6))
+# Before 3.7.1 it fences what threads store to shared memory before tensor cores read it, but no asynchronous copies to there.
+UNFENCED = tl.constexpr(not INTERPRETED and version < (3, 7, 1))
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
 
 
@@ -46,13 +48,16 @@ def real(x):
 
 @jit
 def apart(x):
-    """x, fp32 or 16 bits, with a move in Triton 3.6 that its compiler looks no further through; ptxas takes it out again."""
-    if not MOVES:
+    """x, fp32, 16 or 8 bits, with a move that older Triton looks no further through: a tile then goes to tensor cores through
+    registers, and with it comes the fence. ptxas takes the move out again."""
+    if not UNFENCED:
         return x
     elif x.dtype == tl.float32:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 2)
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 32 // x.dtype.primitive_bitwidth
+        )
 
 
 @jit

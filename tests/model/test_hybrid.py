@@ -117,6 +117,23 @@ def test_decoding_with_a_state_equals_the_whole_sequence(pattern, pieces):
         model(ids, torch.tensor([0, 12, 24]), state=state)
 
 
+def test_compiles_whole():
+    model, (ids, labels) = small("ME*-"), ids_and_labels()
+    model.set_recipe("nvfp4")
+    noise = [b.clone() for b in model.buffers()]
+
+    def step(loss):
+        for b, before in zip(model.buffers(), noise, strict=True):
+            b.copy_(before)
+        model.zero_grad()
+        losses = loss(ids, labels)
+        losses.total.backward()
+        return losses, gradients(model), [b.clone() for b in model.buffers()]
+
+    compiled = step(torch.compile(model.loss, fullgraph=True, backend="eager"))
+    torch.testing.assert_close(compiled, step(model.loss), rtol=0, atol=0)
+
+
 def test_losses_are_their_formulas():
     model = small("*E", num_nextn_predict_layers=1, mtp_num_depths=2)
     ids, labels = ids_and_labels()

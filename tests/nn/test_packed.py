@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nvfp4_kernels as nk
+from nvfp4_kernels.formats.groups import is_packed
 from nvfp4_kernels.formats.packed import unpack
 from nvfp4_kernels.generate.weights import ServedLinear, serving
 from nvfp4_kernels.nn import quantized
@@ -136,7 +137,7 @@ def test_weights_that_a_recipe_quantizes_are_packed_too(kernels):
     model = nk.HybridModel(nk.preset("tiny", hybrid_override_pattern="-E", torch_dtype="bfloat16"), "nvfp4")
     served = serving(model)
     experts = served.backbone.layers[1].mixer.experts
-    assert experts.up_proj.is_packed and experts.down_proj.is_packed and all(s.packed for s in experts.stacks())
+    assert experts.up_proj.is_packed and experts.down_proj.is_packed and all(is_packed(s) for s in experts.stacks())
     up = served.backbone.layers[0].mixer.up_proj.weight
     plain = nk.quantize(model.backbone.layers[0].mixer.up_proj.weight.detach(), nk.recipes.nvfp4.default.fprop_w)
     assert isinstance(up, nk.PackedNVFP4Tensor) and torch.equal(up.unpack().codes, plain.codes)

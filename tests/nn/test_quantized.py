@@ -73,6 +73,24 @@ def test_gradients_of_a_weight_decoded_in_parts(kind, monkeypatch):
     torch.testing.assert_close(x.grad.double(), dy.double() @ weight, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8", "experts"])
+def test_compiles_whole_with_gradients(kind):
+    if kind == "experts":
+        made = (NVFP4Weight.from_tensors([nk.quantize(drawn(48, 48, seed=e)) for e in range(3)]) for _ in range(2))
+        experts, offsets = QuantizedExperts(*made), torch.tensor([0, 2, 2, 5])
+        layer, call = experts.up_proj, lambda x: experts(x, offsets)
+    else:
+        layer = call = LAYERS[kind]()
+
+    def step(call):
+        x = drawn(5, layer.in_features, seed=3).requires_grad_()
+        y = call(x)
+        return y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))
+
+    compiled = step(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, step(call), strict=True))
+
+
 def test_autocast():
     layer, x = nvfp4_layer(32, 16), drawn(5, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -149,6 +149,20 @@ def test_grouped_matmul(load, dtype):
     assert torch.equal(rounded, grouped_matmul(a, plain, o, torch.float32).to(dtype))
 
 
+def test_plain_grouped_matmul_of_whole_tiles():
+    """Both operands come by asynchronous copies, forward and, gathered and not, in both gradients."""
+    sizes, dtype = [70, 0, 90], torch.bfloat16
+    o, rows = offsets(sizes).to(DEVICE), torch.arange(160, device=DEVICE).flip(0)
+    a, b, dy = drawn(160, 128, dtype=dtype), drawn(3, 64, 128, dtype=dtype), drawn(160, 64, dtype=dtype)
+    wide, wide_b, wide_dy = (x.cpu().double() for x in (a, b, dy))
+    assert error(grouped_matmul(a, b, o, torch.float32).cpu(), grouped(wide, wide_b, sizes)) < LIMIT
+    dx = grouped_matmul(dy, b.transpose(1, 2), o, torch.float32).cpu()
+    assert error(dx, grouped(wide_dy, wide_b.transpose(1, 2), sizes)) < LIMIT
+    dw = grouped_sums(wide_dy.t(), wide.t(), sizes)
+    assert error(grouped_matmul(dy.t(), a.t(), o, torch.float32).cpu(), dw) < LIMIT
+    assert error(grouped_matmul(dy.t(), a.flip(0).t(), o, torch.float32, rows=rows).cpu(), dw) < LIMIT
+
+
 @pytest.mark.parametrize("n, k", [(300, 48), (48, 1856), (130, 64)])
 def test_grouped_matmul_of_odd_sizes(n, k):
     sizes = [20, 0, 3]

@@ -4,7 +4,7 @@ packed experts."""
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, is_packed
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 from nvfp4_kernels.ops.expert_mlp import _cuda
@@ -14,13 +14,13 @@ from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 def refuses(
     x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack
 ) -> str | None:
-    if up.packed or down.packed:
+    if is_packed(up) or is_packed(down):
         return _cuda.refuses(x, weights, offsets, inverse, order, up, down)
     return refuses_float(x) or ("float64" if torch.float64 in (up.values.dtype, down.values.dtype) else None)
 
 
 def run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Tensor, up: Stack, down: Stack) -> Tensor:
-    if up.packed:
+    if is_packed(up):
         return _cuda.run(x, weights, offsets, inverse, order, up, down)
     weights, up, down = weights.float().contiguous(), readable(up), readable(down)
     rows, width = inverse.numel(), up.values.shape[1]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, is_packed, rows_of
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.ops._check import float_tensor, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
@@ -40,7 +40,7 @@ def expert_mlp(x: Tensor, routing: Routing, up: Tensor | Stack, down: Tensor | S
     for name, given in (("up", up), ("down", down)):
         stack = given if isinstance(given, Stack) else Stack(given)
         check_matrices(name, stack, x.device)
-        size, width = x.shape[1], stacks[0].rows if stacks else stack.rows
+        size, width = x.shape[1], rows_of(stacks[0]) if stacks else rows_of(stack)
         check_shape(name, stack, (experts, size, width) if stacks else (experts, width, size))
         stacks.append(stack)
     slots = routing.weights, routing.offsets, routing.inverse, routing.order
@@ -67,8 +67,8 @@ def check_matrices(name: str, stack: Stack, device: torch.device) -> None:
 
 
 def check_shape(name: str, stack: Stack, wanted: tuple[int, int, int]) -> None:
-    shape = stack.values.shape[0], stack.rows, length(stack)
-    fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if stack.packed else wanted[2])
+    shape = stack.values.shape[0], rows_of(stack), length(stack)
+    fits = shape == (*wanted[:2], ceil_to(wanted[2], run_of(stack)) if is_packed(stack) else wanted[2])
     if not fits:
         require(False, name, f"shape {list(shape)}", f"{list(wanted)}")
 
@@ -79,8 +79,8 @@ def _run(x: Tensor, weights: Tensor, offsets: Tensor, inverse: Tensor, order: Te
 
 
 def _serve(x: Tensor, slots: tuple[Tensor, ...], up: Stack, down: Stack) -> Tensor:
-    if (up.packed or down.packed) and not reads_packed("expert_mlp", x, *slots, up, down):
-        up, down = unpacked(up, x.shape[1]), unpacked(down, up.rows)
+    if (is_packed(up) or is_packed(down)) and not reads_packed("expert_mlp", x, *slots, up, down):
+        up, down = unpacked(up, x.shape[1]), unpacked(down, rows_of(up))
     return select("expert_mlp", x, *slots, up, down).run(x, *slots, up, down)
 
 

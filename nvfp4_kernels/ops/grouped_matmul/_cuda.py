@@ -6,7 +6,7 @@ Triton. Nothing is read by the host.
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, rows_of
 from nvfp4_kernels.ops import _cuda, _device
 from nvfp4_kernels.ops.grouped_matmul import triton
 from nvfp4_kernels.ops.matmul import _cuda as matmul
@@ -27,7 +27,7 @@ def refuses(a: Stack | Columns, b: Stack, offsets: Tensor, out_dtype: torch.dtyp
 
 def run(a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None) -> Tensor:
     count = len(a.values if rows is None else rows)
-    out = torch.empty(count, b.rows, dtype=out_dtype, device=a.values.device)
+    out = torch.empty(count, rows_of(b), dtype=out_dtype, device=a.values.device)
     return run_groups(a.values, b, Groups(offsets, rows), out)
 
 
@@ -46,8 +46,8 @@ def _is_large(a: Tensor, out: Tensor, count: int) -> bool:
 def _run_decoded(a: Tensor, w: Stack, groups: Groups, out: Tensor, relu2: bool) -> Tensor:
     index = None if groups.order is None else torch.div(groups.order, groups.top_k, rounding_mode="floor")
     length = w.values.shape[2] * 64
-    most = min(len(w.values), max(1, DECODED // (2 * w.rows * length)))
-    decoded = torch.empty(most, w.rows, length, dtype=torch.bfloat16, device=a.device)
+    most = min(len(w.values), max(1, DECODED // (2 * rows_of(w) * length)))
+    decoded = torch.empty(most, rows_of(w), length, dtype=torch.bfloat16, device=a.device)
     for first in range(0, len(w.values), most):
         some = Stack(*(part[first : first + most] for part in w[:3]))
         values = decoded[: len(some.values)]

@@ -4,7 +4,7 @@ times a packed stack."""
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, is_packed, rows_of
 from nvfp4_kernels.ops._check import require
 from nvfp4_kernels.ops._native import DTYPES, FP8, MXFP8, NVFP4, check, empty, native, refuses_device, refuses_float
 from nvfp4_kernels.ops.grouped_matmul import _cuda
@@ -13,7 +13,7 @@ from nvfp4_kernels.ops.grouped_matmul import _cuda
 def refuses(
     a: Stack | Columns, b: Stack | Columns, offsets: Tensor, out_dtype: torch.dtype, rows: Tensor | None = None
 ) -> str | None:
-    if isinstance(b, Stack) and b.packed:
+    if isinstance(b, Stack) and is_packed(b):
         return _cuda.refuses(a, b, offsets, out_dtype, rows)
     why = refuses_float(a.values) if a.scales is None else refuses_device(a.values)
     return why or ("float64" if torch.float64 in (b.values.dtype, out_dtype) else None)
@@ -28,7 +28,7 @@ def run(
     squares: tuple[Tensor | int | None, ...] = (None,) * 6,
 ) -> Tensor:
     """squares: h, relu2(h), weights, dweights, amax [3, groups] and the signs of its transform, for nk.grouped_relu2."""
-    if isinstance(b, Stack) and b.packed:
+    if isinstance(b, Stack) and is_packed(b):
         return _cuda.run(a, b, offsets, out_dtype, rows)
     a, b = readable(a), readable(b)
     sums = b.values.dim() == 2
@@ -36,7 +36,7 @@ def run(
         b, rows = Stack(b.values.t().index_select(0, rows).t()), None  # the kernel gathers columns that lie apart
     left, (right, stride) = operand(a)[0], operand(b)
     groups, count = offsets.numel() - 1, len(a.values) if rows is None else len(rows)
-    shape = (groups, len(a.values), len(b.values)) if sums else (count, b.rows)
+    shape = (groups, len(a.values), len(b.values)) if sums else (count, rows_of(b))
     y = empty(shape, dtype=out_dtype)
     starts = tuple(x.starts.data_ptr() if isinstance(x, Columns) else 0 for x in (a, b))
     threads = torch.get_num_threads()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, is_packed, rows_of
 from nvfp4_kernels.formats.layout import ceil_to
 from nvfp4_kernels.formats.packed import STEP, TILE, unpack
 from nvfp4_kernels.formats.tensor import MXFP8Tensor, NVFP4Tensor
@@ -59,7 +59,7 @@ def checked(
     if rows is not None:
         index_tensor("rows", rows, left.values.device)
     check_stack("b", right, left.values.device)
-    whole = signs_b is None and not right.packed
+    whole = signs_b is None and not is_packed(right)
     require(whole or not right.turned, "b", "transposes of a rotated or packed form", "transposes of others")
     plain = [x.values.dtype for x in (left, right) if x.scales is None and x.global_scales is None]
     out_dtype = out_dtype or (plain[0] if plain else torch.bfloat16)
@@ -73,7 +73,7 @@ def checked(
             not isinstance(a, Columns), "a", "Columns with a stack of matrices", "Columns beside a matrix or Columns"
         )
         require(right.values.shape[0] == groups, "offsets", f"{groups + 1} numbers", f"{len(right.values) + 1}")
-        k = a.shape[1] if isinstance(a, Rows) else length(left)
+        k = length(left) if isinstance(a, Stack) else a.shape[1]
         fits = ceil_to(k, 1 if right.turned else run_of(right)) == depth
     else:
         require(isinstance(a, (Tensor, Columns)), "a", type(a).__name__, "a plain matrix or Columns, as b", TypeError)
@@ -116,12 +116,12 @@ def run_of(x: Stack | Columns) -> int:
     """Values that a row has a multiple of in memory: as many as a block scale is for, 128 of packed ones; 1 without."""
     if x.scales is None:
         return 1
-    return 32 if x.global_scales is None else STEP if isinstance(x, Stack) and x.packed else 16
+    return 32 if x.global_scales is None else STEP if isinstance(x, Stack) and is_packed(x) else 16
 
 
 def length(x: Stack | Columns) -> int:
     """Values of a row, padding included."""
-    if isinstance(x, Stack) and x.packed:
+    if isinstance(x, Stack) and is_packed(x):
         return x.values.shape[2] * TILE
     if isinstance(x, Stack) and x.turned:
         return x.values.shape[-2]
@@ -131,7 +131,7 @@ def length(x: Stack | Columns) -> int:
 def check_stack(name: str, stack: Stack, device: torch.device) -> None:
     """A matrix or a stack of them, whose parts belong together."""
     values, scales, global_scales = stack[:3]
-    if stack.packed:
+    if is_packed(stack):
         _check_packed(name, stack, device)
         return
     require(values.dim() in (2, 3), name, f"{values.dim()} dimensions", "3, [groups, N, K], or 2, [N, rows]")
@@ -186,7 +186,7 @@ def _check_values(name: str, x: Tensor) -> None:
 def plain_parts(stack: Stack) -> tuple[Tensor | None, ...]:
     """The three tensors, E4M3 as bytes, for which torch's tools have kernels."""
     values, scales, global_scales = stack[:3]
-    if (scales is None and global_scales is None) or stack.packed:
+    if (scales is None and global_scales is None) or is_packed(stack):
         return values, scales, global_scales
     scales = None if scales is None else scales.view(torch.uint8)
     return values.view(torch.uint8), scales, global_scales
@@ -224,7 +224,7 @@ def as_called(
 
 def _run(*given) -> Tensor:
     left, right, *rest = as_called(*given)
-    if isinstance(right, Stack) and right.packed and not reads_packed("grouped_matmul", left, right, *rest):
+    if isinstance(right, Stack) and is_packed(right) and not reads_packed("grouped_matmul", left, right, *rest):
         right = unpacked(right, length(left))
     return select("grouped_matmul", left, right, *rest).run(left, right, *rest)
 
@@ -236,14 +236,14 @@ def reads_packed(op: str, *arguments) -> bool:
 
 def unpacked(stack: Stack, cols: int) -> Stack:
     """A packed stack of matrices of `cols` columns as it was before."""
-    return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if stack.packed else stack
+    return Stack(*unpack(stack.values, stack.scales, cols), *stack[2:]) if is_packed(stack) else stack
 
 
 def fake(
     a, a_scales, a_global, a_starts, b, b_scales, b_global, b_starts, offsets, rows, out_dtype: str, b_turned=False
 ) -> Tensor:
     count, right = (a if rows is None else rows).shape[0], from_parts(b, b_scales, b_global, b_turned)
-    shape = (count, right.rows) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
+    shape = (count, rows_of(right)) if b.dim() > 2 else (offsets.shape[0] - 1, a.shape[0], b.shape[0])
     return a.new_empty(shape, dtype=getattr(torch, out_dtype))
 
 

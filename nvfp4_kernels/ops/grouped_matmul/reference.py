@@ -7,7 +7,7 @@ decoded under their block scales alone.
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, rows_of
 from nvfp4_kernels.ops.dequantize import reference as dequantize
 from nvfp4_kernels.ops.quantize._forms import check_ascending
 
@@ -38,7 +38,7 @@ def run(
         for e, span in spans:
             y[e] = _product(_columns(a, e, span, dtype), _columns(b, e, span, dtype))
         return y
-    y = offsets.new_empty(len(a.values), b.rows, dtype=out_dtype)
+    y = offsets.new_empty(len(a.values), rows_of(b), dtype=out_dtype)
     for e, span in spans:
         scales = None if a.scales is None else a.scales[span]
         rows = _decoded(a.values[span], scales, a.global_scales, dtype)

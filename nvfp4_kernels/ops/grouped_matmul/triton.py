@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Columns, Stack
+from nvfp4_kernels.formats.groups import Columns, Stack, rows_of
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, launch, next_power_of_2, refuses_device, tl
 from nvfp4_kernels.ops._triton_groups import find, picked
-from nvfp4_kernels.ops._triton_numerics import portable
+from nvfp4_kernels.ops._triton_numerics import apart, portable
 from nvfp4_kernels.ops.grouped_matmul._triton_relu2 import write_relu2
 from nvfp4_kernels.ops.matmul import _triton_block_scaled as fp4
-from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, tile
+from nvfp4_kernels.ops.matmul._triton_decoded import E4M3, EXACT, computed_in, load_plain, operand, second, tile
 from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, Tile, write
 
 SMALL = Tile(
@@ -65,7 +65,7 @@ def step(
             b = tl.trans(b)
         else:
             b = operand(b_ptr, b_scales_ptr, col, cols, b_k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
-        return tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+        return tl.dot(a, tl.trans(apart(b) if B == "apart" else b), sums, input_precision=PRECISION)
 
 
 @jit
@@ -183,7 +183,7 @@ def multiply_rows(
     a: Stack, b: Stack, offsets: Tensor, out_dtype: torch.dtype, index: Tensor | None, squared: bool = False
 ) -> Tensor:
     """squared: relu2 of the products, in fp32 before they are rounded."""
-    y = torch.empty(len(a.values if index is None else index), b.rows, dtype=out_dtype, device=a.values.device)
+    y = torch.empty(len(a.values if index is None else index), rows_of(b), dtype=out_dtype, device=a.values.device)
     write_rows(a, b, offsets, y, index, squared)
     return y
 
@@ -196,7 +196,7 @@ def write_rows(a: Stack, b: Stack, offsets: Tensor, y: Tensor, index: Tensor | N
 def rows_form(a: Stack, b: Stack, rows: int, squared: bool = False):
     """_form's for `rows` rows in groups."""
     groups = max(len(b.values), 1)
-    return _form(-(-rows // groups), b.rows, a, b, (256, 64, 16), squared=squared)
+    return _form(-(-rows // groups), rows_of(b), a, b, (256, 64, 16), squared=squared)
 
 
 def launch_rows(form, a: Stack, b: Stack, offsets: Tensor, index: Tensor | None, y: Tensor, places, relu2) -> None:
@@ -276,7 +276,8 @@ def _form(
         for x, block in ((a, t.k), (b, t.n if turned else t.k))
     ]
     gain = 1.0 if cores else 512.0 ** ((left.format == "nvfp4") + (right.format == "nvfp4"))
-    constants = dict(A=left.format, A_UNIT=left.unit, B=right.format, B_UNIT=right.unit, FP4=bool(cores))
+    b_format = second(right.format, device)
+    constants = dict(A=left.format, A_UNIT=left.unit, B=b_format, B_UNIT=right.unit, FP4=bool(cores))
     constants |= dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision)
     constants |= dict(FINISH=(gain, left.scaled, right.scaled, False, False, squared))
     return (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, rows_of
 from nvfp4_kernels.ops._native import empty
 from nvfp4_kernels.ops.grouped_matmul import native as grouped_matmul
 
@@ -22,7 +22,7 @@ def run(
     amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    squared = empty(len(a.values) if rows is None else len(rows), b.rows, dtype=out_dtype)
+    squared = empty(len(a.values) if rows is None else len(rows), rows_of(b), dtype=out_dtype)
     weights, most = _wide(weights), _zeros(offsets) if amax else None
     h = grouped_matmul.run(a, b, offsets, out_dtype, rows, (None, squared, weights, None, most, signs))
     return h, squared, most

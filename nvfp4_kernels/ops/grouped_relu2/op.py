@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, rows_of
 from nvfp4_kernels.ops._check import floating_point, no_grad, require, same_device
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
@@ -62,7 +62,7 @@ def grouped_relu2_backward(
     no_grad("h", h, "nk.experts differentiates")
     stack = _stack(b)
     given = checked(a, stack, offsets, h.dtype, None)
-    shape = a.shape[0], stack.rows
+    shape = a.shape[0], rows_of(stack)
     require(tuple(h.shape) == shape, "h", f"shape {list(h.shape)}", f"{list(shape)}")
     same_device("h", h, offsets.device)
     _check_weights(weights, len(h), h.device)

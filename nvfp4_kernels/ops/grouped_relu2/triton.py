@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, rows_of
 from nvfp4_kernels.ops.grouped_matmul import triton as grouped_matmul
 from nvfp4_kernels.ops.grouped_matmul._triton_relu2 import COLS
 from nvfp4_kernels.ops.grouped_matmul.triton import launch_rows, rows_form
@@ -23,7 +23,7 @@ def run(
     amax: bool,
     signs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    h = torch.empty(len(a.values if rows is None else rows), b.rows, dtype=out_dtype, device=a.values.device)
+    h = torch.empty(len(a.values if rows is None else rows), rows_of(b), dtype=out_dtype, device=a.values.device)
     squares, most = torch.empty_like(h), _most(offsets, amax)
     places = None, _wide(weights), squares, None, most
     launch_rows(
@@ -43,7 +43,7 @@ def backward(
     signs: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of h and weights, and what else is asked for."""
-    form, h, N = rows_form(a, b, len(h)), h.contiguous(), b.rows
+    form, h, N = rows_form(a, b, len(h)), h.contiguous(), rows_of(b)
     dh, squares, most = torch.empty_like(h), torch.empty_like(h) if again else None, _most(offsets, amax)
     across, weighted = min(form[0].n, COLS.value), weights is not None
     tiles = -(-N // form[0].n) * form[0].n // across  # the last of them may lie beyond N

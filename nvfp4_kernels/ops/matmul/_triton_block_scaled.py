@@ -8,7 +8,7 @@ import torch
 
 from nvfp4_kernels.ops import _tuned
 from nvfp4_kernels.ops._triton import jit, tl
-from nvfp4_kernels.ops._triton_numerics import WRITTEN_OUT, e2m1_value, e4m3_value
+from nvfp4_kernels.ops._triton_numerics import WRITTEN_OUT, apart, e2m1_value, e4m3_value
 from nvfp4_kernels.ops.matmul._triton_tiles import CHANGES, Side, Tile, blocks_to_fill, multiply_tiles, place, write
 
 
@@ -47,7 +47,7 @@ def multiplied(a, a_scales, b, b_scales, sums):
     if WRITTEN_OUT:
         return tl.dot(decoded(a, a_scales), tl.trans(decoded(b, b_scales)), sums, input_precision="ieee")
     else:
-        return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", sums)
+        return tl.dot_scaled(a, a_scales, "e2m1", tl.trans(apart(b)), b_scales, "e2m1", sums)
 
 
 @jit

@@ -15,6 +15,7 @@ import torch
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
+    UNFENCED,
     apart,
     as_fp32,
     bf16_pair,
@@ -179,8 +180,15 @@ def decoded_kernel(
         k = step * BLOCK_K
         a = operand(a_ptr, a_scales_ptr, row, M, k, a_width, a_row_stride, a_step, A, A_UNIT, COMPUTE, BLOCK_K)
         b = operand(b_ptr, b_scales_ptr, col, N, k, b_width, b_row_stride, b_step, B, B_UNIT, COMPUTE, BLOCK_K)
-        sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+        sums = tl.dot(a, tl.trans(apart(b) if B == "apart" else b), sums, input_precision=PRECISION)
     write(sums, m, n, split, M, N, a_global_ptr, b_global_ptr, bias_ptr, out_ptr, partial_ptr, FINISH, SPLIT)
+
+
+def second(format: str, device: torch.device) -> str:
+    """B, the second operand's format as kernels take it; "apart": a plain one, whose asynchronous copies Triton before 3.7.1
+    does not fence before tcgen05 reads them. Nor before wgmma, where nobody has seen it fail and a detour costs more."""
+    plain = format not in ("nvfp4", "mxfp8")
+    return "apart" if UNFENCED and plain and _device.matrix_instruction(device) == "tcgen05" else format
 
 
 def unit(x: Side, t: Tile) -> int:
@@ -210,6 +218,6 @@ def multiply(a: Side, b: Side, bias, out: torch.Tensor, accumulate: bool) -> Non
         out,
         512.0 ** ((a.format == "nvfp4") + (b.format == "nvfp4")),
         accumulate,
-        **dict(A=a.format, A_UNIT=units[0], B=b.format, B_UNIT=units[1]),
+        **dict(A=a.format, A_UNIT=units[0], B=second(b.format, out.device), B_UNIT=units[1]),
         **dict(COMPUTE=getattr(tl, str(dtype)[6:]), PRECISION=precision),
     )

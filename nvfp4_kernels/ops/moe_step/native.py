@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.formats.groups import is_packed
 from nvfp4_kernels.ops._native import DTYPES, check, empty, native, refuses_float
 from nvfp4_kernels.ops.grouped_matmul.native import operand, readable
 
 
 def refuses(x: Tensor, router: Tensor, bias: Tensor | None, matrices: tuple, choice: tuple) -> str | None:
-    if any(m is not None and m.packed for m in matrices):
+    if any(m is not None and is_packed(m) for m in matrices):
         return "the CPU kernels read no packed stacks"
     return refuses_float(x)
 

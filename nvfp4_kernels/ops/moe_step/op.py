@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.formats.groups import Stack
+from nvfp4_kernels.formats.groups import Stack, rows_of
 from nvfp4_kernels.ops._check import float_operand, float_tensor, no_grad, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register, unobserved
@@ -69,8 +69,8 @@ def check(hidden: int, device: torch.device, router: Tensor, bias: Tensor | None
         if stack is not None:
             check_matrices(name, stack, device)
     up, _, fc1, _, shared, _ = found
-    size, width = hidden if fc1 is None else fc1.rows, up.rows
-    inner = 0 if shared is None else shared.rows
+    size, width = hidden if fc1 is None else rows_of(fc1), rows_of(up)
+    inner = 0 if shared is None else rows_of(shared)
     wanted = (width, size), (size, width), (size, hidden), (hidden, size), (inner, hidden), (hidden, inner)
     for i, (name, stack) in enumerate(zip(MATRICES, found, strict=True)):
         if stack is not None:
