@@ -33,8 +33,8 @@ def weight_only(
     """
     float_tensor("x", x)
     require(x.dim() >= 1 and x.shape[-1] > 0, "x", f"shape {list(x.shape)}", "[..., in], in at least 1")
-    kinds = NVFP4Tensor, MXFP8Tensor, PackedNVFP4Tensor
-    require(isinstance(weight, kinds), "weight", type(weight).__name__, ", ".join(k.__name__ for k in kinds), TypeError)
+    known = isinstance(weight, (NVFP4Tensor, MXFP8Tensor, PackedNVFP4Tensor))
+    require(known, "weight", type(weight).__name__, "NVFP4Tensor, MXFP8Tensor, PackedNVFP4Tensor", TypeError)
     x = autocast(x)
     given = lambda: weight  # noqa: E731  torch 2.10 makes a dataclass anew around symbols, which its checks cannot read
     return _WeightOnly.apply(x.reshape(-1, x.shape[-1]), given, bias, scale).view(*x.shape[:-1], weight.shape[0])
