@@ -130,7 +130,10 @@ def test_order_of_the_benchmarks(monkeypatch, capfd):
 
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_rehearsal():
+def test_rehearsal(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import tests.conftest")  # with its faster interpreter
+    path = [str(tmp_path), str(SCRIPT.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     done = run("--rehearse")
     assert not done.stderr.strip(), done.stderr[-2000:]
     measured = {

@@ -24,7 +24,7 @@ from nvfp4_kernels.ops.matmul import native as matmul_native
 ARCHS = ("80", "90a", "100a", "103a", "120f")
 # What nvcc compiles: any change would show in one of these, and an op takes it some 7 seconds an architecture. NVFP4_CUDA=1, as
 # for `make cuda`, asks for all of them; benchmarks/results/resources.json has all, and NVRTC compiles all below.
-CHOSEN = [("quantize", "90a"), ("quantize", "100a"), ("matmul", "80"), ("state_update", "90a"), ("mixer_scan", "90a")]
+CHOSEN = [("quantize", "100a"), ("matmul", "80"), ("state_update", "90a"), ("mixer_scan", "90a")]
 ALL = [(op, arch) for op in ("quantize", "matmul", "state_update") for arch in ARCHS]
 ALL += [("mixer_scan", arch) for arch in ARCHS[1:]]  # clusters
 TASKS = ALL if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else CHOSEN
