@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["result"] in BAD for rows in found.values() for row in rows) else 0
 
 
-BAD = ("FAIL", "error", "crash")
+BAD = ("FAIL", "error", "crash", "not run")
 
 
 def check(op: str, backends: tuple[str, ...], device: str, until: float) -> list[dict]:
@@ -76,7 +76,8 @@ def check(op: str, backends: tuple[str, ...], device: str, until: float) -> list
             return rows
         at = made[-1] if made else {"case": "before the first", "backend": left[0], "result": "started"}
         case = at["case"] if at["result"] == "started" else f"after {at['case']}"
-        rows.append({"case": case, "backend": at["backend"], "result": "crash", "detail": ending})
+        result = "not run" if late else "crash"
+        rows.append({"case": case, "backend": at["backend"], "result": result, "detail": ending})
         left = left[left.index(at["backend"]) + 1 :]
     return rows
 
