@@ -7,7 +7,8 @@
 
 A case runs an op on tensors of the meta device at a size that counts; what it would have launched is compiled as Triton itself
 would specialize it. A row: op, case, kernel, arch, registers, spills (bytes a thread), shared memory (bytes), and how often
-each instruction stands in the SASS that the case or the architecture makes one expect.
+each instruction stands in the SASS that the case or the architecture makes one expect; overwritten, where it should be empty:
+instructions that write an operand's registers while a product on its way may read them (sass.py).
 """
 
 import argparse
@@ -31,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.sass import overwritten
 from nvfp4_kernels.ops import _triton
 
 ARCHS = (80, 90, 100, 103, 120)
@@ -98,19 +100,23 @@ def row(compiled, disassembled: bool = True) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        on_its_way = "wgmma" in compiled.asm["ptx"]
+        sass = tool("nvdisasm", "-c", file.name) if disassembled or on_its_way else ""
         if disassembled:
-            instructions = counted(tool("nvdisasm", "-c", file.name))
+            instructions = counted(sass)
         else:
             instructions = {
                 n: count for n, ptx in PRODUCTS.items() if (count := len(re.findall(ptx, compiled.asm["ptx"])))
             }
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    faults = overwritten(sass) if on_its_way else []
     return {
         "registers": registers,
         "spills": stack,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "instructions": instructions,
+        **({"overwritten": faults} if faults else {}),
     }
 
 

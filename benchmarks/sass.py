@@ -104,3 +104,64 @@ def issued(sass: str, turns: float, wanted: str = WANTED, shunned: str | None = 
         if pipe(code[i]) != "issue":
             taken[pipe(code[i])] += times * (width(code[i]) if pipe(code[i]) == "memory" else 1)
     return dict(taken)
+
+
+# What names a general register first and writes none.
+READERS = r"BAR|WARPSYNC|BR[AX]|RET|CALL|NANOSLEEP|R2P|\w*SETP|FCHK|P?LOP3\S* U?P\w+, (?:RZ|U?P)"
+MOST_GROUPS = 8
+DOUBLE = r"\S*WIDE|CS2R(?!\.32)|D(?:ADD|MUL|FMA|MNMX)|\S*\.64\b"
+
+
+def written(instruction: str) -> range:
+    """The general registers that an instruction writes, predicated or not."""
+    text = re.sub(r"^@!?U?P\w+\s+", "", instruction)
+    if re.match(READERS, text):
+        return range(0)
+    first = re.match(r"(\S+) (?:U?P\w+, )?R(\d+)\b", text)  # SHFL and sums name a predicate before
+    if not first:
+        return range(0)
+    called, at = first[1], int(first[2])
+    product = re.match(r"HGMMA\.64x(\d+)x\d+\.(F32|F16)", called)
+    if product:
+        count = int(product[1]) // (2 if product[2] == "F32" else 4)
+    elif called.startswith("HMMA"):
+        count = 4 if ".F32" in called else 2
+    elif called.startswith("LDSM"):
+        count = int(called[-1]) if re.search(r"\.[24]$", called) else 1
+    else:
+        count = 4 if ".128" in called else 2 if re.match(DOUBLE, called) else 1
+    return range(at, at + count)
+
+
+def overwritten(sass: str) -> list[str]:
+    """Instructions of a kernel for sm_90 that write a register while a product on its way may still read it, on any path. PTX
+    has them wait for the product; ptxas before 13.3 did not always (release notes of CUDA 13.3)."""
+    code, places = parsed(sass)
+    found, seen = set(), set()
+    left: list[tuple[int, tuple[frozenset, ...], frozenset]] = [
+        (0, (), frozenset())
+    ]  # committed groups, the one that is open
+    while left:
+        state = i, groups, held = left.pop()
+        if state in seen or i >= len(code):
+            continue
+        seen.add(state)
+        text = code[i]
+        if set(written(text)) & held.union(*groups):
+            found.add(f"{i}: {text}")
+        if name(text).startswith("HGMMA"):
+            a = re.search(r"HGMMA\S+ R\d+, R(\d+)", text)
+            held = held | frozenset(range(int(a[1]), int(a[1]) + 4) if a else ())
+            if "gsb0" in text:
+                groups, held = (*groups, held), frozenset()
+            if len(groups) > MOST_GROUPS:  # of a loop without a wait: those that came first are one
+                groups = (groups[0] | groups[1], *groups[2:])
+        elif name(text).startswith("WARPGROUP.DEPBAR"):
+            pending = int(text.split("0x")[1], 16)
+            groups = groups[len(groups) - pending :] if pending < len(groups) else groups
+        ends, jump = re.match(r"EXIT|RET|TRAP", text), JUMP.search(text)
+        if not ends and not (jump and re.match(r"BRA\S* `", text)):
+            left.append((i + 1, groups, held))
+        if jump and jump[1] in places:
+            left.append((places[jump[1]], groups, held))
+    return sorted(found, key=lambda line: int(line.split(":")[0]))

@@ -66,6 +66,7 @@ def test_compiles_everywhere_without_spills(op, compiled, committed):
         assert {row["arch"] for row in told if row["case"] == case} == ARCHS, case
     spilled = [(row["case"], row["kernel"], row["arch"], row["spills"]) for row in rows + told if row["spills"]]
     assert not spilled
+    assert not [row for row in rows + told if "overwritten" in row]
 
 
 def test_tensor_cores(compiled, committed):

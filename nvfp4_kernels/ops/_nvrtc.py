@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(file.name, path)
 
 
+def whole(cubin: bytes) -> bytes:
+    """With the last byte, which CuPy cuts off as it does a text's: a 0, for an ELF file ends with its headers here."""
+    if not cubin.startswith(b"\x7fELF"):
+        return cubin
+    programs, sections, _, _, *sizes = struct.unpack_from("<QQIHHHHH", cubin, 32)  # from e_phoff to e_shnum
+    return cubin.ljust(max(programs + sizes[0] * sizes[1], sections + sizes[2] * sizes[3]), b"\0")
+
+
 def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> bytes:
     """Compile now, to a cubin or, to be read, to PTX; `before`: lines before the source's own. Raises RuntimeError with
     NVRTC's first error."""
@@ -84,7 +93,7 @@ def compile_source(op: str, arch: str, ptx: bool = False, before: str = "") -> b
     program = nvrtc.createProgram(source, f"{op}/cuda.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getPTX(program) if ptx else nvrtc.getCUBIN(program)
+        return nvrtc.getPTX(program) if ptx else whole(nvrtc.getCUBIN(program))
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         first = next((line for line in log.splitlines() if "error" in line), log[:300])

@@ -313,7 +313,16 @@ def test_nvrtc(nvrtc, op, arch):
         with pytest.raises(RuntimeError, match="does not know sm_103a"):
             _nvrtc.compile_source(op, arch)
         return
-    assert _nvrtc.compile_source(op, arch)[:4] == b"\x7fELF"
+    code = _nvrtc.compile_source(op, arch)
+    assert code[:4] == b"\x7fELF" and _nvrtc.whole(code[:-1]) == code == _nvrtc.whole(code)
+
+
+def test_nvrtc_gives_what_the_tools_read(nvrtc, resources, tmp_path):
+    """CuPy leaves out a cubin's last byte."""
+    cubin = tmp_path / "kernels.cubin"
+    cubin.write_bytes(_nvrtc.compile_source("mixer_scan", "120f"))
+    usage = resources.tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    assert re.findall(r"Function (\w+):\s*REG:\d+ STACK:0 ", usage) == ["mixer_scan_1x8"], usage
 
 
 def test_sums_are_set_before_products_of_a_warpgroup(nvrtc):

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.sass import overwritten
 from nvfp4_kernels.ops import _triton
 from tests.native.test_cuda import ROOT, build, complaint
 from tests.native.test_cuda import pytestmark as needs_model
@@ -81,6 +82,9 @@ def test_compiled(resources, tmp_path):
         # eight k-steps, each with operand A in four registers
         assert len(found) == 8 * slabs and all(form == "64x128x16.F32.BF16" and a[0] == "R" for form, a in found)
         assert len({a for _, a in found}) >= 4 * slabs  # of the products on their way and of the next
+        assert not overwritten(kernel)
+        without_waits = re.sub(r"WARPGROUP\.DEPBAR\S* gsb0, 0x\d", "NOP", kernel)
+        assert len(overwritten(without_waits)) > 8 * slabs
         assert 0 < resources.slots(f"weight_only_tiles_{rows}", kernel)["slots_a_weight"] < 6.5
 
 
