@@ -1,4 +1,4 @@
-"""Counts what a warp issues, by pipe, on a kernel's hot path: read from nvdisasm's text, with no GPU.
+"""What nvdisasm's text tells with no GPU: what a warp issues, by pipe, on a kernel's hot path; operands overwritten.
 
 The hot path goes forward through the code, into each loop once, and meets as many wanted instructions (wide accesses, products,
 exchanges between lanes) as a path can, by as few others as it can: so it takes no handling of odd strides or of numbers that
@@ -106,10 +106,10 @@ def issued(sass: str, turns: float, wanted: str = WANTED, shunned: str | None = 
     return dict(taken)
 
 
-# What names a general register first and writes none.
-READERS = r"BAR|WARPSYNC|BR[AX]|RET|CALL|NANOSLEEP|R2P|\w*SETP|FCHK|P?LOP3\S* U?P\w+, (?:RZ|U?P)"
-MOST_GROUPS = 8
+# What reads the general register that it names first, or behind a predicate.
+READERS = r"BAR|WARPSYNC|BR[AX]|RET|CALL|NANOSLEEP|R2P|FCHK"
 DOUBLE = r"\S*WIDE|CS2R(?!\.32)|D(?:ADD|MUL|FMA|MNMX)|\S*\.64\b"
+MOST_GROUPS = 8
 
 
 def written(instruction: str) -> range:
@@ -138,9 +138,7 @@ def overwritten(sass: str) -> list[str]:
     has them wait for the product; ptxas before 13.3 did not always (release notes of CUDA 13.3)."""
     code, places = parsed(sass)
     found, seen = set(), set()
-    left: list[tuple[int, tuple[frozenset, ...], frozenset]] = [
-        (0, (), frozenset())
-    ]  # committed groups, the one that is open
+    left = [(0, (), frozenset())]  # place, the committed groups' operands, those of the group that is open
     while left:
         state = i, groups, held = left.pop()
         if state in seen or i >= len(code):

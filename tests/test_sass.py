@@ -1,4 +1,4 @@
-"""What benchmarks/bounds.py counts, against counts by hand."""
+"""What is read from SASS, against what one reads by hand."""
 
 import pytest
 
@@ -73,6 +73,8 @@ def test_loops_that_are_left_at_their_head():
         ("HGMMA.64x16x16.F32.BF16 R24, R152, gdesc[UR16], R24, gsb0", list(range(24, 32))),
         ("CS2R R40, SRZ", [40, 41]),
         ("ISETP.GE.AND P0, PT, R0, R9, PT", []),
+        ("FCHK P0, R4, R5", []),
+        ("R2P PR, R4, 0x7f", []),
         ("LOP3.LUT P0, RZ, R4, 0x3, RZ, 0xc0, !PT", []),
         ("STS.128 [R4], R8", []),
         ("STG.E.64 desc[UR4][R2.64], R8", []),

@@ -27,10 +27,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:
-            allowed = list(action.choices)
-            near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-            found = f"; nearest: {near[0]}" if near else ""
-            raise argparse.ArgumentError(action, f"got {value!r}; allowed: {', '.join(allowed)}{found}")
+            near = nearest(value, action.choices)
+            also = f"; {near}" if near.startswith("nearest") else ""
+            raise argparse.ArgumentError(action, f"got {value!r}; allowed: {', '.join(action.choices)}{also}")
 
     def error(self, message: str):
         for kind, allowed in (("int", "a whole number"), ("float", "a number")):
