@@ -5,7 +5,8 @@
     an expert          experts.{e}.up_proj.weight          experts.up_proj, [e]         experts.up_proj, [e]
     its scale          experts.{e}.up_proj.weight_scale    -                            experts.up_proj.weight_scale, [e]
 
-All else has one name everywhere. compressed-tensors has words of its own for the parts of a quantized matrix.
+All else has one name everywhere, but for the embeddings: transformers 5 saved them as backbone.embedding until its pull request
+48075. compressed-tensors has words of its own for the parts of a quantized matrix.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 BACKBONE = {"published": "backbone.", "modelopt": "backbone.", "transformers": "model."}
 OURS = BACKBONE["published"]
+_SINGULAR = f"{OURS}embedding."
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.((?:up|down)_proj)\.(\w+)")
 _STACK = re.compile(r".+\.experts\.(?:up|down)_proj")
 # compressed-tensors' word -> (ours, whether it is the reciprocal: its global scales are divisors)
@@ -40,6 +42,8 @@ def place(name: str) -> tuple[Place, bool]:
         if name.startswith(prefix):
             name = OURS + name.removeprefix(prefix)
             break
+    if name.startswith(_SINGULAR):
+        name = f"{OURS}embeddings.{name.removeprefix(_SINGULAR)}"
     if found := _EXPERT.fullmatch(name):
         module, expert, matrix, part = found.groups()
         module, expert = f"{module}.{matrix}", int(expert)

@@ -73,6 +73,16 @@ def test_names_are_the_published_ones(tmp_path):
     assert "mtp.layers.0.mixer.experts.down_proj" in names and not any(n.startswith("backbone") for n in names)
 
 
+@pytest.mark.parametrize("backbone", ["backbone", "model"])
+def test_embeddings_in_the_singular(backbone, tmp_path):
+    """As transformers 5 saved them until its pull request 48075."""
+    model = model_of()
+    tensors = {name.replace("backbone", backbone): t for name, t in published(model).items()}
+    tensors[f"{backbone}.embedding.weight"] = tensors.pop(f"{backbone}.embeddings.weight")
+    write(tmp_path, model.config.to_dict(), tensors)
+    assert_bitwise(without_noise(nk.HybridModel.from_pretrained(tmp_path)), without_noise(model))
+
+
 def test_bf16_checkpoint_bit_for_bit(tmp_path):
     """The published form: everything BF16 but the routers' bias; A_log, D, dt_bias and routers are fp32 in the model."""
     model = model_of(**CASES["mtp-latent"])
