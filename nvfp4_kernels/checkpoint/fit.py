@@ -127,7 +127,7 @@ def _layer(module: str, found: dict[str, Entry], tensors: dict) -> QuantizedWeig
 def _want(module: str, part: str, tensor: Tensor) -> Want:
     experts = tensor.shape[0] if names.is_stack(module) else None
     shape = tuple(tensor.shape if experts is None else tensor.shape[1:])
-    scale = part.endswith(("_scale", "_scale_2"))
+    scale = part.endswith(("_scale", "_scale_2")) and part not in _CACHE_SCALES.values()
     words = _WORDS.get(tensor.dtype, ("F32",) if scale else _FLOATS)
     return Want(shape, words, experts, optional=part in NOISE)
 

@@ -36,7 +36,7 @@ def read_quantization(in_file: dict | None, in_config: dict | None) -> dict | No
         _require_object("quantization_config", in_config)
         details = in_config.get("quantization", in_config)
         _require_object("quantization_config", details)
-        kv_cache = details.get("kv_cache_quant_algo") or ("FP8" if details.get("kv_cache_scheme") else None)
+        kv_cache = details.get("kv_cache_quant_algo") or _cache_format(details.get("kv_cache_scheme"))
         method = str(in_config.get("quant_method", "modelopt"))
     if kv_cache not in (None, "", "FP8"):
         raise ValueError(f"kv_cache_quant_algo: got {kv_cache!r}; allowed: FP8, or none")
@@ -54,9 +54,18 @@ def _require_object(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed: a JSON object")
 
 
+def _cache_format(scheme: dict | str | None) -> str | None:
+    """ModelOpt writes an object for FP8 and the bare name of every other format."""
+    if not scheme or isinstance(scheme, str):
+        return scheme or None
+    _require_object("kv_cache_scheme", scheme)
+    bits, kind = scheme.get("num_bits", 8), scheme.get("type", "float")
+    return "FP8" if (bits, kind) == (8, "float") else f"{bits}-bit {kind}"
+
+
 def _check(details: dict) -> None:
     algorithm = str(details.get("quant_algo") or "").upper()
-    named = [algorithm]
+    named = [algorithm] if algorithm else []  # none where the cache alone is quantized
     if algorithm == "MIXED_PRECISION":
         layers = details.get("quantized_layers") or {}
         named = sorted({str(layer.get("quant_algo")).upper() for layer in layers.values()})

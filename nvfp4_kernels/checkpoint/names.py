@@ -6,7 +6,8 @@
     its scale          experts.{e}.up_proj.weight_scale    -                            experts.up_proj.weight_scale, [e]
 
 All else has one name everywhere, but for the embeddings: transformers 5 saved them as backbone.embedding until its pull request
-48075. compressed-tensors has words of its own for the parts of a quantized matrix.
+48075. compressed-tensors has words of its own for the parts of a quantized matrix, and the scales of a KV cache beside the
+projections (mixer.k_scale), not below them (mixer.k_proj.k_scale).
 """
 
 import difflib
@@ -20,6 +21,7 @@ OURS = BACKBONE["published"]
 _SINGULAR = f"{OURS}embedding."
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.((?:up|down)_proj)\.(\w+)")
 _STACK = re.compile(r".+\.experts\.(?:up|down)_proj")
+_CACHE = re.compile(r"(.+\.mixer)\.([kv])_scale")
 # compressed-tensors' word -> (ours, whether it is the reciprocal: its global scales are divisors)
 PACKED = {
     "weight_packed": ("weight", False),
@@ -49,6 +51,8 @@ def place(name: str) -> tuple[Place, bool]:
         module, expert = f"{module}.{matrix}", int(expert)
     elif _STACK.fullmatch(name):
         module, part, expert = name, "weight", None
+    elif found := _CACHE.fullmatch(name):
+        module, part, expert = f"{found[1]}.{found[2]}_proj", f"{found[2]}_scale", None
     else:
         (module, _, part), expert = name.rpartition("."), None
     part, reciprocal = PACKED.get(part, (part, False))

@@ -82,6 +82,10 @@ QUANTIZATION = {
         {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W4A16_AWQ"}}},
         "quant_algo: got 'W4A16_AWQ'",
     ),
+    "cache": ({"quant_algo": "NVFP4", "kv_cache_scheme": "NVFP4"}, "kv_cache_quant_algo: got 'NVFP4'; allowed: FP8, or none"),
+    "cache of integers": (
+        {"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "kv_cache_quant_algo: got '8-bit int'"
+    ),
     "group size": ({"quant_algo": "NVFP4", "group_size": 32}, "group_size: got 32; allowed: 16"),
     "format": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {}}},

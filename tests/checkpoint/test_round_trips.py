@@ -247,6 +247,34 @@ def test_account_in_the_config_alone_and_cache_scales(tmp_path):
     assert not any("k_scale" in name for name in tensors_of(tmp_path / "e"))
 
 
+ALONE = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+IN_CONFIG = {"quant_method": "modelopt", "ignore": [], "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+
+
+@pytest.mark.parametrize("account", ["file", "config"])
+def test_cache_alone_is_quantized(account, tmp_path):
+    """As ModelOpt writes it: no algorithm for the weights, which are in high precision."""
+    model = model_of()
+    tensors, config = published(model), model.config.to_dict()
+    scales = {f"backbone.layers.3.mixer.{x}_proj.{x}_scale": torch.tensor(0.5) for x in "kv"}
+    files = {"hf_quant_config": {"quantization": ALONE}} if account == "file" else {}
+    config |= {} if files else {"quantization_config": IN_CONFIG}
+    write(tmp_path, config, tensors | scales, **files)
+    again = nk.HybridModel.from_pretrained(tmp_path)
+    assert again.kv_cache_algorithm == "FP8" and again.backbone.layers[3].mixer.v_proj.v_scale == 0.5
+    assert_bitwise({n: t for n, t in without_noise(again).items() if n not in scales}, without_noise(model))
+
+
+def test_cache_scales_beside_the_projections(tmp_path):
+    """As compressed-tensors has them: of the attention, in the activations' dtype, of shape [1]."""
+    model = model_of()
+    scales = {f"backbone.layers.3.mixer.{x}_scale": torch.tensor([0.25], dtype=torch.bfloat16) for x in "kv"}
+    write(tmp_path, model.config.to_dict(), published(model) | scales)
+    attention = nk.HybridModel.from_pretrained(tmp_path).backbone.layers[3].mixer
+    assert attention.k_proj.k_scale.dtype == torch.float32 and attention.k_proj.k_scale == 0.25
+    assert attention.v_proj.v_scale == 0.25
+
+
 def test_compressed_tensors(tmp_path):
     """The same bits under llm-compressor's names, whose global scales are divisors, of shape [1]."""
     tensors, wanted, layers = quantized_checkpoint(tmp_path / "a", {"up_proj": "NVFP4", "in_proj": "NVFP4",
