@@ -24,7 +24,8 @@ NOISE = ("noise", "up_noise", "down_noise")  # of our own checkpoints alone; dra
 
 @dataclass
 class Want:
-    """A tensor of the model: of `experts` pieces of `shape`, or one. found: by piece, None being the whole."""
+    """A tensor of the model: of `experts` pieces of `shape`, or one. found: by piece, None being the whole. optional: what the
+    checkpoint lacks of it is made up."""
 
     shape: tuple[int, ...]
     words: tuple[str, ...]
@@ -33,7 +34,7 @@ class Want:
     found: dict[int | None, tuple[Entry, bool]] = field(default_factory=dict)
 
     def missing(self) -> list[int | None]:
-        if None in self.found or self.optional and not self.found:
+        if None in self.found or self.optional:
             return []
         return [e for e in (range(self.experts) if self.experts else [None]) if e not in self.found]
 
@@ -129,7 +130,10 @@ def _want(module: str, part: str, tensor: Tensor) -> Want:
     shape = tuple(tensor.shape if experts is None else tensor.shape[1:])
     scale = part.endswith(("_scale", "_scale_2")) and part not in _CACHE_SCALES.values()
     words = _WORDS.get(tensor.dtype, ("F32",) if scale else _FLOATS)
-    return Want(shape, words, experts, optional=part in NOISE)
+    made_up = (
+        part in NOISE or part == "input_scale" and experts is not None
+    )  # calibration may not have reached each expert
+    return Want(shape, words, experts, optional=made_up)
 
 
 def _match(entries: dict[str, Entry], placed: dict, wants: dict[tuple[str, str], Want], problems: Problems) -> None:

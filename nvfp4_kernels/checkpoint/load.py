@@ -5,6 +5,7 @@ files no more is held than the shard that is being read. So the peak is the mode
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -89,11 +90,12 @@ class Filling:
         self.files, self.filled = Files(), {}
 
     def take(self, piece: Piece) -> None:
-        """Reads a piece into its place. Scales that are NaN, infinite or negative are added to the problems."""
+        """Reads a piece into its place. Scales that are NaN, infinite or negative are added to the problems; those of experts'
+        inputs are not (`lend_input_scales`)."""
         layer = self.fit.layers.get(piece.module) if len(piece.parts) > 1 else None
         values = self.files.read(piece)
         for part, value in values.items():
-            if part.endswith(("_scale", "_scale_2")) and not _sound(value):
+            if part.endswith(("_scale", "_scale_2")) and not _lent(piece.module, part) and not _sound(value):
                 self.fit.problems.add("with NaN, infinite or negative scales", piece.parts[part][0].name)
         value = values[piece.part] if layer is None else _dequantize(layer, values, self.device)
         where = piece.module, piece.part
@@ -104,8 +106,29 @@ class Filling:
             shape = shape if want.experts is None else (want.experts, *shape)
             dtype = _held(*where, shape, kept, value.dtype)
             self.filled[where] = torch.empty(shape, dtype=dtype, device=self.device)
+            if _lent(*where):
+                self.filled[where].fill_(math.nan)
         target = self.filled[where] if piece.expert is None else self.filled[where][piece.expert]
         target.copy_(value.reshape(target.shape))
+
+    def lend_input_scales(self) -> None:
+        """Calibration that gave an expert no token leaves its input_scale out, or NaN: the largest of its stack stands in. No
+        product here reads it."""
+        lent = 0
+        for (module, part), scales in self.filled.items():
+            if _lent(module, part):
+                known = scales.isfinite() & (scales >= 0)
+                if not known.any():
+                    self.fit.problems.add("with NaN, infinite or negative scales", f"{module}.{part}")
+                    continue
+                lent += int((~known).sum())
+                scales.copy_(torch.where(known, scales, scales[known].max()))
+        if lent:
+            warnings.warn(
+                f"checkpoint: {self.fit.problems.folder} has no input_scale for {lent} matrices of experts, which its "
+                "calibration did not reach: the largest of their stack stands in",
+                stacklevel=4,
+            )
 
 
 def fill(
@@ -124,6 +147,7 @@ def fill(
     filling = Filling(fit, dtype, device, dequantize)
     for piece in sorted(_pieces(fit, dequantize, within), key=_position):
         filling.take(piece)
+    filling.lend_input_scales()
     fit.problems.check()
     for (module, part), tensor in filling.filled.items():
         quantized = module in fit.layers and not dequantize
@@ -203,6 +227,10 @@ def _sound(scale: Tensor) -> bool:
     if scale.dtype == torch.float8_e4m3fn:
         return bool((scale.view(torch.uint8) < 0x7F).all())  # 0x7F is NaN
     return all(0 <= value < math.inf for value in scale.flatten().tolist())
+
+
+def _lent(module: str, part: str) -> bool:
+    return part == "input_scale" and names.is_stack(module)
 
 
 def _dequantize(layer: QuantizedWeight, values: dict[str, Tensor], device: torch.device) -> Tensor:

@@ -306,6 +306,48 @@ def test_compressed_tensors(tmp_path):
     assert_bitwise(without_noise(again), without_noise(kept))
 
 
+@pytest.mark.parametrize("left", ["out", "NaN"])
+def test_experts_that_calibration_did_not_reach(left, tmp_path):
+    """Their input_scale is missing (ModelOpt) or NaN (llm-compressor); the largest of the stack's stands in."""
+    tensors, wanted, _ = quantized_checkpoint(tmp_path / "a", QUANTIZED["nvfp4"])
+    stack, unreached = (
+        "backbone.layers.1.mixer.experts",
+        ("experts.2.up_proj", "experts.0.up_proj", "experts.7.down_proj"),
+    )
+    for name in [n for n in tensors if n.endswith("input_scale") and any(u in n for u in unreached)]:
+        if left == "out":
+            del tensors[name]
+        else:
+            tensors[name] = torch.tensor(torch.nan)
+    files = {"hf_quant_config": json.loads((tmp_path / "a/hf_quant_config.json").read_text())}
+    write(tmp_path / "c", json.loads((tmp_path / "a/config.json").read_text()), tensors, **files)
+    with pytest.warns(
+        UserWarning, match="no input_scale for 6 matrices of experts, which its calibration did not reach"
+    ):
+        kept = nk.HybridModel.from_pretrained(tmp_path / "c")
+    for part, missing in (("up_proj", (2, 0)), ("down_proj", (7,))):
+        reached = [tensors[f"{stack}.{e}.{part}.input_scale"] for e in range(8) if e not in missing]
+        scales = kept.get_submodule(f"{stack}.{part}").input_scale
+        assert all(scales[e] == max(reached) for e in missing)
+        assert [s for e, s in enumerate(scales) if e not in missing] == reached
+    kept.save_pretrained(tmp_path / "d", "modelopt")
+    assert all(t.isfinite().all() for n, t in tensors_of(tmp_path / "d").items() if n.endswith("input_scale"))
+    plain = nk.HybridModel.from_pretrained(tmp_path / "c", quantized="dequantize")
+    for module, value in wanted.items():
+        assert torch.equal(matrix(plain, module).double(), value.float().double()), module
+
+
+def test_experts_of_which_calibration_reached_none(tmp_path):
+    tensors, *_ = quantized_checkpoint(tmp_path / "a", QUANTIZED["nvfp4"])
+    for name in [n for n in tensors if n.endswith("down_proj.input_scale") and ".experts." in n]:
+        tensors[name] = torch.tensor(torch.inf)
+    write(tmp_path / "c", json.loads((tmp_path / "a/config.json").read_text()), tensors)
+    with pytest.raises(
+        ValueError, match=r"with NaN, infinite or negative scales: .*1.mixer.experts.down_proj.input_scale"
+    ):
+        nk.HybridModel.from_pretrained(tmp_path / "c")
+
+
 def test_fp8_without_input_scale_gets_one(tmp_path):
     tensors, _, layers = quantized_checkpoint(tmp_path / "a", QUANTIZED["fp8"])
     write(tmp_path / "c", json.loads((tmp_path / "a/config.json").read_text()),
