@@ -7,6 +7,8 @@ Recognized by the files, never by the folder's name:
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ COMPANIONS = (
     "chat_template*", "configuration_*.py", "modeling_*.py",
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_MTP_BLOCK = re.compile(r"mtp\.layers\.\d+\.eh_proj\.")  # a block of multi-token prediction has one
 
 
 class CheckpointError(ValueError):
@@ -72,10 +75,6 @@ def open_source(path: str | Path) -> Source:
     path = folder / "hf_quant_config.json"
     in_file = read_json(path) if path.exists() else None
     quantization = read_quantization(in_file, values.pop("quantization_config", None))
-    try:
-        config = HybridConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     entries: dict[str, Entry] = {}
     for shard in shards:
         for name, entry in read_header(shard).items():
@@ -84,8 +83,22 @@ def open_source(path: str | Path) -> Source:
                     f"checkpoint: {name} stands in both {Path(entries[name].shard).name} and {shard.name}"
                 )
             entries[name] = entry
+    try:
+        config = HybridConfig.from_dict(_with_blocks_counted(values, entries))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     there = any(path.is_file() for pattern in COMPANIONS for path in companions.glob(pattern))
     return Source(folder, companions.absolute() if there else None, config, entries, quantization)
+
+
+def _with_blocks_counted(values: dict, entries: Iterable[str]) -> dict:
+    """Megatron-Bridge says of a block of multi-token prediction how often training used it, not how often it is there (issue
+    5946 there)."""
+    used = values.get("num_nextn_predict_layers")
+    blocks = {found[0] for name in entries if (found := _MTP_BLOCK.match(name))}
+    if not isinstance(used, int) or used < 2 or len(blocks) > 1:
+        return values
+    return {"mtp_num_depths": used} | values | {"num_nextn_predict_layers": 1}
 
 
 def find_shards(folder: Path) -> list[Path]:

@@ -83,6 +83,28 @@ def test_embeddings_in_the_singular(backbone, tmp_path):
     assert_bitwise(without_noise(nk.HybridModel.from_pretrained(tmp_path)), without_noise(model))
 
 
+def test_a_block_counted_as_often_as_it_is_used(tmp_path):
+    """As Megatron-Bridge wrote num_nextn_predict_layers (its issue 5946); blocks of weights of their own are another matter."""
+    model = model_of(**CASES["mtp-latent"])
+    config, tensors = model.config.to_dict() | {"num_nextn_predict_layers": 3}, published(model)
+    del config["mtp_num_depths"]
+    write(tmp_path / "a", config, tensors)
+    again = nk.HybridModel.from_pretrained(tmp_path / "a")
+    assert_bitwise(without_noise(again), without_noise(model))
+    assert again.config == model.config.replace(mtp_num_depths=3)
+    block = {
+        n.replace("mtp.layers.0.", "mtp.layers.2."): t.clone()
+        for n, t in tensors.items()
+        if n.startswith("mtp.layers.0.")
+    }
+    write(tmp_path / "b", config, tensors | block)
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers: got 3; allowed: 0, 1 \(one block"):
+        nk.HybridModel.from_pretrained(tmp_path / "b")
+    write(tmp_path / "c", config, {n: t for n, t in tensors.items() if not n.startswith("mtp.")})
+    with pytest.warns(UserWarning, match="no tensors of mtp"):
+        assert nk.HybridModel.from_pretrained(tmp_path / "c").mtp is None
+
+
 def test_bf16_checkpoint_bit_for_bit(tmp_path):
     """The published form: everything BF16 but the routers' bias; A_log, D, dt_bias and routers are fp32 in the model."""
     model = model_of(**CASES["mtp-latent"])
