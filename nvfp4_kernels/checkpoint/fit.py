@@ -18,6 +18,7 @@ SHOWN = 10  # of each kind of problem
 FORMATS = {"U8": NVFP4Weight, "F8_E4M3": FP8Weight}  # by the dtype of `weight`
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _WORDS = {torch.uint8: ("U8",), torch.float8_e4m3fn: ("F8_E4M3",), torch.int64: ("I64",)}
+EMBEDDINGS = "backbone.embeddings"
 _CACHE_SCALES = {"k_proj": "k_scale", "v_proj": "v_scale"}
 NOISE = ("noise", "up_noise", "down_noise")  # of our own checkpoints alone; drawn where a checkpoint has none
 
@@ -71,6 +72,11 @@ class Fit:
     problems: Problems
     double: bool
 
+    @property
+    def kept(self) -> dict[str, QuantizedWeight]:
+        """The layers that may stay quantized. Embeddings are looked up, not multiplied: they are decoded as they are read."""
+        return {module: layer for module, layer in self.layers.items() if module != EMBEDDINGS}
+
 
 def fit(model: nn.Module, entries: dict[str, Entry], folder: Path) -> Fit:
     """model: on the meta device, nothing in it quantized. Raises CheckpointError that lists all that does not fit."""
@@ -82,7 +88,8 @@ def fit(model: nn.Module, entries: dict[str, Entry], folder: Path) -> Fit:
     linear = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     layers = {}
     for module, found in parts.items():
-        if (module in linear or names.is_stack(module)) and (layer := _layer(module, found, tensors)):
+        embeds = module == EMBEDDINGS and "weight_scale" in found
+        if (module in linear or names.is_stack(module) or embeds) and (layer := _layer(module, found, tensors)):
             layers[module] = layer
     wants = {}
     for (module, part), tensor in tensors.items():

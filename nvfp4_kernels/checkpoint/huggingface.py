@@ -38,6 +38,7 @@ def from_pretrained(
     recipe: as for HybridModel; it says nothing about matrices that are kept quantized.
     quantized: "keep" leaves quantized matrices as they are, modules of nn.quantized that pass gradients on and are not
         trained; "dequantize" makes of them weights to be trained (and drops input scales and those of a KV cache).
+        Quantized embeddings are decoded either way.
 
     Raises ValueError in words that say what to do; of tensors that are unknown, missing, misshaped or of a wrong dtype,
     all at once, with the nearest name.
@@ -52,7 +53,7 @@ def from_pretrained(
     device = torch.get_default_device() if device is None else torch.device(device)
     fitted = fit(model, source.entries, source.folder)
     if quantized == "keep":
-        insert_layers(model, fitted.layers, fitted.problems)
+        insert_layers(model, fitted.kept, fitted.problems)
         model.kv_cache_algorithm = (source.quantization or {}).get("kv_cache")
     fill(model, fitted, dtype, device, quantized == "dequantize")
     model.source = source.companions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_kernels.checkpoint import names
-from nvfp4_kernels.checkpoint.fit import NOISE, Fit, Problems, Want
+from nvfp4_kernels.checkpoint.fit import EMBEDDINGS, NOISE, Fit, Problems, Want
 from nvfp4_kernels.checkpoint.source import CheckpointError, Entry
 from nvfp4_kernels.formats import e4m3
 from nvfp4_kernels.nn.linear import new_noise
@@ -161,13 +161,16 @@ def fill(
 
 
 class Reader:
-    """The tensors of a model of which nothing is quantized, each as `fill` would have it when it is asked for."""
+    """The tensors of a model of which no layer is quantized, each as `fill` would have it when it is asked for."""
 
     def __init__(self, fit: Fit, device: torch.device):
         self._fit, self._device, self._files = fit, device, Files()
 
     def matrices(self, module: str, part: str) -> Iterator[Tensor]:
         """A tensor, or those of the experts of a stack, one after the other."""
+        if module in self._fit.layers:  # embeddings
+            yield _dequantize(self._fit.layers[module], self._files.read(_whole(self._fit, module, None)), self._device)
+            return
         want = self._fit.wants[module, part]
         pieces = [Piece(module, part, expert, {part: found}) for expert, found in _by_expert(want)]
         kept = _stored(min(pieces, key=_position), self._fit.double)
@@ -193,15 +196,17 @@ def _pieces(fit: Fit, dequantize: bool, within: tuple[str, ...]) -> Iterator[Pie
     for (module, part), want in fit.wants.items():
         if not _inside(module, within):
             continue
-        quantized = module in fit.layers and part != "bias"
-        if dequantize and (quantized and part != "weight" or part in ("k_scale", "v_scale")):
+        decoded = (dequantize or module == EMBEDDINGS) and module in fit.layers and part != "bias"
+        if decoded and part != "weight" or dequantize and part in ("k_scale", "v_scale"):
             continue
         for expert, found in want.found.items():
-            parts = {part: found}
-            if dequantize and quantized:
-                scales = (name for name, _ in fit.layers[module].named_buffers() if name != "input_scale")
-                parts = {name: fit.wants[module, name].found[expert] for name in scales}
-            yield Piece(module, part, expert, parts)
+            yield _whole(fit, module, expert) if decoded else Piece(module, part, expert, {part: found})
+
+
+def _whole(fit: Fit, module: str, expert: int | None) -> Piece:
+    """All that a quantized matrix is decoded from."""
+    needed = (name for name, _ in fit.layers[module].named_buffers() if name != "input_scale")
+    return Piece(module, "weight", expert, {name: fit.wants[module, name].found[expert] for name in needed})
 
 
 def _position(piece: Piece) -> tuple[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.checkpoint.fit import fit
+from nvfp4_kernels.checkpoint.fit import EMBEDDINGS, fit
 from nvfp4_kernels.checkpoint.load import fill, insert_layers
 from nvfp4_kernels.checkpoint.source import Source
 from nvfp4_kernels.model.hybrid import HybridModel
@@ -19,7 +19,6 @@ from nvfp4_kernels.ptq.calibrate import Amaxes, observe
 from nvfp4_kernels.ptq.evaluate import Evaluation, Text, evaluate, windows
 
 Watch = Callable[[int, int], None]  # how many layers are done, of how many
-EMBEDDINGS = "backbone.embeddings"
 
 
 class Layers:
@@ -32,7 +31,7 @@ class Layers:
         with torch.device("meta"):
             self.model = HybridModel(source.config).eval()
         self.fit, self.device = fit(self.model, source.entries, source.folder), device
-        insert_layers(self.model, self.fit.layers, self.fit.problems)
+        insert_layers(self.model, self.fit.kept, self.fit.problems)
         self._tied = source.config.tie_word_embeddings
 
     @contextlib.contextmanager

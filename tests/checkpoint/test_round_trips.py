@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import nvfp4_kernels as nk
 from nvfp4_kernels.checkpoint import snapshot
+from nvfp4_kernels.nn.quantized import NVFP4Weight
 from tests.oracles import loaders
 from tests.oracles.checkpoints import BASE, CASES, decode, drawn_fp8, drawn_nvfp4, published, randomize, write
 
@@ -326,6 +327,30 @@ def test_compressed_tensors(tmp_path):
     kept.save_pretrained(tmp_path / "d", "modelopt")
     again = nk.HybridModel.from_pretrained(tmp_path / "d")
     assert_bitwise(without_noise(again), without_noise(kept))
+
+
+@pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
+def test_embeddings_that_are_quantized(kind, tmp_path):
+    """As ModelOpt's recipe for Nano 4B makes them, weights alone; nothing here looks quantized rows up."""
+    quantized_checkpoint(tmp_path / "a", QUANTIZED["w4a16"])
+    config, tensors = json.loads((tmp_path / "a/config.json").read_text()), tensors_of(tmp_path / "a")
+    draw = drawn_fp8 if kind == "FP8" else drawn_nvfp4
+    parts = draw(*tensors.pop("backbone.embeddings.weight").shape, torch.Generator().manual_seed(2))
+    del parts["input_scale"]
+    write(tmp_path / "c", config, tensors | {f"backbone.embeddings.{part}": t for part, t in parts.items()}, 2)
+    wanted = decode(parts).float()
+    for quantized in ("keep", "dequantize"):
+        model = nk.HybridModel.from_pretrained(tmp_path / "c", quantized=quantized)
+        assert torch.equal(model.backbone.embeddings.weight, wanted)
+        assert isinstance(model.get_submodule("backbone.layers.1.mixer.shared_experts.up_proj"), NVFP4Weight) == (
+            quantized == "keep"
+        )
+        assert model(torch.arange(5)[None]).isfinite().all()
+    narrow = nk.HybridModel.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
+    assert torch.equal(narrow.backbone.embeddings.weight, wanted.bfloat16())
+    narrow.save_pretrained(tmp_path / "d", "modelopt")
+    again = nk.HybridModel.from_pretrained(tmp_path / "d")
+    assert_bitwise(without_noise(again), without_noise(narrow))
 
 
 @pytest.mark.parametrize("left", ["out", "NaN"])
