@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def generate(
     ids: int64 [batch, length]. attention_mask: [batch, length], zeros on the left of shorter prompts; a row is continued as if
     its prompt stood alone. temperature 0 is greedy; the other numbers are those of Sampling. seed: one for all rows, or one for
     each. stop_ids: tokens that end a row, which is then filled up with config.pad_token_id; None: config.eos_token_id, and
-    those of the generation_config.json in the folder that the model was read from.
+    those of generation_config.json and tokenizer_config.json in the folder that the model was read from.
     speculative: draft with the MTP block, as many tokens a step as it was trained for (True), or so many.
     engine: further arguments of Engine; slots is the batch where it is not given.
     For more than one call, an Engine of one's own prepares the weights once.
@@ -136,10 +137,24 @@ def stream(
 
 
 def end_ids(model) -> list[int]:
-    """The tokens that end a text, by the model's config, or an answer, by a generation_config.json beside its tokenizer."""
-    path = model.source and model.source / "generation_config.json"
-    named = [model.config.eos_token_id, read_json(path).get("eos_token_id") if path and path.is_file() else None]
-    return [i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+    """The tokens that end a text, by the model's config, or an answer, by what lies beside its tokenizer: by
+    generation_config.json, which some exports leave empty or out, and by tokenizer_config.json."""
+    folder, named = model.source, [model.config.eos_token_id]
+    if folder:
+        path = folder / "generation_config.json"
+        named += [read_json(path).get("eos_token_id") if path.is_file() else None, _end_of_tokenizer(folder)]
+    ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+    return list(dict.fromkeys(ids))
+
+
+def _end_of_tokenizer(folder: Path) -> int | None:
+    config, vocabulary = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    token = read_json(config).get("eos_token") if config.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None or not vocabulary.is_file():
+        return None
+    added = read_json(vocabulary).get("added_tokens") or []
+    return next((each["id"] for each in added if each.get("content") == token), None)
 
 
 def depth_of(model, speculative: bool | int) -> int:

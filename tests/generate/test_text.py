@@ -8,7 +8,7 @@ import torch
 import nvfp4_kernels as nk
 from nvfp4_kernels.generate.chat import FolderTokenizer, render
 from nvfp4_kernels.generate.engine import Engine
-from nvfp4_kernels.generate.loop import Pace, stream
+from nvfp4_kernels.generate.loop import Pace, end_ids, stream
 from nvfp4_kernels.generate.sample import Sampling
 from nvfp4_kernels.generate.text import Detokenizer, StopStrings
 from nvfp4_kernels.train.tokenizer import ByteTokenizer
@@ -202,6 +202,23 @@ def test_the_command_reads_a_hugging_face_folder(folder, build, capsys, tmp_path
     assert text("--temperature", "0", "--quiet").out == "\n"
     read, ids = nk.HybridModel.from_pretrained(tmp_path), torch.tensor([FolderTokenizer(tmp_path).encode("plain")])
     assert torch.equal(read.generate(ids, 12), ids) and read.generate(ids, 2, stop_ids=[]).shape[1] == ids.shape[1] + 2
+
+
+@pytest.mark.parametrize("eos", ["<end>", {"content": "<end>", "special": True}])
+def test_answers_end_where_the_tokenizer_says(eos, build, tmp_path):
+    """Some exports leave generation_config.json empty, and config.json names another token than the one that ends answers."""
+    build("M", vocab_size=40, eos_token_id=2).save_pretrained(tmp_path)
+    added = [{"id": 7, "content": "<start>"}, {"id": 11, "content": "<end>"}]
+    files = {"generation_config": {}, "tokenizer_config": {"eos_token": eos}, "tokenizer": {"added_tokens": added}}
+    for name, values in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    model = nk.HybridModel.from_pretrained(tmp_path)
+    assert end_ids(model) == [2, 11]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 3]}))
+    assert end_ids(model) == [2, 11, 3]
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "generation_config.json").unlink()
+    assert end_ids(model) == [2]
 
 
 def test_streams_of_one_engine_take_turns(build):
