@@ -31,6 +31,8 @@ _FIXED = {
     "model_type": ("nemotron_h",), "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu", "swish"),
     "sliding_window": (None,), "attention_dropout": (0,), "hidden_dropout": (0,), "residual_in_fp32": (False,),
 }  # fmt: skip
+# Null is what converters from Megatron write where nothing is set: these then are as if nothing were said.
+_UNSET = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern", "n_group", "topk_group", "torch_dtype")
 _DERIVED = (
     "model_type",
     "mlp_hidden_act",
@@ -156,6 +158,11 @@ class HybridConfig:
             raise ValueError(
                 "hybrid_override_pattern: got nothing; allowed: one letter a layer, of " + " ".join(LETTERS)
             )
+        for name in _UNSET:
+            if values.get(name, 0) is None:
+                del values[name]
+        if values.get("num_key_value_heads", 0) is None and "num_attention_heads" in values:  # as transformers has it
+            values["num_key_value_heads"] = values["num_attention_heads"]
         if values.pop("use_bias", False):
             values["mamba_proj_bias"] = True
         if type(values.get("torch_dtype")).__name__ == "dtype":

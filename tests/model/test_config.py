@@ -111,6 +111,14 @@ def test_names_of_transformers_are_read():
     assert config.dtype is torch.float32 and config.time_step_limit == (0.0, math.inf)
 
 
+def test_null_where_nothing_is_set():
+    unset = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern", "n_group", "topk_group", "dtype")
+    given = {"hybrid_override_pattern": "ME*", "num_attention_heads": 8}
+    config = HybridConfig.from_dict(given | dict.fromkeys([*unset, "num_key_value_heads", "moe_latent_size"]))
+    assert config == HybridConfig.from_dict(given | {"num_key_value_heads": 8})
+    assert config.num_nextn_predict_layers == 0 and config.mtp_hybrid_override_pattern == "*E"
+
+
 def test_transformers_reads_what_we_write():
     transformers = pytest.importorskip("transformers")
     config = preset("tiny")
