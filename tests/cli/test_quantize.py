@@ -10,6 +10,7 @@ import torch
 from nvfp4_kernels.checkpoint import snapshot
 from nvfp4_kernels.checkpoint.huggingface import from_pretrained, save_pretrained
 from nvfp4_kernels.cli import main as cli
+from nvfp4_kernels.generate.chat import FolderTokenizer
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
 from nvfp4_kernels.train.byte_level import tokenizer_json
@@ -186,3 +187,16 @@ def test_bytes_as_a_tokenizer_json(tmp_path):
     assert tokenizer.separator == 258 and tokenizer.vocab_size == 257
     path.write_text(tokenizer_json(ByteTokenizer()))
     assert JsonTokenizer(path).separator is None
+
+
+def test_truncation_and_padding_kept_in_a_tokenizer_json(tmp_path):
+    path = Path(tmp_path / "tokenizer.json")
+    kept = json.loads(tokenizer_json(ByteTokenizer(258)))
+    kept["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    kept["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    path.write_text(json.dumps(kept))
+    assert bytes(JsonTokenizer(path).encode(b"a text").tolist()) == b"a text"
+    assert bytes(FolderTokenizer(tmp_path).encode("as long as it is")) == b"as long as it is"
