@@ -163,6 +163,8 @@ class HybridConfig:
                 del values[name]
         if values.get("num_key_value_heads", 0) is None and "num_attention_heads" in values:  # as transformers has it
             values["num_key_value_heads"] = values["num_attention_heads"]
+        if values.get("head_dim") is None and values.get("attention_head_dim"):  # Nemotron-H's name for it
+            values["head_dim"] = values["attention_head_dim"]
         if values.pop("use_bias", False):
             values["mamba_proj_bias"] = True
         if type(values.get("torch_dtype")).__name__ == "dtype":

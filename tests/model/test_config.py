@@ -119,6 +119,13 @@ def test_null_where_nothing_is_set():
     assert config.num_nextn_predict_layers == 0 and config.mtp_hybrid_override_pattern == "*E"
 
 
+def test_head_dim_by_the_name_of_nemotron_h():
+    given = {"hybrid_override_pattern": "M-*", "hidden_size": 256, "attention_head_dim": 32}
+    config = HybridConfig.from_dict(given)
+    assert config.head_dim == 32 and config.to_dict()["attention_head_dim"] == 32
+    assert HybridConfig.from_dict(given | {"head_dim": 64}).head_dim == 64
+
+
 def test_transformers_reads_what_we_write():
     transformers = pytest.importorskip("transformers")
     config = preset("tiny")
