@@ -353,19 +353,21 @@ def test_embeddings_that_are_quantized(kind, tmp_path):
     assert_bitwise(without_noise(again), without_noise(narrow))
 
 
-@pytest.mark.parametrize("left", ["out", "NaN"])
+@pytest.mark.parametrize("left", ["out", "NaN", "0, a divisor"])
 def test_experts_that_calibration_did_not_reach(left, tmp_path):
-    """Their input_scale is missing (ModelOpt) or NaN (llm-compressor); the largest of the stack's stands in."""
+    """Their input_scale is missing (ModelOpt), NaN or a divisor of 0 (llm-compressor); the largest of the stack's stands in."""
     tensors, wanted, _ = quantized_checkpoint(tmp_path / "a", QUANTIZED["nvfp4"])
     stack, unreached = (
         "backbone.layers.1.mixer.experts",
         ("experts.2.up_proj", "experts.0.up_proj", "experts.7.down_proj"),
     )
     for name in [n for n in tensors if n.endswith("input_scale") and any(u in n for u in unreached)]:
-        if left == "out":
-            del tensors[name]
-        else:
+        if left == "NaN":
             tensors[name] = torch.tensor(torch.nan)
+        else:
+            del tensors[name]
+        if left.startswith("0"):
+            tensors[name.replace("input_scale", "input_global_scale")] = torch.zeros(1)
     files = {"hf_quant_config": json.loads((tmp_path / "a/hf_quant_config.json").read_text())}
     write(tmp_path / "c", json.loads((tmp_path / "a/config.json").read_text()), tensors, **files)
     with pytest.warns(
