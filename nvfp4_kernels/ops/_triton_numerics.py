@@ -8,6 +8,7 @@ interpreter converts wrongly. No expression here may be contracted: launch with 
 import torch
 from torch import Tensor
 
+from nvfp4_kernels.ops import _device
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl, version
 from nvfp4_kernels.ops._triton_groups import picked
 
@@ -34,6 +35,12 @@ def wide(x: Tensor) -> bool:
     """Whether a thread may load neighbours of a row of x [rows, cols] as 32-bit words."""
     per_word = 4 // x.element_size()
     return x.stride(1) == 1 and all(n % per_word == 0 for n in (x.shape[1], x.stride(0), x.storage_offset()))
+
+
+def by_registers(device: torch.device) -> bool:
+    """Whether a product's second operand that is loaded as it is must go through `apart`: with tcgen05, where Triton does not
+    fence. Nor does that with wgmma, where nobody has seen it fail and the detour costs more."""
+    return bool(UNFENCED) and _device.matrix_instruction(device) == "tcgen05"
 
 
 @jit

@@ -109,6 +109,13 @@ def passes(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """Those of Hopper in the interpreter. A chip has its own: another's may not fit it, nor take Triton's detours for it."""
+    if _triton.INTERPRETED:
+        monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
+
+
 @pytest.mark.parametrize("length", [1, 17, 63, 64, 65, 200])
 def test_lengths(length, passes):
     compare(inputs(length=length))
@@ -127,16 +134,14 @@ def test_shapes(head_dim, state, groups):
 
 
 @pytest.mark.parametrize("state", [16, 100])
-def test_tiles_of_hopper_and_blackwell(state, monkeypatch):
+def test_tiles_of_hopper_and_blackwell(state, wide_tiles):
     """Other tiles and fewer kinds of programs than those of mma.sync, which every other test here has in the interpreter."""
-    monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
     compare(inputs(length=70, heads=4, groups=2, head_dim=80, state=state, dtype=torch.float16))
     compare(inputs(length=130, without=("initial_state",)))
 
 
-def test_states_of_every_second_block(passes, monkeypatch):
+def test_states_of_every_second_block(passes, wide_tiles):
     """As on Hopper and Blackwell; sequences of two, no, three and one blocks."""
-    monkeypatch.setattr(_device, "matrix_instruction", lambda device: "wgmma")
     bounds = [0, 70, 70, 200, 201]
     arguments = inputs(length=201, heads=1, sequences=4)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)

@@ -15,10 +15,10 @@ import torch
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import INTERPRETED, jit, tl
 from nvfp4_kernels.ops._triton_numerics import (
-    UNFENCED,
     apart,
     as_fp32,
     bf16_pair,
+    by_registers,
     e2m1_bits,
     e4m3_value,
     e8m0_value,
@@ -185,10 +185,9 @@ def decoded_kernel(
 
 
 def second(format: str, device: torch.device) -> str:
-    """B, the second operand's format as kernels take it; "apart": a plain one, whose asynchronous copies Triton before 3.7.1
-    does not fence before tcgen05 reads them. Nor before wgmma, where nobody has seen it fail and a detour costs more."""
+    """B, the second operand's format as kernels take it; "apart": a plain one that goes by way of registers."""
     plain = format not in ("nvfp4", "mxfp8")
-    return "apart" if UNFENCED and plain and _device.matrix_instruction(device) == "tcgen05" else format
+    return "apart" if plain and by_registers(device) else format
 
 
 def unit(x: Side, t: Tile) -> int:

@@ -30,11 +30,12 @@ from nvfp4_kernels.ops._triton import jit, launch, tl
 from nvfp4_kernels.ops._triton_numerics import one, total
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
 from nvfp4_kernels.ops.selective_scan._triton_plan import (
+    against,
     exponents,
     kept_state,
     load_tile,
     locate_block,
-    over_states,
+    product,
     store_tile,
 )
 from nvfp4_kernels.ops.selective_scan._triton_states import advance, block_states
@@ -69,7 +70,7 @@ def inputs_part(
         dy = load_tile(dy_ptr, DY_TOKEN, q, head * dy_head + skipped, inside, cols, BLOCK_P)
         between = exponents(a[None, :], a[:, None], log_step[:, None], PRECISION)
         mixed = scores * tl.exp2(tl.where(q[:, None] <= q[None, :], between, float("-inf")))
-        pairs = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
+        pairs = against(x, dy, PRECISION)
         if SKIP == 1:
             tl.store(one(dD_ptr + each), total(tl.where(q[:, None] == q[None, :], pairs, 0.0)))
         elif SKIP == 2:
@@ -80,7 +81,7 @@ def inputs_part(
         pairs = tl.where(q[:, None] < q[None, :], pairs, 0.0)
         column = tl.sum(pairs, 1)
         tl.store(sums, diagonal + column, inside)
-        if PRECISION == "ieee":
+        if PRECISION != "tf32x3":
             tl.store(sums + tokens, tl.sum(pairs, 0) - column, inside)
         else:
             parted = tl.where(q[:, None] < q[None, :], tl.cumsum(pairs, 1, reverse=True), 0.0)
@@ -89,14 +90,14 @@ def inputs_part(
         at = (head * HEAD_DIM + skipped + p[:, None]) * STATE + n[None, :]
         dstate = tl.load(dstates_ptr + at, (p < cols)[:, None] & (n < STATE)[None, :], 0.0)
         weight = tl.exp2(tl.load(line + left - 1) - a + log_step)[:, None]
-        dx = over_states(B, dstate, PRECISION) * weight
+        dx = against(B, dstate, PRECISION) * weight
         tl.store(sums + 2 * tokens, tl.sum(dx * x.to(tl.float32), 1), inside)
         if SKIP == 1:
             dx += dy.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
         elif SKIP == 2:
             skip = tl.load(D_ptr + head * HEAD_DIM + skipped + p, p < cols, 0.0)
             dx += dy.to(tl.float32) * skip.to(tl.float32)[None, :]
-        dx = tl.dot(mixed, dy, dx, input_precision=PRECISION)
+        dx = product(mixed, dy, dx, PRECISION)
         to = dx_ptr + (head * HEAD_DIM + skipped + q[:, None] * DX_TOKEN + p[None, :])
         tl.store(to, dx.to(dy.dtype), inside[:, None] & (p < cols)[None, :])
 
@@ -135,14 +136,14 @@ def shared_part(
         held = (p < cols)[:, None] & (n < columns)[None, :]
         u = load_tile(u_ptr, U_TOKEN, q, head * u_head + skipped, inside, cols, BLOCK_P)
         v = load_tile(v_ptr, V_TOKEN, q, head * v_head + skipped, inside, cols, BLOCK_P)
-        pairs = tl.dot(u, tl.trans(v), input_precision=PRECISION)
+        pairs = against(u, v, PRECISION)
         if READS:
             between = exponents(a[:, None], a[None, :], log_step[None, :], PRECISION)
             pairs *= tl.exp2(tl.where(q[:, None] >= q[None, :], between, float("-inf")))
         else:
             between = exponents(a[None, :], a[:, None], log_step[:, None], PRECISION)
             pairs *= tl.exp2(tl.where(q[:, None] <= q[None, :], between, float("-inf")))
-        gradient = tl.dot(pairs.to(dtype), other, gradient, input_precision=PRECISION)
+        gradient = product(pairs.to(dtype), other, gradient, PRECISION)
         state = tl.load(states_ptr + at, held, 0.0)
         if READS and EVERY == 2:
             line -= BLOCK
@@ -159,14 +160,14 @@ def shared_part(
         weight = tl.exp2(a if READS else exponents(end, a, log_step, PRECISION))[:, None]
         if READS and not WIDE:
             own = load_tile(own_ptr, OWN_TOKEN, q, 0, inside, columns, WIDTH)
-            made = tl.dot(u, state, input_precision=PRECISION) * weight
+            made = product(u, state, None, PRECISION) * weight
             met = tl.sum(made * own.to(tl.float32), 1)
             gradient += made
         else:
             scaled = u.to(tl.float32) * weight
             if READS:
-                met = tl.sum(tl.dot(own, tl.trans(state), input_precision=PRECISION) * scaled, 1)
-            gradient = tl.dot(scaled.to(dtype), state, gradient, input_precision=PRECISION)
+                met = tl.sum(against(own, state, PRECISION) * scaled, 1)
+            gradient = product(scaled.to(dtype), state, gradient, PRECISION)
         if READS:
             met += tl.where(q == left - 1, kept, 0.0)
             tl.store(sums_ptr + tl.cast(each, tl.int64) * SUMS * tokens + q, met, inside)
@@ -215,7 +216,7 @@ def backward_kernel(
             dtype = x_ptr.dtype.element_ty
             B = load_tile(B_ptr, B_TOKEN, q, 0, q < left, STATE, BLOCK_N).to(dtype)
             C = load_tile(C_ptr, C_TOKEN, q, 0, q < left, STATE, BLOCK_N).to(dtype)
-            scores = over_states(B, C, PRECISION)
+            scores = against(B, C, PRECISION)
             dD_size: tl.constexpr = HEAD_DIM if SKIP == 2 else (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
             inputs_part(
                 x_ptr, dy_ptr, B, scores, D_ptr, a_ptr, dstates_ptr, dx_ptr + at * DX_TOKEN, sums_ptr,

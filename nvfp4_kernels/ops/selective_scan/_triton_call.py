@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nvfp4_kernels.ops import _device, _tuned
 from nvfp4_kernels.ops._triton import next_power_of_2
+from nvfp4_kernels.ops._triton_numerics import by_registers
 from nvfp4_kernels.ops.selective_scan._triton_plan import SEGMENT, Plan, plan
 
 CHANNELS, STATES = 128, 256  # the largest head_dim and state size
@@ -128,6 +129,13 @@ class Call:
         """The kernels' SKIP: no D, one number a head, or one a channel."""
         return 0 if self.D is None else self.D.dim()
 
+    @property
+    def precision(self) -> str:
+        """The kernels' PRECISION: how fp32 is multiplied, or 16 bits; "apart": those by way of registers."""
+        if self.x.dtype == torch.float32:
+            return "tf32x3"
+        return "apart" if by_registers(self.x.device) else "ieee"
+
     @cached_property
     def constants(self) -> dict:
         """What every kernel with a state is compiled for."""
@@ -136,7 +144,7 @@ class Call:
             STATE=self.state,
             BLOCK_P=self.tile.channels,
             BLOCK_N=self.tile.columns,
-            PRECISION="tf32x3" if self.x.dtype == torch.float32 else "ieee",
+            PRECISION=self.precision,
         )
 
     @property

@@ -5,12 +5,13 @@ from torch import Tensor
 from nvfp4_kernels.ops._triton import jit, launch, tl
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
 from nvfp4_kernels.ops.selective_scan._triton_plan import (
+    against,
     base_of,
     exponents,
     load_state,
     load_tile,
     locate,
-    over_states,
+    product,
     store_tile,
 )
 from nvfp4_kernels.ops.selective_scan._triton_states import advance
@@ -71,18 +72,18 @@ def forward_kernel(
         inside = t < left
         C = load_tile(C_ptr + base * C_TOKEN, C_TOKEN, t, 0, inside, STATE, BLOCK_N).to(dtype)
         B = load_tile(B_ptr + base * B_TOKEN, B_TOKEN, t, 0, inside, STATE, BLOCK_N).to(dtype)
-        scores = over_states(C, B, PRECISION)
+        scores = against(C, B, PRECISION)
         # as of a token that reads and of one that gives: beyond the end, each so that nothing comes of it
         a = tl.load(a_ptr + base + t, inside, float("-inf"))
         a_from = tl.load(a_ptr + base + t, inside, 0.0)
         log_step = tl.load(a_ptr + tokens + base + t, inside, float("-inf"))
         between = exponents(a[:, None], a_from[None, :], log_step[None, :], PRECISION)
         mixed = (scores * tl.exp2(tl.where(q[:, None] >= q[None, :], between, float("-inf")))).to(dtype)
-        y = over_states(C, state.to(dtype), PRECISION) * tl.exp2(a)[:, None]
+        y = against(C, state.to(dtype), PRECISION) * tl.exp2(a)[:, None]
         x = load_tile(x_ptr + base * X_TOKEN, X_TOKEN, t, 0, inside, cols, BLOCK_P)
         if SKIP > 0:
             y += x.to(tl.float32) * skip
-        y = tl.dot(mixed, x, y, input_precision=PRECISION)
+        y = product(mixed, x, y, PRECISION)
         to = y_ptr + base * Y_TOKEN + (t[:, None] * Y_TOKEN + p[None, :])
         tl.store(to, y.to(dtype), inside[:, None] & (p < cols)[None, :])
         a_last = tl.load(a_ptr + tl.minimum(count, k * BLOCK + BLOCK) - 1)

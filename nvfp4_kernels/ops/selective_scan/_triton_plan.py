@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
+from nvfp4_kernels.ops._triton_numerics import apart
 
 SEGMENT = 1024
 FIELDS = (
@@ -221,8 +222,16 @@ def load_tile(ptr, stride, t, offset, inside, cols, COLS: tl.constexpr):
 
 
 @jit
-def over_states(u, v, PRECISION: tl.constexpr):
-    """u v^T, summed over the columns of a state.
+def product(u, v, sums, PRECISION: tl.constexpr):
+    """sums, unless None, + u v."""
+    if PRECISION == "apart":
+        v = apart(v)
+    return tl.dot(u, v, sums, input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
+
+
+@jit
+def against(u, v, PRECISION: tl.constexpr):
+    """u v^T, rows of channels or of a state against each other.
 
     Of 256 columns both parts of fp32 operands would not fit the registers: 32 columns at a time are one warp's.
     """
@@ -232,7 +241,9 @@ def over_states(u, v, PRECISION: tl.constexpr):
         v = tl.permute(tl.reshape(v, [v.shape[0], PARTS, 32]), [1, 2, 0])
         return tl.sum(tl.dot(u, v, input_precision=PRECISION), 0)
     else:
-        return tl.dot(u, tl.trans(v), input_precision=PRECISION)
+        if PRECISION == "apart":  # the tile as it lies: a transposed one takes more registers
+            v = apart(v)
+        return tl.dot(u, tl.trans(v), input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
 
 
 @jit
@@ -242,7 +253,7 @@ def exponents(a, a_from, log_step, PRECISION: tl.constexpr):
     Difference first: where the sums a are large, what is near the diagonal keeps its accuracy. Rounding of a_j - log2(step_j),
     2^-24 of a_j, hides behind that of 16-bit operands, and one number for each j takes half of the registers.
     """
-    if PRECISION == "ieee":
+    if PRECISION != "tf32x3":
         return a - (a_from - log_step)
     else:
         return (a - a_from) + log_step

@@ -8,14 +8,22 @@ from torch import Tensor
 
 from nvfp4_kernels.ops._triton import jit, launch, tl
 from nvfp4_kernels.ops.selective_scan._triton_call import Call, strides
-from nvfp4_kernels.ops.selective_scan._triton_plan import base_of, kept_state, load_state, load_tile, locate, store_tile
+from nvfp4_kernels.ops.selective_scan._triton_plan import (
+    base_of,
+    kept_state,
+    load_state,
+    load_tile,
+    locate,
+    product,
+    store_tile,
+)
 
 
 @jit
 def advance(state, u, weight, v, decay, PRECISION: tl.constexpr):
     """decay * state + sum_j weight_j u_j v_j^T, [head_dim, state]."""
     scaled = (u.to(tl.float32) * weight[:, None]).to(u.dtype)
-    return tl.dot(tl.trans(scaled), v, state * decay, input_precision=PRECISION)
+    return product(tl.trans(scaled), v, state * decay, PRECISION)
 
 
 @jit

@@ -101,14 +101,14 @@ def gradients_kernel(
         gives = tl.load(sums + 2 * tokens, inside, 0.0)
         given += gives
         dstep += tl.load(sums, inside, 0.0) + gives
-        if PRECISION == "ieee":
+        if PRECISION != "tf32x3":
             later += tl.load(sums + tokens, inside, 0.0)
         else:
             parted += tl.load(sums + tokens, inside, 0.0)
         for part in range(3, SUMS):
             later += tl.load(sums + part * tokens, inside, 0.0)
     drate = tl.cumsum(later, 1, reverse=True) + (tl.cumsum(given, 1) - given)
-    if PRECISION != "ieee":
+    if PRECISION == "tf32x3":
         drate += parted
     # a step of 0 has no slope: it is clamped, or so far down the softplus that this has none
     dstep = dstep / tl.maximum(step, 1e-37) + A * drate
@@ -156,7 +156,7 @@ def gradients(call: Call, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         **constants,
         PIECES=call.pieces,
         SUMS=sums.shape[1],
-        PRECISION=call.constants["PRECISION"],
+        PRECISION=call.precision,
         num_warps=8,  # with 4 its tiles would not fit the registers
     )
     dA, dbias = partial.sum(0)
