@@ -137,10 +137,8 @@ def _want(module: str, part: str, tensor: Tensor) -> Want:
     shape = tuple(tensor.shape if experts is None else tensor.shape[1:])
     scale = part.endswith(("_scale", "_scale_2")) and part not in _CACHE_SCALES.values()
     words = _WORDS.get(tensor.dtype, ("F32",) if scale else _FLOATS)
-    made_up = (
-        part in NOISE or part == "input_scale" and experts is not None
-    )  # calibration may not have reached each expert
-    return Want(shape, words, experts, optional=made_up)
+    unreached = part == "input_scale" and experts is not None  # by calibration, some of them
+    return Want(shape, words, experts, optional=part in NOISE or unreached)
 
 
 def _match(entries: dict[str, Entry], placed: dict, wants: dict[tuple[str, str], Want], problems: Problems) -> None:
