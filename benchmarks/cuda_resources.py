@@ -101,7 +101,12 @@ def rows(op: str, arch: str) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         built(ROOT / "csrc" / op / "cuda.cu", arch, cubin)
-        usage, sass = tool("cuobjdump", "--dump-resource-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
+        return rows_of(cubin, op, arch)
+
+
+def rows_of(cubin: Path, op: str, arch: str) -> list[dict]:
+    """The same of what was compiled before."""
+    usage, sass = tool("cuobjdump", "--dump-resource-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
     code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
     made = []
     for kernel, text in re.findall(r"Function (\w+):\s*(REG:.*)", usage):

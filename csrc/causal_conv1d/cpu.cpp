@@ -77,7 +77,7 @@ void over_channels(const CausalConv1dParams& p, Function f) {
 }
 
 // `count` values of a tensor of any dtype, `stride` apart from element `at` on. States are read so, a few values a sequence.
-F read_spread(const void* from, int dtype, i64 at, i64 stride, int count) {
+__attribute__((noinline)) F read_spread(const void* from, int dtype, i64 at, i64 stride, int count) {
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T run[F::lanes] = {};
@@ -85,7 +85,7 @@ F read_spread(const void* from, int dtype, i64 at, i64 stride, int count) {
         return load(run);
     });
 }
-void write_spread(void* to, int dtype, i64 at, i64 stride, int count, F x) {
+__attribute__((noinline)) void write_spread(void* to, int dtype, i64 at, i64 stride, int count, F x) {
     with_dtype(dtype, [&](auto* type) {
         std::remove_pointer_t<decltype(type)> run[F::lanes];
         store(run, x);

@@ -53,6 +53,9 @@ struct Pair16 {  // bf16 pairs
         return _mm512_permutexvar_epi16(order, narrow(even, odd).v);
     }
 };
+using Steps = Pair16;  // what is not in bf16 goes to the kernels for AVX-512
+#else
+using Steps = Single32;
 #endif
 
 }  // namespace NVFP4_ISA

@@ -7,7 +7,7 @@
 
 #include "cpu/pages.h"
 #include "cpu/scratch.h"
-#include "matmul/rectangle.h"
+#include "matmul/columns.h"
 
 namespace nvfp4 {
 namespace NVFP4_ISA {
@@ -151,6 +151,9 @@ int run(const GroupedMatmulParams& p) {
 }  // namespace
 
 int grouped_matmul(const GroupedMatmulParams& p) {
+#if defined(NVFP4_ISA_AVX512BF16)
+    if (!exact_in_bf16(p.a) || !exact_in_bf16(p.b)) return avx512::grouped_matmul(p);
+#endif
     const DefaultFloats floats;
     bool ascend = p.offsets[0] == 0;
     if (!p.sums) ascend = ascend && p.offsets[p.groups] == p.a.rows;
@@ -161,10 +164,7 @@ int grouped_matmul(const GroupedMatmulParams& p) {
     if (!room(p.a, p.a_starts, p) || !room(p.b, p.b_starts, p)) return 3;
     if (p.a.rows == 0 || p.b.rows == 0 || p.groups == 0) return 0;
     use_large_pages(p.out, (p.sums ? p.groups : 1) * p.a.rows * p.b.rows * (p.out_dtype == fp32 ? 4 : 2));
-#if defined(NVFP4_ISA_AVX512BF16)
-    if (exact_in_bf16(p.a) && exact_in_bf16(p.b)) return run<Pair16>(p);
-#endif
-    return run<Single32>(p);
+    return run<Steps>(p);
 }
 
 }  // namespace NVFP4_ISA

@@ -59,7 +59,12 @@ int run(const MatmulParams& p, float g, i64 k) {
 
 }  // namespace
 
+template bool multiply_cols<Steps>(const MatmulParams&, float, i64, Range);
+
 int matmul(const MatmulParams& p) {
+#if defined(NVFP4_ISA_AVX512BF16)
+    if (!exact_in_bf16(p.a) || !exact_in_bf16(p.b)) return avx512::matmul(p);
+#endif
     const DefaultFloats floats;
     const i64 k = p.a.cols > p.b.cols ? p.a.cols : p.b.cols;
     const float g = combined_scale(p);
@@ -69,10 +74,7 @@ int matmul(const MatmulParams& p) {
         no_products(p, g, {0, p.b.rows});
         return 0;
     }
-#if defined(NVFP4_ISA_AVX512BF16)
-    if (exact_in_bf16(p.a) && exact_in_bf16(p.b)) return run<Pair16>(p, g, k);
-#endif
-    return run<Single32>(p, g, k);
+    return run<Steps>(p, g, k);
 }
 
 }  // namespace NVFP4_ISA

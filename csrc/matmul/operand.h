@@ -9,8 +9,6 @@
 namespace nvfp4 {
 namespace NVFP4_ISA {
 
-static inline bool exact_in_bf16(const Operand& x) { return x.kind != Kind::fp32 && x.kind != Kind::fp16; }
-
 // Calls f with a function of x in blocks: decode16(at, out) gives the sixteen values from value `at` in memory on.
 template <class Function>
 static inline void with_blocks(const Operand& x, Function f) {

@@ -1,10 +1,11 @@
-// Part of a product: rows and columns of y, for the loops of matmul and grouped_matmul. The operands are decoded in cache-sized
+// Part of a product: rows and columns of y, for the loops of matmul and, through columns.h, grouped_matmul. The operands are decoded in cache-sized
 // blocks, b's transposed into panels, and multiplied by a kernel that holds `kernel_rows` x `panel` sums in registers. Each sum
 // runs over k in order, in chunks of `chunk` steps that are then added up: the order, and so the result, is the same for every
 // number of threads and every position in the matrix.
 #pragma once
 #include <type_traits>
 
+#include "columns.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "few_rows.h"
@@ -25,14 +26,6 @@ constexpr i64 block_rows = 96;    // rows of a decoded at once, a multiple of ke
 constexpr i64 carry_rows = 2048;  // rows whose sums are kept when k needs several blocks, a multiple of 16
 
 static inline i64 ceil_to(i64 n, i64 multiple) { return (n + multiple - 1) / multiple * multiple; }
-static inline i64 at_most(i64 a, i64 b) { return a < b ? a : b; }
-
-static inline float combined_scale(const MatmulParams& p) {
-    float g = 1.0f;
-    if (p.a.global_scale) g *= *p.a.global_scale;
-    if (p.b.global_scale) g *= *p.b.global_scale;
-    return g - g == 0.0f ? g : real(U32x1(0x7FC00000u)).v;  // an infinite scale says NaN too
-}
 
 // Sums to results: `count` columns of a row.
 template <class T>
@@ -125,8 +118,7 @@ static inline bool rectangle(const MatmulParams& p, float g, i64 k, Range rows, 
     return true;
 }
 
-// k = 0: the sum is empty, the result is the bias (or zero), and NaN if a global scale is.
-static inline void no_products(const MatmulParams& p, float g, Range cols) {
+void no_products(const MatmulParams& p, float g, Range cols) {
     const float zeros[16] = {};
     with_dtype(p.out_dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
@@ -143,9 +135,8 @@ static inline bool few(const MatmulParams& p) {
     return reads_plain<P>(p.b) && p.a.rows <= most_few_plain;
 }
 
-// Columns `cols` of all rows of the result. False: memory ran out.
 template <class P>
-static inline bool multiply_cols(const MatmulParams& p, float g, i64 k, Range cols) {
+bool multiply_cols(const MatmulParams& p, float g, i64 k, Range cols) {
     const i64 m = p.a.rows;
     if (cols.begin >= cols.end) return true;
     if (!few<P>(p)) return rectangle<P>(p, g, k, {0, m}, cols);

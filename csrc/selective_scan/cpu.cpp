@@ -33,13 +33,9 @@ bool share(i64 works, int threads, Body body) {
     return failed;
 }
 
-template <class Run>
-int with_steps([[maybe_unused]] const ScanParams& p, Run run) {
 #if defined(NVFP4_ISA_AVX512BF16)
-    if (p.x.dtype == bf16 && p.B.dtype == bf16 && p.C.dtype == bf16) return run(static_cast<Pair16*>(nullptr));
+bool in_bf16(const ScanParams& p) { return p.x.dtype == bf16 && p.B.dtype == bf16 && p.C.dtype == bf16; }
 #endif
-    return run(static_cast<Single32*>(nullptr));
-}
 
 // Partial sums of all pieces of work; null pointers when memory ran out.
 class Partials {
@@ -94,18 +90,21 @@ void add_sequences(const T* from, i64 sequences, i64 count, Range range, float* 
 }  // namespace
 
 int selective_scan(const ScanParams& p) {
+#if defined(NVFP4_ISA_AVX512BF16)
+    if (!in_bf16(p)) return avx512::selective_scan(p);
+#endif
     // Each block of heads forms C B^T for itself; eight make that cheap, fewer keep all threads busy.
     const int threads = threads_for(p, 2);
     i64 heads = 8;
     while (heads > 1 && Division(p, heads).works(p) < 2 * threads) heads /= 2;
     const Division division(p, heads);
-    return with_steps(p, [&](auto* steps) {
-        using P = std::remove_pointer_t<decltype(steps)>;
-        return share(division.works(p), threads, [&](i64 i) { return forward<P>(p, division.work(p, i)); });
-    });
+    return share(division.works(p), threads, [&](i64 i) { return forward<Steps>(p, division.work(p, i)); });
 }
 
 int selective_scan_backward(const ScanBackwardParams& p) {
+#if defined(NVFP4_ISA_AVX512BF16)
+    if (!in_bf16(p.scan)) return avx512::selective_scan_backward(p);
+#endif
     // Blocks are summed one after the other, so their heads must not depend on the number of threads.
     const ScanParams& f = p.scan;
     const int threads = threads_for(f, 5);
@@ -113,11 +112,8 @@ int selective_scan_backward(const ScanBackwardParams& p) {
     const Partials partials(f, division.blocks, p.dD != nullptr);
     if (!partials.memory) return 1;
     const Partial& sums = partials.sums;
-    const int failed = with_steps(f, [&](auto* steps) {
-        using P = std::remove_pointer_t<decltype(steps)>;
-        return share(division.works(f), threads, [&](i64 i) {
-            return backward<P>(p, division.work(f, i), i % division.blocks, sums);
-        });
+    const int failed = share(division.works(f), threads, [&](i64 i) {
+        return backward<Steps>(p, division.work(f, i), i % division.blocks, sums);
     });
     auto finish = [&](int t, int n) {
         const FlushSubnormals floats;

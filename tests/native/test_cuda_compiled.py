@@ -308,20 +308,18 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("op, arch", ALL)
-def test_nvrtc(nvrtc, op, arch):
+def test_nvrtc(nvrtc, by_nvrtc, op, arch):
     if arch == "103a" and _nvrtc._nvrtc().getVersion() < (12, 9):
         with pytest.raises(RuntimeError, match="does not know sm_103a"):
             _nvrtc.compile_source(op, arch)
         return
-    code = _nvrtc.compile_source(op, arch)
+    code = by_nvrtc(op, arch).read_bytes()
     assert code[:4] == b"\x7fELF" and _nvrtc.whole(code[:-1]) == code == _nvrtc.whole(code)
 
 
-def test_nvrtc_gives_what_the_tools_read(nvrtc, resources, tmp_path):
+def test_nvrtc_gives_what_the_tools_read(nvrtc, resources, by_nvrtc):
     """CuPy leaves out a cubin's last byte."""
-    cubin = tmp_path / "kernels.cubin"
-    cubin.write_bytes(_nvrtc.compile_source("mixer_scan", "120f"))
-    usage = resources.tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    usage = resources.tool("cuobjdump", "--dump-resource-usage", str(by_nvrtc("mixer_scan", "120f")))
     assert re.findall(r"Function (\w+):\s*REG:\d+ STACK:0 ", usage) == ["mixer_scan_1x8"], usage
 
 

@@ -125,10 +125,10 @@ def test_scales(ours, theirs):
         assert held.value(a)[1] == first + 4 * i and held.value(b)[1] == first + 16 + 4 * atoms * i
 
 
-def test_compiled(resources):
+def test_compiled(taken):
     """For both chips that have the instructions: products and copies on the units of their own, no spills."""
     for arch in ("100a", "103a") if os.environ.get("NVFP4_CUDA", "0") not in ("", "0") else ("100a",):
-        rows = {row["kernel"]: row for row in resources.rows("matmul", arch)}
+        rows = {row["kernel"]: row for row in taken("matmul", arch)}
         assert not rows["swizzle_scales"]["spills"]
         for width in _cuda_sm100.WIDTHS:
             row = rows[f"tcgen05_{width}"]

@@ -1,4 +1,4 @@
-"""The block-scaled product as nvcc compiles it for sm_120, and its operands' layout beside that of Triton's compiler."""
+"""The block-scaled product as it is compiled for sm_120, and its operands' layout beside that of Triton's compiler."""
 
 import json
 import os
@@ -23,8 +23,8 @@ print(json.dumps([made["ptx"], made["ttgir"]]))
 needs_triton = pytest.mark.skipif(_triton.triton is None, reason="no Triton")
 
 
-def test_as_compiled(resources):
-    row = next(row for row in resources.rows("matmul", "120f") if row["kernel"] == "block_scaled")
+def test_as_compiled(taken):
+    row = next(row for row in taken("matmul", "120f") if row["kernel"] == "block_scaled")
     assert row["spills"] == 0 and row["registers"] * 32 * row["warps"] * 2 <= 65536
     assert 2 * row["shared"] <= 100 << 10  # two blocks a processor; counted with the kilobyte that each takes besides
     # a stage's mmas of a warp; its eight copies of codes, one or four of scales for each operand, before the loop and in it
