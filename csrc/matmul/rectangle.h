@@ -1,7 +1,7 @@
-// Part of a product: rows and columns of y, for the loops of matmul and, through columns.h, grouped_matmul. The operands are decoded in cache-sized
-// blocks, b's transposed into panels, and multiplied by a kernel that holds `kernel_rows` x `panel` sums in registers. Each sum
-// runs over k in order, in chunks of `chunk` steps that are then added up: the order, and so the result, is the same for every
-// number of threads and every position in the matrix.
+// Part of a product: rows and columns of y, for the loops of matmul and, through columns.h, grouped_matmul. The operands are
+// decoded in cache-sized blocks, b's transposed into panels, and multiplied by a kernel that holds `kernel_rows` x `panel` sums in
+// registers. Each sum runs over k in order, in chunks of `chunk` steps that are then added up: the order, and so the result, is
+// the same for every number of threads and every position in the matrix.
 #pragma once
 #include <type_traits>
 
