@@ -70,8 +70,8 @@ def save_pretrained(
     """Writes the model into the folder `path`, whole or not at all: what was there stays until all is written and fsynced.
 
     layout: "published" (backbone.*, one tensor an expert, mtp.*), "transformers" (model.*, experts stacked), or, for a
-        model with quantized matrices and only for such a one, "modelopt" (hf_quant_config.json and quantization_config,
-        as vLLM reads them; an FP8 matrix without input_scale gets 1).
+        model with quantized matrices or KV cache and only for such a one, "modelopt" (hf_quant_config.json and
+        quantization_config, as vLLM reads them; an FP8 matrix without input_scale gets 1).
     max_shard_bytes: a larger model is split into files of at most so many bytes, with an index.
     dtype: of everything but quantized matrices, scales and the routers; None: as the model has them. The published
         checkpoints have torch.bfloat16.
@@ -84,11 +84,12 @@ def save_pretrained(
         raise ValueError(f"dtype: got {dtype}; allowed: None, {', '.join(map(str, DTYPES))}")
     if not max_shard_bytes > 0:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}; allowed: more than 0")
-    if bool(quantized_layers(model)) != (layout == "modelopt"):
-        if layout == "modelopt":
-            raise ValueError("layout: got 'modelopt' for a model of which nothing is quantized; allowed: the others")
+    quantized = "matrices" if quantized_layers(model) else "KV cache" if model.kv_cache_algorithm else None
+    if quantized is None and layout == "modelopt":
+        raise ValueError("layout: got 'modelopt' for a model of which nothing is quantized; allowed: the others")
+    if quantized and layout != "modelopt":
         raise ValueError(
-            f"layout: got {layout!r} for a model with quantized matrices; allowed: 'modelopt', or a model that was "
+            f"layout: got {layout!r} for a model with quantized {quantized}; allowed: 'modelopt', or a model that was "
             "read with quantized='dequantize'"
         )
     save(model, Path(path).resolve(), layout, max_shard_bytes, dtype)

@@ -82,13 +82,16 @@ def _check(details: dict) -> None:
 def write_quantization(algorithms: Mapping[str, str], others: Iterable[str], kv_cache: str | None) -> tuple[dict, dict]:
     """(hf_quant_config.json, config.json's quantization_config).
 
-    algorithms: one of ALGORITHMS for each quantized matrix, by its name in the checkpoint, that of an expert included.
+    algorithms: one of ALGORITHMS for each quantized matrix, by its name in the checkpoint, that of an expert included; none
+        where the cache alone is quantized.
     others: the matrices that are not quantized, or patterns for them. kv_cache: "FP8" or None.
     """
     kinds = sorted(set(algorithms.values()))
-    details: dict = {"quant_algo": kinds[0] if len(kinds) == 1 else "MIXED_PRECISION"}
+    details: dict = {"quant_algo": "MIXED_PRECISION" if len(kinds) > 1 else kinds[0] if kinds else None}
     details["kv_cache_quant_algo"] = kv_cache
-    if len(kinds) == 1:
+    if not kinds:
+        groups = []
+    elif len(kinds) == 1:
         details |= {"group_size": 16} if "NVFP4" in kinds[0] else {}
         details["exclude_modules"] = list(others)
         groups = [_GROUPS[kinds[0]] | {"targets": ["Linear"]}]

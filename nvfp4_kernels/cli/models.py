@@ -138,7 +138,7 @@ def save_quantized(model, tokenizer, out: Path, write_more, read=None):
     """The checkpoint in ModelOpt's layout, its tokenizer, what write_more(folder) adds: whole at `out`, or nothing there.
     Returns what write_more does.
 
-    In the published layout where the plan left every layer in high precision. read: of a model on the meta device, what gives
+    In the published layout where the plan left all in high precision. read: of a model on the meta device, what gives
     its tensors by their names.
     """
     from nvfp4_kernels.checkpoint.save import SHARD_BYTES, save
@@ -148,7 +148,7 @@ def save_quantized(model, tokenizer, out: Path, write_more, read=None):
     part = out.with_name(f".writing-{out.name}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        some = any(isinstance(module, QuantizedWeight) for module in model.modules())
+        some = model.kv_cache_algorithm or any(isinstance(module, QuantizedWeight) for module in model.modules())
         save(model, part.resolve(), "modelopt" if some else "published", SHARD_BYTES, None, read)
         if not (part / "tokenizer.json").exists():  # of a run, which names its tokenizer and does not hold it
             bytewise = tokenizer.name == "bytes"

@@ -286,6 +286,14 @@ def test_cache_alone_is_quantized(account, tmp_path):
     again = nk.HybridModel.from_pretrained(tmp_path)
     assert again.kv_cache_algorithm == "FP8" and again.backbone.layers[3].mixer.v_proj.v_scale == 0.5
     assert_bitwise({n: t for n, t in without_noise(again).items() if n not in scales}, without_noise(model))
+    with pytest.raises(
+        ValueError, match="layout: got 'published' for a model with quantized KV cache; allowed: 'modelopt'"
+    ):
+        again.save_pretrained(tmp_path / "b")
+    again.save_pretrained(tmp_path / "b", "modelopt")
+    saved = nk.HybridModel.from_pretrained(tmp_path / "b")
+    assert saved.kv_cache_algorithm == "FP8"
+    assert_bitwise(without_noise(saved), without_noise(again))
 
 
 def test_cache_scales_beside_the_projections(tmp_path):
