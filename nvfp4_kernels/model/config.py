@@ -141,7 +141,11 @@ class HybridConfig:
 
         Raises ValueError, naming the field, what it holds and what is allowed, where the model would not be what the file says.
         """
-        values = {_ALIASES.get(name, name): value for name, value in dict(values).items()}
+        said = dict(values)
+        values = {_ALIASES[name]: value for name, value in said.items() if name in _ALIASES}
+        for name, value in said.items():  # of two names for a field the published modelling code reads ours
+            if name not in _ALIASES and (value is not None or name not in values):
+                values[name] = value
         for name, allowed in _FIXED.items():
             if name in values and values[name] not in allowed:
                 raise ValueError(f"{name}: got {values[name]!r}; allowed: {', '.join(map(repr, allowed))}")

@@ -111,6 +111,15 @@ def test_names_of_transformers_are_read():
     assert config.dtype is torch.float32 and config.time_step_limit == (0.0, math.inf)
 
 
+@pytest.mark.parametrize(
+    "names", [("layer_norm_epsilon", "norm_eps"), ("norm_eps", "layer_norm_epsilon")], ids="-".join
+)
+def test_of_two_names_for_a_field_the_published_one_counts(names):
+    said = {"layer_norm_epsilon": 1e-5, "norm_eps": 1e-6, "mamba_d_conv": 3, "dtype": "float32", "torch_dtype": None}
+    config = HybridConfig.from_dict({"hybrid_override_pattern": "M-"} | {name: said[name] for name in (*names, *said)})
+    assert (config.layer_norm_epsilon, config.conv_kernel, config.torch_dtype) == (1e-5, 3, "float32")
+
+
 def test_null_where_nothing_is_set():
     unset = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern", "n_group", "topk_group", "dtype")
     given = {"hybrid_override_pattern": "ME*", "num_attention_heads": 8}
