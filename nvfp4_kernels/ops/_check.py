@@ -49,6 +49,14 @@ def integer(argument: str, value: object) -> None:
     require(isinstance(value, (int, torch.SymInt)), argument, type(value).__name__, "an int", TypeError)
 
 
+def number(argument: str, value: object, least: float | None = None) -> None:
+    """`value` must be a number, of at least `least`."""
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")
+    require(known, argument, type(value).__name__, "a number", TypeError)
+    if least is not None and not value >= least:
+        require(False, argument, value, f"at least {least}")
+
+
 def integers(argument: str, x: object) -> None:
     """`x` must be a tensor of int32 or int64."""
     require(isinstance(x, Tensor), argument, type(x).__name__, "an int32 or int64 tensor", TypeError)

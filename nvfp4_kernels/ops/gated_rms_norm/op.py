@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, integer, require
+from nvfp4_kernels.ops._check import float_operand, floating_point, integer, number, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -34,6 +34,7 @@ def gated_rms_norm(
         group_size,
         f"a divisor of {channels}, the channels of x",
     )
+    number("eps", eps, least=0)
     float_operand("weight", weight, (channels,), x.device)
     float_operand("z", z, x.shape, x.device, optional=True)
     if z is not None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, no_grad, require
+from nvfp4_kernels.ops._check import float_operand, floating_point, no_grad, number, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register, unobserved
 from nvfp4_kernels.ops.conv_scan.op import check
@@ -58,6 +58,7 @@ def mixer_scan(
     for name, t, shape in (*wanted, ("dt_bias", dt_bias, (heads,))):
         float_operand(name, t, shape, xBC.device)
     require(z.dtype == xBC.dtype, "z", z.dtype, f"{xBC.dtype}, as xBC", TypeError)
+    number("eps", eps, least=0)
     low, high = limits(dt_limit)
     run = _run if unobserved(xBC) else torch.ops.nvfp4.mixer_scan
     options = groups, low, high, float(eps), chunk_size

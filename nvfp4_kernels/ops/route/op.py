@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, floating_point, integer, require
+from nvfp4_kernels.ops._check import float_operand, floating_point, integer, number, require
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register_differentiable, unobserved
 
@@ -56,6 +56,7 @@ def route(
         require(False, "logits", f"shape {list(logits.shape)}", "[tokens, experts]")
     experts = logits.shape[1]
     check_choice(experts, top_k, n_group, topk_group)
+    number("scale", scale)
     float_operand("bias", bias, (experts,), logits.device, optional=True)
     run = _run if unobserved(logits) else torch.ops.nvfp4.route
     return Routing(*run(logits, bias, top_k, float(scale), n_group, topk_group, normalize))
