@@ -18,10 +18,12 @@ def float_tensor(argument: str, x: object) -> None:
     """`x` must be a bf16, fp16 or fp32 tensor in plain strided memory."""
     require(isinstance(x, Tensor), argument, type(x).__name__, "a torch.Tensor", TypeError)
     require(x.dtype in FLOATS, argument, x.dtype, "bfloat16, float16, float32", TypeError)
-    _strided(argument, x)
+    strided(argument, x)
 
 
-def _strided(argument: str, x: Tensor) -> None:
+def strided(argument: str, x: object) -> None:
+    """`x` must be a tensor in plain strided memory."""
+    require(isinstance(x, Tensor), argument, type(x).__name__, "a torch.Tensor", TypeError)
     if not torch.compiler.is_compiling():  # dynamo cannot trace a layout inside a backward; eager has checked before
         require(x.layout == torch.strided, argument, x.layout, "a strided tensor", TypeError)
 
@@ -31,7 +33,7 @@ def floating_point(argument: str, x: object) -> None:
     require(isinstance(x, Tensor), argument, type(x).__name__, "a floating-point tensor", TypeError)
     require(x.is_floating_point(), argument, x.dtype, "a floating-point tensor", TypeError)
     require(x.itemsize > 1, argument, x.dtype, "bfloat16, float16, float32, float64", TypeError)
-    _strided(argument, x)
+    strided(argument, x)
 
 
 def float_operand(argument: str, x: object, shape: Sequence[int], device: torch.device, optional: bool = False) -> None:

@@ -44,6 +44,8 @@ def routed():
     (lambda: nk.route(LOGITS, None, 2, scale="x"), TypeError, "scale: got str; allowed: a number"),
     (lambda: nk.route(LOGITS, None, None), TypeError, "top_k: got NoneType; allowed: an int"),
     (lambda: nk.route(LOGITS, LOGITS[0].to(FP8), 2), TypeError, "bias: got torch.float8_e4m3fn; allowed: bfloat16"),
+    (lambda: nk.permute(X.to_sparse(), routed()), TypeError, "x: got torch.sparse_coo; allowed: a strided tensor"),
+    (lambda: nk.unpermute(X.to_sparse(), routed()), TypeError, "y: got torch.sparse_coo; allowed: a strided tensor"),
     (lambda: nk.expert_mlp(X, routed(), None, WEIGHTS[1]), TypeError, "up: got NoneType; allowed: a Stack or a tensor: "),
     (lambda: nk.expert_mlp(X, routed(), WEIGHTS[0], quantized()), TypeError, "down: got NVFP4Tensor; allowed: a Stack or a "),
     (lambda: nk.weight_only(None, quantized()), TypeError, "x: got NoneType; allowed: a torch.Tensor"),

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nvfp4_kernels.ops._check import float_operand, require, same_device
+from nvfp4_kernels.ops._check import float_operand, require, same_device, strided
 from nvfp4_kernels.ops._dispatch import select
 from nvfp4_kernels.ops._library import register
 from nvfp4_kernels.ops.route.op import Routing, check_routing
@@ -17,7 +17,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     """
     check_routing(routing)
     tokens, top_k = routing.indices.shape
-    require(isinstance(x, Tensor), "x", type(x).__name__, "a tensor", TypeError)
+    strided("x", x)
     require(x.dim() == 2 and x.shape[0] == tokens, "x", f"shape {list(x.shape)}", f"[{tokens}, features], as routed")
     same_device("routing", routing.order, x.device)
     return _Permute.apply(x, routing.order, routing.inverse)
@@ -32,7 +32,7 @@ def unpermute(y: Tensor, routing: Routing, weights: Tensor | None = None) -> Ten
     """
     check_routing(routing)
     tokens, top_k = routing.indices.shape
-    require(isinstance(y, Tensor), "y", type(y).__name__, "a tensor", TypeError)
+    strided("y", y)
     require(
         y.dim() == 2 and y.shape[0] == tokens * top_k, "y", f"shape {list(y.shape)}", f"[{tokens * top_k}, features]"
     )
