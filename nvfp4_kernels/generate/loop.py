@@ -104,10 +104,11 @@ def stream(
     Engine.add. stop: texts that end it; neither they nor what follows is among the pieces. pace: is filled in. Leaving the
     iterator early frees the engine's slot. Raises as Engine.add does; RuntimeError where another caller's step failed.
     """
-    pace, detokenizer, ending = pace or Pace(), Detokenizer(tokenizer), StopStrings(stop)
+    pace, ending = pace or Pace(), StopStrings(stop)
     request = engine.add(prompt, sampling, max_new_tokens, stop_ids)
     pace.prompt_tokens, started, first, given = len(request.prompt), time.perf_counter(), None, 0
     try:
+        detokenizer = Detokenizer(tokenizer, request.prompt)
         while not request.finished or given < len(request.tokens):
             if given == len(request.tokens):
                 engine.step()

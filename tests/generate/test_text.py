@@ -77,15 +77,62 @@ def test_what_is_no_utf8_becomes_replacements_and_holds_nothing_up():
 def test_a_decoder_that_minds_the_first_token():
     """SentencePiece drops the leading space of the first token that has a text; the pieces keep those of all others."""
 
-    class Words:
-        bytewise = False
-
-        def decode(self, ids):
-            return "".join(f" w{i}" for i in ids if i).removeprefix(" ").encode()
-
     pieces = pieces_of(Words(), [1, 2, 3], iter([1, 1, 1]))
     assert pieces == ["w1", " w2", " w3", ""]
     assert pieces_of(Words(), [0, 1, 0, 0, 2, 3], iter([1] * 6)) == ["", "w1", "", "", " w2", " w3", ""]
+
+
+@pytest.fixture(scope="module")
+def pieces_and_bytes():
+    """SentencePiece's way: ▁ is a space, dropped at the very beginning; what has no piece is spelled in byte tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁Hello": 256, "▁world": 257, "▁": 258, "<unk>": 259}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    decoders = tokenizers.decoders
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens(["<s>"])
+
+    class Fallback:
+        bytewise = False
+
+        def decode(self, ids):
+            return inner.decode(list(ids)).encode()
+
+    return Fallback()
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [3, 1]])
+def test_characters_in_byte_tokens_behind_each_other(pieces_and_bytes, sizes):
+    """Where a run of byte tokens ends within a character, the decoder shows each of its bytes as U+FFFD, those of the
+    characters before included, which were given already or came in the same push."""
+    for text in ("你好吗", "🙂🙃", "né"):
+        ids = [256, *text.encode(), 257]
+        pieces = pieces_of(pieces_and_bytes, ids, iter(sizes * len(ids)))
+        assert "".join(pieces) == f"Hello{text} world" and "\ufffd" not in "".join(pieces)
+    broken = [256, *"你".encode(), 0xFF, 257]
+    assert "".join(pieces_of(pieces_and_bytes, broken, iter([1] * 9))).endswith("\ufffd world")
+
+
+@pytest.mark.parametrize("prompt", [
+    [256], [256, 258], [260, 256, 260, 260], [256, *"你好".encode()], ["è".encode()[1]] * 9 + [256]
+])  # fmt: skip
+def test_a_continuation_keeps_its_leading_space(pieces_and_bytes, prompt):
+    """The first token of it is not the first of the text."""
+    for new in ([257, 256], [*"好".encode(), 257]):
+        detokenizer = Detokenizer(pieces_and_bytes, prompt)
+        got = "".join(detokenizer.push([token]) for token in new) + detokenizer.finish()
+        assert pieces_and_bytes.decode(prompt) + got.encode() == pieces_and_bytes.decode(prompt + new)
+    alone = Detokenizer(pieces_and_bytes, [260])
+    assert alone.push([257]) == "world"
+
+
+def test_a_stream_keeps_the_space_behind_the_prompt(build):
+    model = build("M*", vocab_size=40)
+    prompt, whole = [3, 5], model.generate(torch.tensor([[3, 5]]), 6)[0].tolist()
+    text = "".join(stream(Engine(model, slots=1), Words(), prompt, max_new_tokens=6))
+    assert (Words().decode(prompt).decode() + text).split(" ") == [f"w{i}" for i in whole if i]
 
 
 @pytest.mark.parametrize("stops, parts, want, stopped", [
@@ -234,6 +281,13 @@ def test_streams_of_one_engine_take_turns(build):
             texts[i] += piece or ""
             streams[i] = None if piece is None else each
     assert texts == alone
+
+
+class Words:
+    bytewise = False
+
+    def decode(self, ids):
+        return "".join(f" w{i}" for i in ids if i).removeprefix(" ").encode()
 
 
 class Letters:
