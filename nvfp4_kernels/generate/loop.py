@@ -139,13 +139,14 @@ def stream(
 
 def end_ids(model) -> list[int]:
     """The tokens that end a text, by the model's config, or an answer, by what lies beside its tokenizer: by
-    generation_config.json, which some exports leave empty or out, and by tokenizer_config.json."""
+    generation_config.json, which some exports leave empty or out, and by tokenizer_config.json. Those that the model has no
+    logit for (-1, or a token that a tokenizer was given later) never come, and are left out."""
     folder, named = model.source, [model.config.eos_token_id]
     if folder:
         path = folder / "generation_config.json"
         named += [read_json(path).get("eos_token_id") if path.is_file() else None, _end_of_tokenizer(folder)]
     ids = [i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
-    return list(dict.fromkeys(ids))
+    return [i for i in dict.fromkeys(ids) if 0 <= i < model.config.vocab_size]
 
 
 def _end_of_tokenizer(folder: Path) -> int | None:

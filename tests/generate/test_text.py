@@ -266,6 +266,8 @@ def test_answers_end_where_the_tokenizer_says(eos, build, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "generation_config.json").unlink()
     assert end_ids(model) == [2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 39, 40]}))
+    assert end_ids(model) == [2, 39]  # the others are no tokens of the model, which Engine.add would refuse
 
 
 def test_streams_of_one_engine_take_turns(build):
