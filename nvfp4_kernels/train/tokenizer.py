@@ -1,8 +1,9 @@
 """Text to token ids and back: bytes as they are, or a tokenizer.json through the `tokenizers` package.
 
-A tokenizer has `name`, `vocab_size`, `separator` (the id that ends a document, or None), `encode(bytes) -> ids`,
-`decode(ids) -> bytes` and `bytewise` (whether each id stands for its bytes, whatever comes before). A separator is only ever
-predicted, never read: boundaries travel as cu_seqlens.
+A tokenizer has `name`, `vocab_size`, `ids_below` (above every id; more than vocab_size where added tokens leave a gap before
+them), `separator` (the id that ends a document, or None), `encode(bytes) -> ids`, `decode(ids) -> bytes` and `bytewise`
+(whether each id stands for its bytes, whatever comes before). A separator is only ever predicted, never read: boundaries
+travel as cu_seqlens.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ class ByteTokenizer:
     """Every byte is its own id; `separator` is the model's end-of-document id where that is no byte."""
 
     name = "bytes"
-    vocab_size = 256
+    vocab_size = ids_below = 256
     bytewise = True
 
     def __init__(self, separator: int | None = None):
@@ -44,11 +45,12 @@ class JsonTokenizer:
         self.inner = open_tokenizer(path, "tokenizer")
         self.name = str(path.resolve())
         self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
+        self.ids_below = max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         found = (self.inner.token_to_id(token) for token in END_TOKENS)
         self.separator = next((i for i in found if i is not None), None)
 
     def encode(self, text: bytes) -> np.ndarray:
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        dtype = np.uint16 if self.ids_below <= 1 << 16 else np.uint32
         # A damaged byte becomes U+FFFD rather than an error: one bad file must not end a run over a whole folder.
         return np.asarray(self.inner.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, dtype)
 
@@ -57,12 +59,12 @@ class JsonTokenizer:
 
 
 def load_tokenizer(name: str, model_vocab: int, model_eos: int | list[int] | None = None):
-    """`bytes`, or the path of a tokenizer.json; refuses one that has more ids than the model's vocabulary."""
+    """`bytes`, or the path of a tokenizer.json; refuses one that has ids beyond the model's vocabulary."""
     special = isinstance(model_eos, int) and 256 <= model_eos < model_vocab
     tokenizer = ByteTokenizer(model_eos if special else None) if name == "bytes" else JsonTokenizer(name)
-    if tokenizer.vocab_size > model_vocab:
+    if tokenizer.ids_below > model_vocab:
         raise ValueError(
-            f"tokenizer: got {tokenizer.vocab_size} ids in {name}; allowed: at most the model's vocab_size"
+            f"tokenizer: got ids below {tokenizer.ids_below} in {name}; allowed: at most the model's vocab_size"
             f" {model_vocab} (choose a smaller tokenizer, or a config with a larger vocab_size)"
         )
     return tokenizer

@@ -104,6 +104,20 @@ def test_entropy_of_larger_ids_is_per_byte():
     assert entropies(Corpus(ids, np.array([0, 100]), "", 400)) == pytest.approx({"unigram": math.log(2) / 4})
 
 
+def test_ids_beyond_how_many_there_are(tmp_path):
+    """Added tokens may leave a gap: the largest id decides whether uint16 holds it and whether the model has it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[UNK]": 0, "a": 1, "<late>": 70_000}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    path = tmp_path / "tokenizer.json"
+    inner.save(str(path))
+    got = load_tokenizer(str(path), 70_001)
+    assert got.vocab_size == 3 and got.ids_below == 70_001 and got.encode(b"a <late>").tolist() == [1, 70_000]
+    with pytest.raises(ValueError, match="at most the model's vocab_size 70000"):
+        load_tokenizer(str(path), 70_000)
+
+
 def test_json_tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}
