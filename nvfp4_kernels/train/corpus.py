@@ -152,10 +152,22 @@ def read_ids(path: Path, vocab_size: int, bin_dtype: str, separator: int | None)
                 f"data: got id {int(ids[at])} at position {at} of {path}; allowed: 0 to {vocab_size - 1},"
                 " the model's vocabulary (do: check --bin-dtype, or choose a larger vocab_size)"
             )
+        if begin == 0 and path.suffix == ".bin" and ids.dtype == np.uint16 and _of_uint32(chunk, vocab_size):
+            raise ValueError(
+                f"data: got {chunk[:6].tolist()}, ... in {path}, every second one small, as uint32 read as uint16 looks;"
+                " do: name its dtype with --bin-dtype uint32"
+            )
         if separator is not None:
             ends.append(begin + 1 + np.flatnonzero(chunk == separator))
     starts = np.unique(np.concatenate([[0], *ends, [len(ids)]])).astype(np.int64)
     return Corpus(ids, starts, str(path))
+
+
+def _of_uint32(words: np.ndarray, vocab_size: int) -> bool:
+    """Whether 16-bit words look like the halves of 32-bit ids, of which the upper ones are no larger than that of
+    vocab_size - 1. As ids of their own they may all be below vocab_size."""
+    largest = (vocab_size - 1) >> 16
+    return len(words) >= 64 and int(words[1::2].max()) <= largest < int(words[::2].max())
 
 
 def entropies(corpus: Corpus) -> dict[str, float]:

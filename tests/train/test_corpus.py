@@ -104,6 +104,19 @@ def test_entropy_of_larger_ids_is_per_byte():
     assert entropies(Corpus(ids, np.array([0, 100]), "", 400)) == pytest.approx({"unigram": math.log(2) / 4})
 
 
+@pytest.mark.parametrize("vocab", [260, 1 << 17])
+def test_uint32_read_as_uint16_is_told(tmp_path, vocab):
+    ids = np.random.default_rng(0).integers(0, vocab, 100)
+    for dtype in ("uint32", "uint16"):
+        (ids % (1 << 16) if dtype == "uint16" else ids).astype(dtype).tofile(tmp_path / f"{dtype}.bin")
+    with pytest.raises(ValueError, match="do: name its dtype with --bin-dtype uint32"):
+        load_corpus(tmp_path / "uint32.bin", BYTES, vocab)
+    assert np.array_equal(load_corpus(tmp_path / "uint32.bin", BYTES, vocab, "uint32").ids, ids)
+    assert len(load_corpus(tmp_path / "uint16.bin", BYTES, vocab).ids) == 100
+    np.zeros(100, np.uint16).tofile(tmp_path / "zeros.bin")
+    assert len(load_corpus(tmp_path / "zeros.bin", BYTES, vocab).ids) == 100
+
+
 def test_ids_beyond_how_many_there_are(tmp_path):
     """Added tokens may leave a gap: the largest id decides whether uint16 holds it and whether the model has it."""
     tokenizers = pytest.importorskip("tokenizers")
