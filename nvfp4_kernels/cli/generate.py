@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_kernels.cli.machine import share_the_cores
+from nvfp4_kernels.cli.text import check_text
 
 HELP = "Continue a prompt, or answer it with --chat, with a run of nvfp4 train or a Hugging Face folder."
 EXAMPLE = "nvfp4 generate --model runs/tiny-nvfp4 --prompt 'import ' --tokens 300"
@@ -49,10 +50,9 @@ def look(arguments: argparse.Namespace) -> None:
     a, folder = arguments, Path(arguments.model)
     check_number("tokens", a.tokens, 1)
     check_number("speculative", a.speculative, 0)
-    if not a.prompt:
-        raise ValueError("prompt: got ''; allowed: a text that is not empty")
-    if "" in a.stop:
-        raise ValueError("stop: got ''; allowed: a text that is not empty")
+    check_text("prompt", a.prompt)
+    for text in a.stop:
+        check_text("stop", text)
     config = check_model("model", folder)
     if a.chat and (folder / "run.json").is_file():
         raise ValueError(f"chat: {folder} is a run of nvfp4 train, which knows no chats; do: leave out --chat")

@@ -6,6 +6,7 @@ Nothing here imports torch; a command does when it runs, so that --help answers 
 import argparse
 import difflib
 import errno
+import io
 import os
 import re
 import sys
@@ -76,6 +77,9 @@ def nearest(wrong: str, known) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0 done, 2 an error that was told in one line, 130 stopped by Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # a model may say what a terminal has no letter for, and a path may be no text
+        sys.stdout.reconfigure(errors="replace")
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return import_module(f"nvfp4_kernels.cli.{arguments.command}").run(arguments) or 0

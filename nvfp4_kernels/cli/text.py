@@ -19,3 +19,11 @@ def ranges(numbers: Sequence[int]) -> str:
     if len(numbers) > 4:
         return f"{numbers[0]},{numbers[1]}..{numbers[-1]}: {len(numbers)}"
     return ",".join(map(str, numbers))
+
+
+def check_text(argument: str, text: str, otherwise: str = "") -> None:
+    """Raises ValueError for an empty text, and for bytes of a command line that are none: Python makes surrogates of them."""
+    if not text:
+        raise ValueError(f"{argument}: got ''; allowed: a text that is not empty{otherwise}")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{argument}: got {ascii(text)}, which is no UTF-8; allowed: a text in UTF-8")

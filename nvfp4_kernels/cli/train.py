@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from nvfp4_kernels.cli.machine import keep_freed_memory, share_the_cores
+from nvfp4_kernels.cli.text import check_text
 from nvfp4_kernels.train.settings import Settings
 
 HELP = "Train a model in NVFP4 or BF16; with no data named, on the Python standard library's sources of this machine."
@@ -178,8 +179,8 @@ def look(arguments: argparse.Namespace) -> Settings:
     from nvfp4_kernels.cli.models import check_config, check_folder, check_model, check_number
 
     check_number("sample", arguments.sample, 0)
-    if arguments.sample and not arguments.prompt:
-        raise ValueError("prompt: got ''; allowed: a text that is not empty (or --sample 0)")
+    if arguments.sample:
+        check_text("prompt", arguments.prompt, " (or --sample 0)")
     if arguments.from_ is not None:
         check_model("from", Path(arguments.from_), tokenizer=False)
     check_config(arguments.config)

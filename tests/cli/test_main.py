@@ -1,6 +1,7 @@
 """The command line: no torch before a command runs, one-line errors with a way out, nothing left behind by a refusal."""
 
 import ctypes
+import io
 import json
 import os
 import subprocess
@@ -81,6 +82,10 @@ def test_every_setting_has_a_flag_with_unit_default_and_example(capsys):
     (["train", "--resume"], "holds no run"),
     (["generate", "--model", "/no/run"], "holds no run"),
     (["generate"], "--model"),
+    (["generate", "--model", "x", "--prompt", "a\udcff"], r"prompt: got 'a\udcff', which is no UTF-8; allowed: a text"),
+    (["generate", "--model", "x", "--stop", "\udce9"], r"stop: got '\udce9', which is no UTF-8"),
+    (["train", "--prompt", "\udce9"], r"prompt: got '\udce9', which is no UTF-8"),
+    (["train", "--prompt", ""], "prompt: got ''; allowed: a text that is not empty (or --sample 0)"),
     (["bench", "--op", "nothing"], "op: got 'nothing'; allowed: "),
     (["bench", "--folder", "."], "holds no bench_*.py; do: name the benchmarks"),
     (["plan", "--tokens", "many"], "--tokens: got 'many'; allowed: a whole number"),
@@ -94,6 +99,15 @@ def test_wrong_use_is_one_line_with_a_way_out(argv, message, capsys, tmp_path, m
     status, out, err = run(capsys, *argv)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_letters_that_a_terminal_does_not_have(monkeypatch):
+    """A text that was generated so far is not lost for one of them."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "latin-1"))
+    monkeypatch.setattr("nvfp4_kernels.cli.info.run", lambda arguments: print("naïve 🙂 text", flush=True))
+    assert cli.main(["info"]) == 0
+    assert raw.getvalue().decode("latin-1") == "naïve ? text\n"
 
 
 def refused_without_torch(*argv):
