@@ -76,7 +76,8 @@ void over_channels(const CausalConv1dParams& p, Function f) {
     if (c < p.channels) f(c, Part{static_cast<int>(p.channels - c)});
 }
 
-// `count` values of a tensor of any dtype, `stride` apart from element `at` on. States are read so, a few values a sequence.
+// `count` values of a tensor of any dtype, `stride` apart from element `at` on. States are read so, a few values a sequence:
+// inlined, every walk over a sequence would be compiled with all dtypes of them.
 __attribute__((noinline)) F read_spread(const void* from, int dtype, i64 at, i64 stride, int count) {
     return with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

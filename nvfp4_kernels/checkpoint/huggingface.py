@@ -9,7 +9,7 @@ import torch
 
 from nvfp4_kernels.checkpoint.fit import fit
 from nvfp4_kernels.checkpoint.load import fill, insert_layers
-from nvfp4_kernels.checkpoint.save import LAYOUTS, SHARD_BYTES, quantized_layers, save
+from nvfp4_kernels.checkpoint.save import LAYOUTS, SHARD_BYTES, save, what_is_quantized
 from nvfp4_kernels.checkpoint.source import Source, open_source
 from nvfp4_kernels.model.config import HybridConfig
 from nvfp4_kernels.model.hybrid import HybridModel
@@ -84,7 +84,7 @@ def save_pretrained(
         raise ValueError(f"dtype: got {dtype}; allowed: None, {', '.join(map(str, DTYPES))}")
     if not max_shard_bytes > 0:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}; allowed: more than 0")
-    quantized = "matrices" if quantized_layers(model) else "KV cache" if model.kv_cache_algorithm else None
+    quantized = what_is_quantized(model)
     if quantized is None and layout == "modelopt":
         raise ValueError("layout: got 'modelopt' for a model of which nothing is quantized; allowed: the others")
     if quantized and layout != "modelopt":

@@ -31,6 +31,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
 
 
+def what_is_quantized(model: nn.Module) -> str | None:
+    """What of it is quantized: "matrices", "KV cache" where that is all, or None."""
+    return "matrices" if quantized_layers(model) else "KV cache" if model.kv_cache_algorithm else None
+
+
 def described(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict, in which what is held packed is without values: unpacked all at once it would be in memory twice."""
     with contextlib.ExitStack() as stack:

@@ -141,15 +141,14 @@ def save_quantized(model, tokenizer, out: Path, write_more, read=None):
     In the published layout where the plan left all in high precision. read: of a model on the meta device, what gives
     its tensors by their names.
     """
-    from nvfp4_kernels.checkpoint.save import SHARD_BYTES, save
-    from nvfp4_kernels.nn.quantized import QuantizedWeight
+    from nvfp4_kernels.checkpoint.save import SHARD_BYTES, save, what_is_quantized
     from nvfp4_kernels.train.byte_level import tokenizer_json
 
     part = out.with_name(f".writing-{out.name}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        some = model.kv_cache_algorithm or any(isinstance(module, QuantizedWeight) for module in model.modules())
-        save(model, part.resolve(), "modelopt" if some else "published", SHARD_BYTES, None, read)
+        layout = "modelopt" if what_is_quantized(model) else "published"
+        save(model, part.resolve(), layout, SHARD_BYTES, None, read)
         if not (part / "tokenizer.json").exists():  # of a run, which names its tokenizer and does not hold it
             bytewise = tokenizer.name == "bytes"
             text = tokenizer_json(tokenizer) if bytewise else Path(tokenizer.name).read_text(encoding="utf-8")

@@ -166,6 +166,7 @@ def test_views_that_the_cuda_kernels_cannot_read_are_copied(monkeypatch):
         (dict(z=torch.zeros(1, 3, 66)), "z: got 66 channels; allowed: a multiple of 4, 112 less a multiple of 2"),
         (dict(z=torch.zeros(1, 3, 64).half()), "z: got torch.float16; allowed: torch.float32"),
         (dict(groups=3), "groups: got 3; allowed: a divisor of the 4 heads"),
+        (dict(eps=-1.0), "eps: got -1.0; allowed: at least 0"),
         (dict(norm_weight=torch.zeros(16)), r"norm_weight: got shape \[16\]; allowed: \[64\]"),
         (dict(D=torch.zeros(4, 16)), r"D: got shape \[4, 16\]; allowed: \[4\]"),
         (dict(dt=torch.zeros(1, 3, 3)), r"dt: got shape \[1, 3, 3\]; allowed: \[1, 3, 4\]"),

@@ -222,10 +222,12 @@ def load_tile(ptr, stride, t, offset, inside, cols, COLS: tl.constexpr):
 
 
 @jit
-def product(u, v, sums, PRECISION: tl.constexpr):
-    """sums, unless None, + u v."""
+def product(u, v, sums, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """sums, unless None, + u v, or u v^T."""
     if PRECISION == "apart":
         v = apart(v)
+    if TRANSPOSED:  # behind the detour, which takes more registers for a transposed tile
+        v = tl.trans(v)
     return tl.dot(u, v, sums, input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
 
 
@@ -241,9 +243,7 @@ def against(u, v, PRECISION: tl.constexpr):
         v = tl.permute(tl.reshape(v, [v.shape[0], PARTS, 32]), [1, 2, 0])
         return tl.sum(tl.dot(u, v, input_precision=PRECISION), 0)
     else:
-        if PRECISION == "apart":  # the tile as it lies: a transposed one takes more registers
-            v = apart(v)
-        return tl.dot(u, tl.trans(v), input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
+        return product(u, v, None, PRECISION, True)
 
 
 @jit
